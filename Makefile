@@ -1,0 +1,70 @@
+# Two commands are enough: `make demo` and `make test`. Both make their own environment in .venv.
+#
+#   make demo     train a small model family, merge it by five methods, evaluate, draw (demo_out/)
+#   make test     lint, types and the whole test suite
+#   make lint     only ruff and mypy
+#   make native   (re)build the native module in place
+#   make sanitize build it with AddressSanitizer and UBSan and run the sanitizer tests
+#   make bench    compare with other libraries and with the machine's floor; kernels in GB/s
+#   make clean    remove what the commands above made
+#
+# Variables: PYTHON (3.11 or newer), VENV, CXX, PYTEST_ARGS, BENCH_ARGS, DEMO_ARGS, PEERS=1 (also
+# install the other merging libraries, so that the tests that compare with them run).
+PYTHON ?= python3
+VENV ?= .venv
+PEERS ?= 0
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+DEMO_ARGS ?=
+
+BIN := $(abspath $(VENV))/bin
+PY := $(BIN)/python
+NATIVE_BUILD := build/native
+HAVE_CXX := $(shell command -v $(CXX) >/dev/null 2>&1 && echo 1 || echo 0)
+REQUIREMENTS := pyproject.toml constraints.txt setup.py cl_fast/_version.py
+INSTALL := CL_FAST_NATIVE=0 $(PY) -m pip install --quiet --disable-pip-version-check \
+	--constraint constraints.txt --no-build-isolation
+
+.PHONY: demo test lint native sanitize bench clean
+
+$(VENV)/.made: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		setuptools wheel pybind11 cmake
+	touch $@
+
+# The Python part is installed editable; the native part is built in place by `native`.
+$(VENV)/.installed-%: $(VENV)/.made $(REQUIREMENTS)
+	$(INSTALL) --editable '.[$*]'
+	touch $@
+
+native: $(VENV)/.made
+ifeq ($(HAVE_CXX),1)
+	@$(BIN)/cmake -S . -B $(NATIVE_BUILD) -DPython_EXECUTABLE=$(PY) -DCMAKE_CXX_COMPILER=$(CXX) \
+		-DCL_FAST_OUTPUT_DIR=$(CURDIR)/cl_fast -Wno-dev --log-level=WARNING
+	@$(BIN)/cmake --build $(NATIVE_BUILD) --parallel
+else
+	@echo "no C++ compiler ($(CXX)): cl_fast runs on its eager reference"
+endif
+
+demo: $(VENV)/.installed-demo native
+	$(PY) examples/demo/demo.py --out demo_out $(DEMO_ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: $(VENV)/.installed-dev $(if $(filter 1,$(PEERS)),$(VENV)/.installed-peers) native lint
+	CL_FAST_REQUIRE_NATIVE=$(HAVE_CXX) $(PY) -m pytest $(PYTEST_ARGS)
+
+sanitize: $(VENV)/.installed-dev
+	CL_FAST_REQUIRE_NATIVE=$(HAVE_CXX) $(PY) -m pytest tests/test_packaging.py -k sanitizers \
+		$(PYTEST_ARGS)
+
+bench: $(VENV)/.installed-dev $(VENV)/.installed-peers native
+	$(PY) benchmarks/merge_vs_peers.py $(BENCH_ARGS)
+	$(PY) -m pytest benchmarks --benchmark-enable --benchmark-only
+
+clean:
+	rm -rf $(VENV) build demo_out cl_fast/_native*.so cl_fast/_native*.dylib
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
