@@ -1,0 +1,311 @@
+"""The merge methods: each is a name for a :class:`~cl_fast.ops.policy.Policy`.
+
+=================  ==========================================================================
+linear             ``sum_k w_k x_k / sum_k w_k`` (uniform and weighted soups)
+task_arithmetic    ``base + lambda * sum_k w_k d_k``
+ties               ``base + lambda * mean_elected(w_k trim(d_k))``
+dare_linear        ``base + lambda * sum_k w_k rescale(drop(d_k))``
+dare_ties          ``base + lambda * sum_elected(w_k rescale(drop(d_k)))``
+=================  ==========================================================================
+
+with ``d_k = x_k - base``. The defaults under these names are mergekit's. The codes and papers
+that use the same names mean different things by them (docs/merge-recipes.md has the table); a
+``variant`` sets the parameters the way one of them does, and each parameter can be set alone.
+
+To add a method that uses existing steps, add an entry to :data:`METHODS`: its name, its policy,
+and what its variants change. Which parameters a recipe may give for it follows from the policy.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, get_args
+
+from cl_fast.errors import RecipeError
+from cl_fast.ops.policy import (
+    Divisor,
+    Elect,
+    ElectOn,
+    Policy,
+    Reduce,
+    Rescale,
+    TrimCount,
+    TrimScope,
+    TrimTies,
+)
+
+__all__ = ["CHOICES", "METHODS", "SWITCHES", "Method", "find_method", "make_policy", "suggest"]
+
+#: Parameters that choose among words, and the words.
+CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "trim_scope": get_args(TrimScope),
+        "trim_count": get_args(TrimCount),
+        "trim_ties": get_args(TrimTies),
+        "elect": tuple(word for word in get_args(Elect) if word != "none"),
+        "elect_on": get_args(ElectOn),
+        "reduce": get_args(Reduce),
+        "divisor": get_args(Divisor),
+        "rescale_by": tuple(word for word in get_args(Rescale) if word != "none"),
+    }
+)
+
+#: Parameters that are true or false.
+SWITCHES: tuple[str, ...] = ("normalize", "rescale")
+
+_FIELDS = ("trim_scope", "trim_count", "trim_ties", "elect", "elect_on", "reduce", "divisor")
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One merge method.
+
+    Attributes:
+        name: the ``merge_method`` of a recipe.
+        summary: one line for ``--help`` and the docs.
+        policy: what it does under its own name.
+        rescale_by: what ``rescale: true`` means for it.
+        variants: for each variant beside ``mergekit`` the parameters that it sets.
+    """
+
+    name: str
+    summary: str
+    policy: Policy
+    rescale_by: str = "l1"
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether the method works on deltas and so needs ``base_model``."""
+        return self.policy.difference
+
+    @property
+    def random(self) -> bool:
+        """Whether the method draws random numbers, so that ``seed`` has a meaning."""
+        return self.policy.sparsify == "drop"
+
+    @property
+    def model_parameters(self) -> tuple[str, ...]:
+        """Parameters that each model may have of its own."""
+        return ("weight", "density") if self.policy.sparsify != "none" else ("weight",)
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Every parameter that means something for the method."""
+        names = [*self.model_parameters, "normalize"]
+        if self.policy.difference:
+            names.append("lambda")
+        if self.policy.sparsify != "none":
+            names += ["rescale", "rescale_by"]
+        if self.policy.sparsify == "trim":
+            names += ["trim_scope", "trim_count", "trim_ties"]
+        if self.policy.elect != "none":
+            names += ["elect", "elect_on"]
+        names += ["reduce", "divisor", "variant"]
+        return tuple(names)
+
+
+_TIES_PEFT = {"elect_on": "unweighted", "reduce": "mean", "divisor": "count"}
+_TIES_PAPER = {"elect_on": "unweighted", "reduce": "mean", "divisor": "count"}
+
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {
+        method.name: method
+        for method in (
+            Method(
+                name="linear",
+                summary="weighted mean of the models (model soup)",
+                policy=Policy(difference=False, reduce="mean"),
+            ),
+            Method(
+                name="task_arithmetic",
+                summary="base plus the weighted sum of the deltas",
+                policy=Policy(),
+            ),
+            Method(
+                name="ties",
+                summary="trim each delta, elect a sign, average the deltas that agree with it",
+                policy=Policy(sparsify="trim", elect="mass", reduce="mean"),
+                variants={
+                    "peft": {"trim_count": "floor", **_TIES_PEFT, "rescale_by": "keep_rate"},
+                    "paper": {
+                        "trim_scope": "model",
+                        "trim_count": "floor_plus_one",
+                        "trim_ties": "all",
+                        **_TIES_PAPER,
+                        "rescale_by": "keep_rate",
+                    },
+                },
+            ),
+            Method(
+                name="dare_linear",
+                summary="drop delta entries at random, rescale the rest, add the weighted sum",
+                policy=Policy(sparsify="drop", rescale="l1"),
+                variants={
+                    "peft": {"rescale_by": "keep_rate"},
+                    "paper": {"rescale_by": "keep_rate"},
+                },
+            ),
+            Method(
+                name="dare_ties",
+                summary="drop delta entries at random, rescale, elect a sign, add what agrees",
+                policy=Policy(sparsify="drop", rescale="l1", elect="mass"),
+                variants={
+                    "peft": {**_TIES_PEFT, "rescale_by": "keep_rate"},
+                    "paper": {**_TIES_PAPER, "rescale_by": "keep_rate"},
+                },
+            ),
+        )
+    }
+)
+
+#: Methods of mergekit that are not here, so that the message can say so.
+_ELSEWHERE = frozenset(
+    ["arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear", "karcher", "model_stock", "multislerp", "nearswap", "nuslerp", "passthrough", "ram", "ramplus_tl", "sce", "slerp"]
+)
+
+#: Parameters of those methods.
+_OTHER_PARAMETERS = frozenset(
+    ["t", "epsilon", "gamma", "select_topk", "filter_wise", "scale", "nuslerp_row_wise", "nuslerp_flatten", "max_iter", "tol", "eps", "similarity_threshold", "residual_weight"]
+)
+
+
+def find_method(name: str, key: str = "merge_method") -> Method:
+    """The entry of :data:`METHODS`.
+
+    Raises:
+        RecipeError: no such method; the message lists those there are.
+    """
+    method = METHODS.get(name)
+    if method is not None:
+        return method
+    if name in _ELSEWHERE:
+        hint = "; that method of mergekit is not in this version"
+    else:
+        hint = suggest(name, METHODS)
+    raise RecipeError(f"{key}: unknown method {name!r}{hint}; there are {', '.join(METHODS)}")
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the closest known word, or nothing."""
+    close = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def check_parameter(method: Method, name: str, key: str) -> None:
+    """Refuse a parameter that would have no effect.
+
+    Raises:
+        RecipeError: ``name`` is unknown, or means nothing for ``method``.
+    """
+    if name in method.parameters or name == "int8_mask":
+        return
+    everything = {p for other in METHODS.values() for p in other.parameters} | {"int8_mask"}
+    if name in everything:
+        users = [other.name for other in METHODS.values() if name in other.parameters]
+        raise RecipeError(
+            f"{key}: {name!r} has no effect with merge_method {method.name!r} (it is for "
+            f"{', '.join(users)}); remove it"
+        )
+    if name in _OTHER_PARAMETERS:
+        raise RecipeError(
+            f"{key}: {name!r} belongs to other merge methods; {method.name!r} takes "
+            f"{', '.join(method.parameters)}"
+        )
+    raise RecipeError(
+        f"{key}: unknown parameter{suggest(name, everything)}; {method.name!r} takes "
+        f"{', '.join(method.parameters)}"
+    )
+
+
+def make_policy(
+    method: str | Method, settings: Mapping[str, Any] | None = None, *, where: str = "parameters"
+) -> Policy:
+    """The policy of a method with a recipe's settings applied.
+
+    Args:
+        method: name or entry.
+        settings: any of ``variant``, :data:`SWITCHES` and the names in :data:`CHOICES`. What is
+            absent is as the variant has it, and what the variant leaves open as under the
+            method's own name.
+        where: the recipe key that holds the settings, for messages.
+
+    Raises:
+        RecipeError: an unknown setting or word, a setting without effect, or two that contradict.
+    """
+    entry = find_method(method) if isinstance(method, str) else method
+    given = {name: value for name, value in (settings or {}).items() if value is not None}
+    variant = given.pop("variant", "mergekit")
+    for name, value in given.items():
+        check_parameter(entry, name, f"{where}.{name}")
+        if name in SWITCHES:
+            if not isinstance(value, bool):
+                raise RecipeError(f"{where}.{name}: must be true or false; got {value!r}")
+        elif name not in CHOICES:
+            raise RecipeError(f"{where}.{name}: is a number, not a choice of the policy")
+        elif not isinstance(value, str) or value not in CHOICES[name]:
+            hint = suggest(value, CHOICES[name]) if isinstance(value, str) else ""
+            raise RecipeError(
+                f"{where}.{name}: must be one of {', '.join(CHOICES[name])}; got {value!r}{hint}"
+            )
+    preset = _preset(entry, variant, where)
+    return _build(entry, preset, given, where)
+
+
+def _preset(method: Method, variant: object, where: str) -> Mapping[str, Any]:
+    if variant == "mergekit":
+        return {}
+    if isinstance(variant, str) and variant in method.variants:
+        return method.variants[variant]
+    known = ["mergekit", *method.variants]
+    if isinstance(variant, str) and any(variant in other.variants for other in METHODS.values()):
+        raise RecipeError(
+            f"{where}.variant: {variant!r} has no effect with merge_method {method.name!r}, which "
+            "all of them define alike; remove it"
+        )
+    hint = suggest(variant, known) if isinstance(variant, str) else ""
+    raise RecipeError(f"{where}.variant: must be one of {', '.join(known)}; got {variant!r}{hint}")
+
+
+def _build(
+    method: Method, preset: Mapping[str, Any], given: Mapping[str, Any], where: str
+) -> Policy:
+    def pick(name: str, default: Any) -> Any:
+        return given.get(name, preset.get(name, default))
+
+    changes: dict[str, Any] = {name: pick(name, getattr(method.policy, name)) for name in _FIELDS}
+    if "normalize" in given:
+        wanted = "mean" if given["normalize"] else "sum"
+        if given.get("reduce", wanted) != wanted:
+            raise RecipeError(
+                f"{where}: normalize: {str(given['normalize']).lower()} and reduce: "
+                f"{given['reduce']} contradict each other; give one of them"
+            )
+        changes["reduce"] = wanted
+    if changes["reduce"] == "max" and method.policy.elect == "none":
+        raise RecipeError(
+            f"{where}.reduce: 'max' needs an elected sign, which {method.name!r} has not; use sum "
+            "or mean"
+        )
+    if "divisor" in given and changes["reduce"] != "mean":
+        raise RecipeError(
+            f"{where}.divisor: has no effect with reduce: {changes['reduce']}; set normalize: "
+            "true, or remove it"
+        )
+    rescale = given.get("rescale", method.policy.rescale != "none")
+    if "rescale_by" in given and not rescale:
+        raise RecipeError(
+            f"{where}.rescale_by: has no effect without rescale: true; set that, or remove it"
+        )
+    changes["rescale"] = pick("rescale_by", method.rescale_by) if rescale else "none"
+    if changes["trim_scope"] == "model" and changes["trim_ties"] == "first":
+        if "trim_ties" in given:
+            raise RecipeError(
+                f"{where}.trim_ties: 'first' needs trim_scope: tensor, because the order of the "
+                "tensors must not decide what is kept; use all or none"
+            )
+        changes["trim_ties"] = "all"
+    return replace(method.policy, **changes)
