@@ -1,0 +1,666 @@
+"""combine: the one pass behind every merge.
+
+For models k = 0 .. K-1 with tensors x_k, base b, weights w_k and densities rho_k, in float32 and
+in this order on every backend (no product is fused with a sum, so all agree bit for bit):
+
+    d_k = x_k - b                              difference=True, else x_k
+    d_k = +0 where not kept                    sparsify: trim (magnitude) or drop (random stream)
+    v_k = d_k * float32(w_k r_k)               r_k: see below; the product w_k r_k is float64
+    no election:
+        D = v_0 + v_1 + ...                    reduce="sum"
+        D / float32(sum w), or / float32(K)    reduce="mean"; |sum w| < 1e-8 divides by 1
+    election, vote_k = v_k ("weighted") or d_k * float32(r_k) ("unweighted"):
+        a    = sum vote_k ("mass") or sum sign(vote_k) ("frequency")
+        plus = a >= 0
+        in_k = vote_k > 0 if plus else vote_k < 0        (NaN takes part)
+        D    = sum of v_k over in_k            reduce="sum"
+        D / sum of float32(w_k) over in_k      reduce="mean", divisor="weights" (0 divides by 1)
+        D / number of in_k                     reduce="mean", divisor="count"   (0 divides by 1)
+        D    = v_k of largest |v_k| over in_k  reduce="max", the first of equals, 0 if none
+    D   = D * float32(lam)                     skipped for lam = 1
+    out = b + D, or D                          rounded once to the output dtype, to nearest even
+
+    r_k    none: 1;  keep_rate: 1 / rho_k for trim, 2^32 / T_k for drop (the exact keep rate);
+           l1: sum |d_k| / sum |d_k kept|, sums in float64 in a fixed order, 1 if either < 1e-7
+    trim   the magnitudes of d_k, see cl_fast.ops.magnitude; drop: see cl_fast.ops.streams
+    rho_k >= 1 leaves d_k as it is: no trim, no drop, no rescale.
+
+Sources of the steps: Model Soups (Wortsman et al. 2022), Task Arithmetic (Ilharco et al. 2023),
+TIES-Merging (Yadav et al. 2023), DARE (Yu et al. 2024). `Policy` names the variants.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from cl_fast.backends import native_ops, native_or_say, require_native
+from cl_fast.ops.dropping import (
+    absolute_sum,
+    drop_factor,
+    keep_mask,
+    l1_factor,
+    round_float32,
+    signed_key,
+)
+from cl_fast.ops.magnitude import (
+    READABLE,
+    check_readable,
+    check_same,
+    kept_by_code,
+    magnitude_codes,
+    select_code,
+)
+from cl_fast.ops.policy import Policy, trim_keep_count
+from cl_fast.ops.streams import keep_threshold
+
+__all__ = ["combine", "combine_many", "combine_reference", "model_thresholds"]
+
+WRITABLE = READABLE[:3]
+_SMALLEST_WEIGHT_SUM = 1e-8
+
+
+def _per_model(argument: str, value: float | Sequence[float], count: int) -> list[float]:
+    """`value` for each of `count` models, as finite floats."""
+    values = [value] * count if isinstance(value, (int, float)) else list(value)
+    if len(values) != count:
+        raise ValueError(f"{argument} must have one entry per model, {count}; got {len(values)}")
+    for entry in values:
+        if isinstance(entry, bool) or not isinstance(entry, (int, float)):
+            raise TypeError(f"{argument} must hold numbers, got {type(entry).__name__}")
+        if not math.isfinite(entry):
+            raise ValueError(f"{argument} must be finite, got {entry}")
+    return [float(entry) for entry in values]
+
+
+def _delta(base: Tensor | None, tensor: Tensor, policy: Policy, wide: torch.dtype) -> Tensor:
+    values = tensor.reshape(-1).to(wide)
+    if policy.difference:
+        assert base is not None
+        values = values - base.reshape(-1).to(wide)
+    return values
+
+
+def _sparsify(
+    delta: Tensor, codes: Callable[[], Tensor], policy: Policy, density: float, key: int, code: int
+) -> tuple[Tensor, float]:
+    """The kept delta and its factor r. `code` is a threshold given for the model, or -1."""
+    if policy.sparsify == "none" or density >= 1.0:
+        return delta, 1.0
+    if policy.sparsify == "drop":
+        threshold = keep_threshold(density)
+        keep = keep_mask(key, delta.numel(), threshold, device=delta.device)
+        kept = torch.where(keep, delta, 0.0)
+        return kept, drop_factor(policy.rescale, threshold, delta, kept)
+
+    magnitudes = codes()
+    if code >= 0:
+        wanted = delta.numel()  # the model's choice: nothing is counted per tensor
+    else:
+        wanted = trim_keep_count(density, delta.numel(), policy.trim_count)
+        code = select_code([magnitudes], wanted)
+    keep, at = kept_by_code(magnitudes, code, wanted, policy.trim_ties)
+    kept = torch.where(keep, delta, 0.0)
+    if policy.rescale == "keep_rate":
+        return kept, 1.0 / density
+    if policy.rescale == "l1":
+        # What is above the threshold first, then the ties at once: no order among them matters.
+        above = absolute_sum(torch.where(magnitudes > code, delta, 0.0)) if wanted else 0.0
+        tie = float(torch.tensor(max(code, 0), dtype=torch.int32).view(torch.float32))
+        return kept, l1_factor(absolute_sum(delta), above + tie * at)
+    return kept, 1.0
+
+
+def _scale(values: Tensor, factor: float) -> Tensor:
+    return values * (round_float32(factor) if values.dtype == torch.float32 else factor)
+
+
+def _divide(values: Tensor, divisor: float) -> Tensor:
+    # By a tensor: by a number some devices multiply with the reciprocal instead.
+    return values / torch.full((), divisor, dtype=values.dtype, device=values.device)
+
+
+def _reduce_elected(
+    values: list[Tensor], votes: list[Tensor], weights: list[float], policy: Policy
+) -> Tensor:
+    mass = torch.zeros_like(values[0])
+    for vote in votes:
+        if policy.elect == "frequency":
+            vote = (vote > 0).to(mass.dtype) - (vote < 0).to(mass.dtype)
+        mass = mass + vote
+    plus = mass >= 0
+    # Said by what does not agree, so that NaN agrees and reaches the output.
+    agree = [torch.where(plus, ~(vote <= 0), ~(vote >= 0)) for vote in votes]
+
+    total = torch.zeros_like(mass)
+    if policy.reduce == "max":
+        for value, keep in zip(values, agree, strict=True):
+            larger = (value.abs() > total.abs()) | (value.isnan() & ~total.isnan())
+            total = torch.where(keep & larger, value, total)
+        return total
+    divisor = torch.zeros_like(mass)
+    for value, keep, weight in zip(values, agree, weights, strict=True):
+        total = total + torch.where(keep, value, 0.0)
+        if policy.reduce == "mean":
+            share = 1.0 if policy.divisor == "count" else weight
+            divisor = divisor + _scale(keep.to(mass.dtype), share)
+    if policy.reduce == "mean":
+        total = total / torch.where(divisor == 0, 1.0, divisor)
+    return total
+
+
+def combine_reference(
+    base: Tensor | None,
+    tensors: Sequence[Tensor],
+    *,
+    weights: float | Sequence[float],
+    policy: Policy,
+    density: float | Sequence[float] = 1.0,
+    keys: Sequence[int] | None = None,
+    thresholds: Sequence[int] | None = None,
+    lam: float = 1.0,
+    out_dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The whole pass in plain torch, on any device: the definition that every backend must meet.
+
+    With `compute_dtype=torch.float32` the result is the one that all backends give, bit for bit.
+    With `torch.float64` nothing is rounded on the way: the oracle for tests. What a trim keeps is
+    decided on float32 magnitudes in both, because that is how it is defined.
+
+    Args:
+        base: the base tensor; None without differences.
+        tensors: one per model, of the shape and device of `base`; dtypes may differ.
+        weights: one per model, or one for all.
+        policy: the variants of the steps.
+        density: the fraction kept, one per model, or one for all; 1 keeps everything.
+        keys: the stream key of each model (`stream_key`), for sparsify="drop".
+        thresholds: the magnitude code of each model's threshold where the trim spans a whole
+            model (`model_thresholds`); an entry of -1 selects in this tensor alone.
+        lam: the factor on the combined delta.
+        out_dtype: bfloat16, float16 or float32; None: that of `base` or of the first tensor.
+        compute_dtype: float32 or float64.
+
+    Returns:
+        A new contiguous tensor of the common shape; float64 for compute_dtype=float64 unless
+        `out_dtype` says otherwise.
+
+    Raises:
+        TypeError, ValueError: as `combine`.
+    """
+    count = len(tensors)
+    weights = _per_model("weights", weights, count)
+    densities = _per_model("density", density, count)
+    first = base if base is not None else tensors[0]
+    if out_dtype is None:
+        out_dtype = torch.float64 if compute_dtype == torch.float64 else first.dtype
+
+    values, votes = [], []
+    for k, tensor in enumerate(tensors):
+        delta = _delta(base, tensor, policy, compute_dtype)
+
+        def codes(tensor: Tensor = tensor) -> Tensor:
+            return magnitude_codes(_delta(base, tensor, policy, torch.float32))
+
+        kept, factor = _sparsify(
+            delta,
+            codes,
+            policy,
+            densities[k],
+            keys[k] if keys is not None else 0,
+            thresholds[k] if thresholds is not None else -1,
+        )
+        value = _scale(kept, weights[k] * factor)
+        values.append(value)
+        if policy.elect != "none":
+            weighted = policy.elect_on == "weighted"
+            votes.append(value if weighted else kept if factor == 1.0 else _scale(kept, factor))
+
+    if policy.elect != "none":
+        total = _reduce_elected(values, votes, weights, policy)
+    else:
+        total = values[0]
+        for value in values[1:]:
+            total = total + value
+        if policy.reduce == "mean":
+            by = sum(weights) if policy.divisor == "weights" else float(count)
+            total = _divide(
+                total,
+                1.0
+                if abs(by) < _SMALLEST_WEIGHT_SUM
+                else round_float32(by)
+                if compute_dtype == torch.float32
+                else by,
+            )
+    if lam != 1.0:
+        total = _scale(total, lam)
+    if policy.difference:
+        assert base is not None
+        total = base.reshape(-1).to(compute_dtype) + total
+    return total.to(out_dtype).reshape(first.shape)
+
+
+def model_thresholds(
+    bases: Sequence[Tensor | None],
+    tensors: Sequence[Sequence[Tensor]],
+    *,
+    policy: Policy,
+    density: float | Sequence[float],
+) -> list[int]:
+    """The threshold code of each model when all of its tensors compete: exact, whole-model TIES.
+
+    Args:
+        bases: the base of each tensor of the model.
+        tensors: for each tensor of the model one tensor per model.
+        policy: `difference` and `trim_count` are read.
+        density: the fraction of all elements kept, one per model, or one for all.
+
+    Returns:
+        One code per model for `combine_reference(..., thresholds=...)`; -1 where density >= 1.
+    """
+    count = len(tensors[0]) if tensors else 0
+    codes = []
+    for k, rho in enumerate(_per_model("density", density, count)):
+        if rho >= 1.0:
+            codes.append(-1)
+            continue
+
+        def parts(k: int = k) -> Iterator[Tensor]:
+            for base, row in zip(bases, tensors, strict=True):
+                yield magnitude_codes(_delta(base, row[k], policy, torch.float32))
+
+        total = sum(row[k].numel() for row in tensors)
+        wanted = trim_keep_count(rho, total, policy.trim_count)
+        # Nothing wanted: a threshold that no number exceeds.
+        codes.append(select_code(parts, wanted) if wanted else 0x7FFFFFFF)
+    return codes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """The arguments of a combine over many tensors: rows of `models` tensors each, flattened."""
+
+    bases: Sequence[Tensor]
+    """One per row; empty without differences."""
+    tensors: Sequence[Tensor]
+    models: int
+    weights: Sequence[float]
+    """This and the next three: one entry per entry of `tensors`."""
+    densities: Sequence[float]
+    keys: Sequence[int]
+    """Stream keys as int64."""
+    thresholds: Sequence[int]
+    """Codes from a selection over the whole model; -1: select here."""
+    policy: Policy
+    lam: float
+    out_dtype: torch.dtype | None
+
+    @property
+    def rows(self) -> int:
+        return len(self.tensors) // self.models
+
+    @property
+    def selects_over_rows(self) -> bool:
+        """Whether thresholds over the whole model are still to be found."""
+        trims = self.policy.sparsify == "trim" and self.policy.trim_scope == "model"
+        return trims and max(self.thresholds, default=-1) < 0
+
+    def row(self, row: int) -> slice:
+        return slice(row * self.models, (row + 1) * self.models)
+
+    def first(self, row: int) -> Tensor:
+        """The tensor that gives the row its shape, device and default dtype."""
+        return self.bases[row] if self.bases else self.tensors[row * self.models]
+
+    def check(self) -> None:
+        """Raise TypeError or ValueError unless every backend can carry this out."""
+        self._check_counts()
+        self._check_numbers()
+        for row in range(self.rows):
+            label = "" if self.rows == 1 else f" of row {row}"
+            first = self.first(row)
+            first_name = f"base{label}" if self.bases else f"tensors[0]{label}"
+            check_readable(first_name, first)
+            for k, tensor in enumerate(self.tensors[self.row(row)]):
+                check_readable(f"tensors[{k}]{label}", tensor)
+                check_same(f"tensors[{k}]{label}", tensor, first_name, first)
+            if (self.out_dtype or first.dtype) not in WRITABLE:
+                raise TypeError(
+                    "out_dtype must be one of bfloat16, float16, float32; "
+                    f"got {self.out_dtype or first.dtype}"
+                    + ("" if self.out_dtype else f", the dtype of {first_name}: give out_dtype")
+                )
+
+    def _check_counts(self) -> None:
+        if not self.tensors:
+            raise ValueError("tensors must hold at least one tensor")
+        if self.models < 1 or len(self.tensors) % self.models:
+            raise ValueError(
+                f"tensors must come in rows of {self.models} models; got {len(self.tensors)}"
+            )
+        if self.policy.difference and len(self.bases) != self.rows:
+            raise ValueError(
+                f"base must be given for each of {self.rows} tensors, since policy.difference "
+                f"is True; got {len(self.bases)}"
+            )
+        if self.bases and not self.policy.difference:
+            raise ValueError("base has no effect with policy.difference=False; leave it out")
+        for argument in ("weights", "densities", "keys", "thresholds"):
+            length = len(getattr(self, argument))
+            if length != len(self.tensors):
+                raise ValueError(
+                    f"{argument} must have one entry per tensor, {len(self.tensors)}; got {length}"
+                )
+
+    def _check_numbers(self) -> None:
+        for weight in self.weights:
+            if not math.isfinite(weight):
+                raise ValueError(f"weights must be finite, got {weight}")
+        for density in self.densities:
+            if not 0.0 < density <= 1.0:
+                raise ValueError(f"density must be in (0, 1]; got {density}")
+            if density < 1.0 and self.policy.sparsify == "none":
+                raise ValueError(
+                    f"density={density} has no effect with policy.sparsify='none'; leave it out"
+                )
+        if self.selects_over_rows:
+            for row in range(1, self.rows):
+                if self.densities[self.row(row)] != self.densities[self.row(0)]:
+                    raise ValueError(
+                        "density must be one number per model with policy.trim_scope='model'"
+                    )
+        if not math.isfinite(self.lam):
+            raise ValueError(f"lam must be finite, got {self.lam}")
+
+    def run_eager(self) -> list[Tensor]:
+        thresholds = self.thresholds
+        rows = range(self.rows)
+        if self.selects_over_rows:
+            found = model_thresholds(
+                self.bases or [None] * self.rows,
+                [self.tensors[self.row(row)] for row in rows],
+                policy=self.policy,
+                density=self.densities[self.row(0)],
+            )
+            thresholds = found * self.rows
+        return [
+            combine_reference(
+                self.bases[row] if self.bases else None,
+                self.tensors[self.row(row)],
+                weights=self.weights[self.row(row)],
+                policy=self.policy,
+                density=self.densities[self.row(row)],
+                keys=self.keys[self.row(row)],
+                thresholds=thresholds[self.row(row)],
+                lam=self.lam,
+                out_dtype=self.out_dtype,
+            )
+            for row in rows
+        ]
+
+    def run_cpu(self) -> list[Tensor]:
+        core = native_or_say()
+        if core is None or not native_ops.reads(*self.bases, *self.tensors):
+            return self.run_eager()
+        return native_ops.combine(core, self)
+
+    def run_fake(self) -> list[Tensor]:
+        firsts = map(self.first, range(self.rows))
+        return [
+            torch.empty(first.shape, dtype=self.out_dtype or first.dtype, device=first.device)
+            for first in firsts
+        ]
+
+    def run_on(self, backend: str) -> list[Tensor]:
+        if backend == "eager":
+            return self.run_eager()
+        for tensor in (*self.bases, *self.tensors):
+            core = require_native(backend, tensor.device.type)
+        return native_ops.combine(core, self)
+
+
+# The schemas. A policy travels as its fields, so that a graph shows what it computes. Neither op
+# has a gradient: calling backward through one raises, because a merge is made of finished models.
+
+_POLICY_FIELDS = tuple(field.name for field in fields(Policy))
+_COMMON_SCHEMA = (
+    "float[] weights, float[] densities, int[] keys, int[] thresholds, "
+    + ", ".join(f"{'bool' if name == 'difference' else 'str'} {name}" for name in _POLICY_FIELDS)
+    + ", float lam, ScalarType? out_dtype"
+)
+
+
+def _call(bases: Sequence[Tensor], tensors: Sequence[Tensor], models: int, *rest: Any) -> Call:
+    weights, densities, keys, thresholds, *choices, lam, out_dtype = rest
+    call = Call(
+        bases=bases,
+        tensors=tensors,
+        models=models,
+        weights=weights,
+        densities=densities,
+        keys=keys,
+        thresholds=thresholds,
+        policy=Policy(**dict(zip(_POLICY_FIELDS, choices, strict=True))),
+        lam=lam,
+        out_dtype=out_dtype,
+    )
+    call.check()
+    return call
+
+
+def _call_one(base: Tensor | None, tensors: Sequence[Tensor], *rest: Any) -> Call:
+    return _call([] if base is None else [base], tensors, len(tensors), *rest)
+
+
+def _combine(*args: Any) -> Tensor:
+    return _call_one(*args).run_eager()[0]
+
+
+def _combine_cpu(*args: Any) -> Tensor:
+    return _call_one(*args).run_cpu()[0]
+
+
+def _combine_fake(*args: Any) -> Tensor:
+    return _call_one(*args).run_fake()[0]
+
+
+def _combine_many(*args: Any) -> list[Tensor]:
+    return _call(*args).run_eager()
+
+
+def _combine_many_cpu(*args: Any) -> list[Tensor]:
+    return _call(*args).run_cpu()
+
+
+def _combine_many_fake(*args: Any) -> list[Tensor]:
+    return _call(*args).run_fake()
+
+
+_op = torch.library.custom_op(
+    "cl_fast::combine",
+    _combine,
+    mutates_args=(),
+    schema=f"(Tensor? base, Tensor[] tensors, {_COMMON_SCHEMA}) -> Tensor",
+)
+_op.register_kernel("cpu")(_combine_cpu)
+_op.register_fake(_combine_fake)
+
+_many_op = torch.library.custom_op(
+    "cl_fast::combine_many",
+    _combine_many,
+    mutates_args=(),
+    schema=f"(Tensor[] bases, Tensor[] tensors, int models, {_COMMON_SCHEMA}) -> Tensor[]",
+)
+_many_op.register_kernel("cpu")(_combine_many_cpu)
+_many_op.register_fake(_combine_many_fake)
+
+
+def _numbers(argument: str, value: Any, rows: int, models: int, default: Any = None) -> list[Any]:
+    """`value` for every entry of rows x models: a number, one per model, or one list per row."""
+    if value is None:
+        value = default
+    if isinstance(value, bool):
+        raise TypeError(f"{argument} must hold numbers, got bool")
+    if isinstance(value, (int, float)):
+        return [value] * (rows * models)
+    listed = list(value)
+    nested = bool(listed) and isinstance(listed[0], (list, tuple))
+    if nested and len(listed) != rows:
+        raise ValueError(f"{argument} must have one list per tensor, {rows}; got {len(listed)}")
+    flat: list[Any] = []
+    for entries in listed if nested else [listed]:
+        if len(entries) != models:
+            raise ValueError(
+                f"{argument} must have one entry per model, {models}; got {len(entries)}"
+            )
+        for entry in entries:
+            if isinstance(entry, bool) or not isinstance(entry, (int, float)):
+                raise TypeError(f"{argument} must hold numbers, got {type(entry).__name__}")
+        flat += entries
+    return flat if nested else flat * rows
+
+
+def _arguments(
+    rows: int,
+    models: int,
+    weights: Any,
+    policy: Policy,
+    density: Any,
+    keys: Any,
+    thresholds: Any,
+    lam: float,
+    out_dtype: torch.dtype | None,
+) -> list[Any]:
+    """What follows the tensors in both schemas."""
+    if not isinstance(policy, Policy):
+        raise TypeError(f"policy must be a cl_fast.ops.Policy, got {type(policy).__name__}")
+    if keys is not None and policy.sparsify != "drop":
+        raise ValueError(f"keys have no effect with policy.sparsify={policy.sparsify!r}")
+    if keys is None and policy.sparsify == "drop":
+        raise ValueError("keys must be given for policy.sparsify='drop'; see stream_key")
+    if thresholds is not None and (policy.sparsify, policy.trim_scope) != ("trim", "model"):
+        raise ValueError("thresholds have no effect without policy.trim_scope='model'")
+    for key in keys or ():
+        for entry in key if isinstance(key, (list, tuple)) else (key,):
+            if not isinstance(entry, int) or not -(1 << 63) <= entry < 1 << 64:
+                raise ValueError(f"keys must be 64-bit integers, got {entry!r}")
+    return [
+        [float(weight) for weight in _numbers("weights", weights, rows, models)],
+        [float(share) for share in _numbers("density", density, rows, models)],
+        [signed_key(key) for key in _numbers("keys", keys, rows, models, default=0)],
+        [int(code) for code in _numbers("thresholds", thresholds, rows, models, default=-1)],
+        *(getattr(policy, name) for name in _POLICY_FIELDS),
+        float(lam),
+        out_dtype,
+    ]
+
+
+def combine(
+    base: Tensor | None,
+    tensors: Sequence[Tensor],
+    *,
+    weights: float | Sequence[float],
+    policy: Policy | None = None,
+    density: float | Sequence[float] = 1.0,
+    keys: Sequence[int] | None = None,
+    thresholds: Sequence[int] | None = None,
+    lam: float = 1.0,
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Combine K finetuned tensors with their base in one pass; the formula is in this module.
+
+    Args:
+        base: the base tensor, any shape; None with `Policy(difference=False)`.
+        tensors: K >= 1 tensors of the shape and device of `base`. bfloat16, float16, float32 and
+            eight-bit floats in any mixture, contiguous or not.
+        weights: one per model, or one for all.
+        policy: the variants of the steps; the default is Task Arithmetic.
+        density: the fraction of a delta to keep, in (0, 1]: one per model, or one for all.
+        keys: one stream key per model (`stream_key(seed, model, tensor)`), for sparsify="drop".
+        thresholds: one magnitude code per model (`model_thresholds`) for a trim over more tensors
+            than this one; without, trim_scope="model" takes this tensor for the whole model.
+        lam: the factor on the combined delta.
+        out_dtype: bfloat16, float16 or float32; the default is the dtype of `base`, without base
+            that of `tensors[0]`.
+        backend: "native" or "eager", for tests and benchmarks; otherwise the fastest there is.
+
+    Returns:
+        A new contiguous tensor. NaN and infinity in the inputs reach the elements that they take
+        part in, and the whole tensor only through rescale="l1".
+
+    Raises:
+        TypeError: a dtype that cannot be read or written; an argument of another type.
+        ValueError: shapes or devices differ, a number out of range, an argument without effect.
+        RuntimeError: on `backward`: the op has no gradient.
+    """
+    tensors = _listed("tensors", tensors)
+    policy = Policy() if policy is None else policy
+    rest = _arguments(1, len(tensors), weights, policy, density, keys, thresholds, lam, out_dtype)
+    if backend is None:
+        return cast(Tensor, _op(base, tensors, *rest))
+    return _call_one(base, tensors, *rest).run_on(backend)[0]
+
+
+def combine_many(
+    bases: Sequence[Tensor] | None,
+    tensors: Sequence[Sequence[Tensor]],
+    *,
+    weights: float | Sequence[float] | Sequence[Sequence[float]],
+    policy: Policy | None = None,
+    density: float | Sequence[float] | Sequence[Sequence[float]] = 1.0,
+    keys: Sequence[Sequence[int]] | None = None,
+    lam: float = 1.0,
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> list[Tensor]:
+    """`combine` for all tensors of a model in one call.
+
+    With trim_scope="model" all tensors of a model compete for the kept places together; the
+    density is then one number per model.
+
+    Args:
+        bases: one base per tensor of the model; None with `Policy(difference=False)`.
+        tensors: for each tensor of the model the list of its K versions.
+        weights, density: one number; one per model; or for each tensor one per model.
+        keys: for each tensor one stream key per model.
+        policy, lam, out_dtype, backend: as in `combine`.
+
+    Returns:
+        One new tensor per entry of `tensors`.
+
+    Raises:
+        As `combine`; the words name the row.
+    """
+    rows = [_listed("tensors", row) for row in tensors]
+    models = len(rows[0]) if rows else 0
+    for number, row in enumerate(rows):
+        if len(row) != models:
+            raise ValueError(
+                f"tensors must hold the same number of models in each row; row 0 has {models}, "
+                f"row {number} has {len(row)}"
+            )
+    policy = Policy() if policy is None else policy
+    rest = _arguments(len(rows), models, weights, policy, density, keys, None, lam, out_dtype)
+    flat = [tensor for row in rows for tensor in row]
+    listed = [] if bases is None else list(bases)
+    if backend is None:
+        return cast("list[Tensor]", _many_op(listed, flat, models, *rest))
+    return _call(listed, flat, models, *rest).run_on(backend)
+
+
+def _listed(argument: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+    if isinstance(tensors, Tensor):
+        raise TypeError(f"{argument} must be a list of tensors, one per model, got one tensor")
+    listed = list(tensors)
+    if not listed:
+        raise ValueError(f"{argument} must hold at least one tensor")
+    for k, tensor in enumerate(listed):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{argument}[{k}] must be a torch.Tensor, got {type(tensor).__name__}")
+    return listed
