@@ -164,12 +164,42 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 
 #: Methods of mergekit that are not here, so that the message can say so.
 _ELSEWHERE = frozenset(
-    ["arcee_fusion", "breadcrumbs", "breadcrumbs_ties", "della", "della_linear", "karcher", "model_stock", "multislerp", "nearswap", "nuslerp", "passthrough", "ram", "ramplus_tl", "sce", "slerp"]
+    [
+        "arcee_fusion",
+        "breadcrumbs",
+        "breadcrumbs_ties",
+        "della",
+        "della_linear",
+        "karcher",
+        "model_stock",
+        "multislerp",
+        "nearswap",
+        "nuslerp",
+        "passthrough",
+        "ram",
+        "ramplus_tl",
+        "sce",
+        "slerp",
+    ]
 )
 
 #: Parameters of those methods.
 _OTHER_PARAMETERS = frozenset(
-    ["t", "epsilon", "gamma", "select_topk", "filter_wise", "scale", "nuslerp_row_wise", "nuslerp_flatten", "max_iter", "tol", "eps", "similarity_threshold", "residual_weight"]
+    [
+        "t",
+        "epsilon",
+        "gamma",
+        "select_topk",
+        "filter_wise",
+        "scale",
+        "nuslerp_row_wise",
+        "nuslerp_flatten",
+        "max_iter",
+        "tol",
+        "eps",
+        "similarity_threshold",
+        "residual_weight",
+    ]
 )
 
 

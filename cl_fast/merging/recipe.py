@@ -1,0 +1,673 @@
+"""The YAML of a merge: read, checked in every key, and resolved for each tensor.
+
+Keys and meaning are mergekit's for the methods that are here, and a few more
+(docs/merge-recipes.md). The rule is that nothing is ignored: an unknown key, a parameter that the
+method does not use, a filter that matches nothing is an error that names the key's path.
+
+A parameter is a scalar, a gradient or a list of filters::
+
+    weight: 0.5                       # everywhere
+    weight: [0.2, 0.8]                # layer 0 -> 0.2, last layer -> 0.8, linear in between
+    weight:
+      - filter: mlp                   # tensors with "mlp" in their name; the first hit wins
+        value: [0.2, 0.8]
+      - value: 0.5                    # all others
+
+This module imports pydantic and yaml; nothing else of cl_fast does.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from cl_fast.errors import RecipeError
+from cl_fast.merging.methods import (
+    CHOICES,
+    SWITCHES,
+    Method,
+    check_parameter,
+    find_method,
+    make_policy,
+    suggest,
+)
+from cl_fast.ops.policy import Policy
+
+__all__ = ["ModelEntry", "Recipe", "Setting", "load_recipe", "parse_recipe"]
+
+#: What ``dtype`` and ``out_dtype`` may say -> safetensors name.
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+#: Keys of mergekit recipes that this version does not have, and what to do.
+_UNSUPPORTED: dict[str, str] = {
+    "slices": "not supported by this version; list whole models under 'models'",
+    "modules": "not supported by this version; list whole models under 'models'",
+    "chat_template": (
+        "not supported by this version; the chat template of the tokenizer's source "
+        "is copied, change it in the output"
+    ),
+}
+
+#: Parameters that are numbers and may differ between tensors.
+_NUMBERS = ("weight", "density", "lambda")
+_WANTED = "a number, a list of numbers (gradient) or a list of filters"
+
+_MAX_RECIPE_BYTES = 16_000_000
+_MAX_NESTING = 8
+_FLOAT32_MAX = 3.4028234663852886e38
+
+
+_Reference = Annotated[
+    str, BeforeValidator(lambda value: os.fspath(value) if isinstance(value, Path) else value)
+]
+
+
+class ModelEntry(BaseModel):
+    """One entry of ``models``."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    model: _Reference = Field(description="folder or .safetensors file of the checkpoint")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="weight, density")
+
+    @field_validator("parameters", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+
+class Recipe(BaseModel):
+    """A checked recipe. Immutable. Made by :func:`load_recipe` or :func:`parse_recipe`.
+
+    Both raise :class:`~cl_fast.errors.RecipeError`; constructing the class directly raises
+    pydantic's ``ValidationError`` with the same words.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    merge_method: str = Field(description="linear, task_arithmetic, ties, dare_linear, dare_ties")
+    models: list[ModelEntry] = Field(description="the models to merge, in order")
+    base_model: _Reference | None = Field(None, description="what the deltas are taken from")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="for all models")
+    dtype: str | None = Field(None, description="type of the output where out_dtype is not given")
+    out_dtype: str | None = Field(None, description="type of the output")
+    tokenizer_source: _Reference | None = Field(None, description="'base' or a model reference")
+    seed: int | None = Field(None, ge=0, lt=2**64, description="of the random masks")
+
+    _base_entry: int | None = PrivateAttr(None)
+    _policy: Policy = PrivateAttr(default_factory=Policy)
+    _settings: dict[str, Setting] = PrivateAttr(default_factory=dict)
+    _model_settings: tuple[dict[str, Setting], ...] = PrivateAttr(())
+    _source: Path | None = PrivateAttr(None)
+    _text: str | None = PrivateAttr(None)
+
+    @field_validator("parameters", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fold_tokenizer(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        for key, words in _UNSUPPORTED.items():
+            if data.get(key) is not None:
+                raise RecipeError(f"{key}: {words}")
+        data = {key: value for key, value in data.items() if key not in _UNSUPPORTED}
+        if "tokenizer" in data:
+            block = data.pop("tokenizer")
+            if block is not None:
+                if data.get("tokenizer_source") is not None:
+                    raise RecipeError("tokenizer: and tokenizer_source: mean the same; give one")
+                data["tokenizer_source"] = _tokenizer_block(block)
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        method = find_method(self.merge_method)
+        for key in ("dtype", "out_dtype"):
+            _check_dtype(key, getattr(self, key))
+        _check_reference("base_model", self.base_model)
+        for i, entry in enumerate(self.models):
+            _check_reference(f"models[{i}].model", entry.model)
+        self._check_models(method)
+        self._check_tokenizer()
+        if self.seed is not None and not method.random:
+            raise RecipeError(
+                f"seed: has no effect with merge_method {method.name!r}, which draws nothing at "
+                "random; remove it"
+            )
+
+        self._settings = {}
+        words: dict[str, Any] = {}
+        for name, value in self.parameters.items():
+            key = f"parameters.{name}"
+            check_parameter(method, name, key)
+            if value is None:
+                raise RecipeError(f"{key}: has no value; give one or remove the key")
+            if name in _NUMBERS:
+                self._settings[name] = _setting(name, value, key)
+            elif name == "int8_mask":
+                if not isinstance(value, bool):
+                    raise RecipeError(f"{key}: must be true or false; got {_kind(value)}")
+            else:
+                words[name] = value
+        self._policy = make_policy(method, words)
+        per_model: list[dict[str, Setting]] = []
+        for i, entry in enumerate(self.models):
+            own: dict[str, Setting] = {}
+            for name, value in entry.parameters.items():
+                key = f"models[{i}].parameters.{name}"
+                check_parameter(method, name, key)
+                if name not in method.model_parameters:
+                    raise RecipeError(
+                        f"{key}: is for the whole merge; move it to the top-level 'parameters'"
+                    )
+                if value is None:
+                    raise RecipeError(f"{key}: has no value; give one or remove the key")
+                own[name] = _setting(name, value, key)
+            per_model.append(own)
+        self._model_settings = tuple(per_model)
+        return self
+
+    def _check_models(self, method: Method) -> None:
+        if not self.models:
+            raise RecipeError("models: is empty; list at least one model")
+        self._base_entry = None
+        if method.needs_base:
+            if self.base_model is None:
+                raise RecipeError(
+                    f"base_model: is required by merge_method {method.name!r}, which merges "
+                    "differences from it"
+                )
+            for i, entry in enumerate(self.models):
+                if not _same(entry.model, self.base_model):
+                    continue
+                if self._base_entry is not None:
+                    raise RecipeError(f"models[{i}].model: the base_model is listed twice")
+                if entry.parameters:
+                    raise RecipeError(
+                        f"models[{i}].parameters: the model is the base_model, whose difference "
+                        "from itself is zero, so its parameters have no effect; remove them"
+                    )
+                self._base_entry = i
+            if len(self.terms) == 0:
+                raise RecipeError("models: holds only the base_model; list a model to merge")
+        elif self.base_model is not None and not any(
+            _same(entry.model, self.base_model) for entry in self.models
+        ):
+            raise RecipeError(
+                f"base_model: merge_method {method.name!r} averages the models themselves and "
+                "uses no base; list it under 'models' with a weight, or remove it"
+            )
+
+    def _check_tokenizer(self) -> None:
+        source = self.tokenizer_source
+        if source is None:
+            return
+        if source.startswith("union"):
+            raise RecipeError(
+                "tokenizer_source: 'union' builds a new vocabulary and is not supported by this "
+                "version; use 'base' or one of the models (all must share one vocabulary)"
+            )
+        if source == "base":
+            if self.base_model is None:
+                raise RecipeError(
+                    "tokenizer_source: 'base' needs a base_model; name the model instead"
+                )
+            return
+        if source.startswith("model:"):
+            source = source.removeprefix("model:")
+        _check_reference("tokenizer_source", source)
+
+    # What the plan asks.
+
+    @property
+    def method(self) -> Method:
+        """The entry of the method table."""
+        return find_method(self.merge_method)
+
+    @property
+    def terms(self) -> tuple[int, ...]:
+        """Positions in ``models`` of those that are merged; a base listed there is not."""
+        return tuple(i for i in range(len(self.models)) if i != self._base_entry)
+
+    @property
+    def output_dtype(self) -> str | None:
+        """safetensors name of ``out_dtype`` or ``dtype``; ``None``: as stored in the base."""
+        word = self.out_dtype or self.dtype
+        return None if word is None else _DTYPES[word.removeprefix("torch.")]
+
+    @property
+    def tokenizer_reference(self) -> str | None:
+        """The model reference that the tokenizer comes from, ``None`` if not said."""
+        if self.tokenizer_source is None:
+            return None
+        if self.tokenizer_source == "base":
+            return self.base_model
+        return self.tokenizer_source.removeprefix("model:")
+
+    @property
+    def source(self) -> Path | None:
+        """The file it was read from."""
+        return self._source
+
+    def text(self) -> str:
+        """The recipe as YAML: as read from the file, else written from its values."""
+        return self._text if self._text is not None else self.to_yaml()
+
+    def to_yaml(self) -> str:
+        """The values as YAML, without what is not set."""
+        content = self.model_dump(exclude_none=True, exclude_defaults=True)
+        content = {"merge_method": self.merge_method, **content}
+        return str(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+    @property
+    def policy(self) -> Policy:
+        """What is done to each element."""
+        return self._policy
+
+    def chain(self, model: int | None, name: str) -> tuple[Setting, ...]:
+        """The settings that may give ``name``, first the model's own (``None``: global only)."""
+        own = self._model_settings[model].get(name) if model is not None else None
+        everywhere = self._settings.get(name)
+        return tuple(setting for setting in (own, everywhere) if setting is not None)
+
+    def settings(self) -> Iterator[Setting]:
+        """Every number of the recipe, with its filters and gradients."""
+        yield from self._settings.values()
+        for own in self._model_settings:
+            yield from own.values()
+
+
+@dataclass(frozen=True, slots=True)
+class _Value:
+    key: str
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Gradient:
+    key: str
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Filter:
+    key: str
+    text: str | None  # None: every tensor
+    then: _Value | _Gradient | _Filters
+
+
+@dataclass(frozen=True, slots=True)
+class _Filters:
+    key: str
+    filters: tuple[_Filter, ...]
+
+
+_Node = _Value | _Gradient | _Filters
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A parameter with its filters and gradients. ``key`` is its path in the recipe."""
+
+    name: str
+    key: str
+    node: _Node
+
+    def evaluate(self, tensor: str, t: float, used: set[str]) -> float | None:
+        """The value for a tensor at depth ``t`` (0 first layer, 1 last).
+
+        ``None`` if no filter matches. The keys of all that took part are added to ``used``.
+        """
+        node: _Node = self.node
+        while True:
+            used.add(node.key)
+            if isinstance(node, _Value):
+                return node.value
+            if isinstance(node, _Gradient):
+                return _interpolate(node.values, t)
+            for entry in node.filters:
+                if entry.text is None or entry.text in tensor:
+                    used.add(entry.key)
+                    node = entry.then
+                    break
+            else:
+                return None
+
+    def leaves(self) -> Iterator[tuple[str, float]]:
+        """Every value in it with its key; a gradient's come one by one."""
+        return _leaves(self.node)
+
+    def filters(self) -> Iterator[tuple[str, str]]:
+        """Every filter in it that can fail to match: its key and its text."""
+        return _filters(self.node)
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether its value depends on the layer."""
+        return _has_gradient(self.node)
+
+
+def _interpolate(values: tuple[float, ...], t: float) -> float:
+    place = t * (len(values) - 1)
+    left = min(int(place), len(values) - 1)
+    right = min(left + 1, len(values) - 1)
+    part = place - left
+    return (1.0 - part) * values[left] + part * values[right]
+
+
+def _leaves(node: _Node) -> Iterator[tuple[str, float]]:
+    if isinstance(node, _Value):
+        yield node.key, node.value
+    elif isinstance(node, _Gradient):
+        for i, value in enumerate(node.values):
+            yield f"{node.key}[{i}]", value
+    else:
+        for entry in node.filters:
+            yield from _leaves(entry.then)
+
+
+def _filters(node: _Node) -> Iterator[tuple[str, str]]:
+    if isinstance(node, _Filters):
+        for entry in node.filters:
+            if entry.text is not None:
+                yield entry.key, entry.text
+            yield from _filters(entry.then)
+
+
+def _has_gradient(node: _Node) -> bool:
+    if isinstance(node, _Filters):
+        return any(_has_gradient(entry.then) for entry in node.filters)
+    return isinstance(node, _Gradient)
+
+
+def _setting(name: str, value: Any, key: str) -> Setting:
+    setting = Setting(name, key, _parse(value, key, 0))
+    for leaf_key, leaf in setting.leaves():
+        if name == "density" and not 0.0 < leaf <= 1.0:
+            raise RecipeError(
+                f"{leaf_key}: density is the fraction that is kept, above 0 and at most 1; got "
+                f"{leaf!r}" + (f" (for {leaf:g} percent write {leaf / 100:g})" if leaf > 1 else "")
+            )
+        if abs(leaf) > _FLOAT32_MAX:
+            raise RecipeError(f"{leaf_key}: {leaf!r} is beyond float32")
+    return setting
+
+
+def _parse(value: Any, key: str, depth: int) -> _Node:
+    if depth > _MAX_NESTING:
+        raise RecipeError(f"{key}: filters are nested more than {_MAX_NESTING} deep")
+    if isinstance(value, Mapping):
+        raise RecipeError(
+            f"{key}: must be {_WANTED}; got a mapping (put a '-' before 'filter' to make it a list)"
+        )
+    if not isinstance(value, list):
+        return _Value(key, _scalar(value, key))
+    if not value:
+        raise RecipeError(f"{key}: is an empty list; must be {_WANTED}")
+    if all(isinstance(item, Mapping) for item in value):
+        filters = tuple(_parse_filter(item, f"{key}[{i}]", depth) for i, item in enumerate(value))
+        for entry, after in pairwise(filters):
+            if entry.text is None:
+                raise RecipeError(
+                    f"{after.key}: has no effect, since {entry.key} before it matches every "
+                    "tensor; put the default last"
+                )
+        return _Filters(key, filters)
+    if any(isinstance(item, Mapping | list) for item in value):
+        raise RecipeError(f"{key}: mixes numbers, lists and filters; must be {_WANTED}")
+    return _Gradient(key, tuple(_scalar(v, f"{key}[{i}]") for i, v in enumerate(value)))
+
+
+def _parse_filter(item: Mapping[Any, Any], key: str, depth: int) -> _Filter:
+    for name in item:
+        if name not in ("filter", "value"):
+            hint = suggest(name, ("filter", "value")) if isinstance(name, str) else ""
+            raise RecipeError(f"{key}.{name}: unknown key{hint}; an entry has 'filter' and 'value'")
+    if "value" not in item:
+        raise RecipeError(f"{key}: has no 'value'")
+    text = item.get("filter")
+    if text is not None and not isinstance(text, str):
+        raise RecipeError(f"{key}.filter: must be a part of tensor names; got {_kind(text)}")
+    if text == "":
+        raise RecipeError(f"{key}.filter: is empty; leave it out for the default")
+    if text == "*":
+        text = None
+    return _Filter(key, text, _parse(item["value"], f"{key}.value", depth + 1))
+
+
+def _scalar(value: Any, key: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RecipeError(f"{key}: must be {_WANTED}; got {_kind(value)}")
+    try:
+        number = float(value)
+    except OverflowError:
+        raise RecipeError(f"{key}: is beyond float32") from None
+    if not math.isfinite(number):
+        raise RecipeError(f"{key}: must be a finite number; got {number}")
+    return number
+
+
+def _tokenizer_block(block: Any) -> str:
+    if not isinstance(block, Mapping):
+        raise RecipeError(f"tokenizer: must be a mapping with 'source'; got {_kind(block)}")
+    for key in block:
+        if key in ("tokens", "pad_to_multiple_of"):
+            raise RecipeError(
+                f"tokenizer.{key}: building a new vocabulary is not supported by this version; "
+                "give only 'source'"
+            )
+        if key != "source":
+            hint = suggest(key, ("source",)) if isinstance(key, str) else ""
+            raise RecipeError(f"tokenizer.{key}: unknown key{hint}")
+    source = block.get("source")
+    if not isinstance(source, str):
+        raise RecipeError(
+            f"tokenizer.source: must be 'base' or a model reference; got {_kind(source)}"
+        )
+    return source
+
+
+def _check_dtype(key: str, word: str | None) -> None:
+    if word is None or word.removeprefix("torch.") in _DTYPES:
+        return
+    if "float64" in word or "double" in word:
+        hint = "; the arithmetic is float32 with exact rounding, which float64 would not improve"
+    elif "8" in word or "int" in word:
+        hint = "; merge to bfloat16 and quantise the result"
+    else:
+        hint = suggest(word, _DTYPES)
+    raise RecipeError(f"{key}: must be one of {', '.join(_DTYPES)}; got {word!r}{hint}")
+
+
+def _check_reference(key: str, reference: str | None) -> None:
+    if reference is None:
+        return
+    if not reference.strip():
+        raise RecipeError(f"{key}: is empty; name a checkpoint folder")
+    if "\0" in reference:
+        raise RecipeError(f"{key}: {reference!r} is not a path")
+
+
+def _same(left: str, right: str) -> bool:
+    """Whether two references are the same folder, by spelling or on disk."""
+    if left.rstrip("/") == right.rstrip("/"):
+        return True
+    try:
+        return Path(left).expanduser().resolve() == Path(right).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError):
+        return False
+
+
+def _construct_mapping(loader: Any, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag.endswith(":merge"):
+                continue
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key_node.value!r} appears twice", key_node.start_mark
+                )
+            seen.add(key_node.value)
+    mapping: dict[Hashable, Any] = yaml.SafeLoader.construct_mapping(loader, node, deep)
+    return mapping
+
+
+#: Safe YAML without two traps: a duplicate key is an error, and ``1e-3`` is a number.
+_Loader: Any = type("_Loader", (yaml.SafeLoader,), {"construct_mapping": _construct_mapping})
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read and check a recipe file.
+
+    Raises:
+        RecipeError: the file cannot be read, is not YAML, or anything in it is wrong.
+    """
+    file = Path(path)
+    try:
+        if file.is_dir():
+            raise RecipeError(f"{file}: is a folder; name the recipe file in it")
+        if file.stat().st_size > _MAX_RECIPE_BYTES:
+            raise RecipeError(f"{file}: {file.stat().st_size} bytes; not a recipe")
+        text = file.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise RecipeError(f"{file}: cannot be read ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{file}: not UTF-8 text ({error.reason} at {error.start})") from None
+    return parse_recipe(text, source=file)
+
+
+def parse_recipe(content: str | Mapping[str, Any], *, source: Path | None = None) -> Recipe:
+    """Check a recipe given as YAML text or as a mapping.
+
+    Raises:
+        RecipeError: what is wrong, beginning with ``source`` (if given) and the key's path.
+    """
+    prefix = f"{source}: " if source is not None else ""
+    text: str | None = None
+    data: Any = content
+    if isinstance(content, str):
+        text = content
+        try:
+            data = yaml.load(content, Loader=_Loader)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise RecipeError(f"{prefix}not valid YAML: {_yaml_words(error)}") from None
+    if not isinstance(data, Mapping):
+        raise RecipeError(
+            f"{prefix}a recipe is a mapping with 'merge_method' and 'models'; got {_kind(data)}"
+        )
+    try:
+        recipe = Recipe.model_validate(dict(data))
+    except ValidationError as error:
+        _raise(error, prefix)
+    recipe._source = source
+    recipe._text = text
+    return recipe
+
+
+def _yaml_words(error: Exception) -> str:
+    problem = getattr(error, "problem", None)
+    mark = getattr(error, "problem_mark", None)
+    words = problem or str(error).splitlines()[0] if str(error) else type(error).__name__
+    return f"{words} (line {mark.line + 1}, column {mark.column + 1})" if mark else str(words)
+
+
+_TYPE_WORDS = {
+    "string_type": "must be text",
+    "int_type": "must be a whole number",
+    "list_type": "must be a list (each entry begins with '-')",
+    "dict_type": "must be a mapping",
+    "model_type": "must be a mapping with 'model' and 'parameters'",
+    "model_attributes_type": "must be a mapping with 'model' and 'parameters'",
+    "greater_than_equal": "must be at least 0",
+    "less_than": "must be below 2**64",
+}
+
+_TOP_KEYS = (*Recipe.model_fields, *_UNSUPPORTED, "tokenizer")
+_MODEL_KEYS = tuple(ModelEntry.model_fields)
+
+
+def _raise(error: ValidationError, prefix: str) -> NoReturn:
+    # A misspelt key is both unknown and missing; "unknown" can say what was meant.
+    first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
+    cause = (first.get("ctx") or {}).get("error")
+    if isinstance(cause, RecipeError):
+        raise RecipeError(f"{prefix}{cause}") from None
+    where = _key_path(first["loc"])
+    kind, value = first["type"], first.get("input")
+    if kind == "extra_forbidden":
+        last = first["loc"][-1]
+        in_model = len(first["loc"]) > 1
+        known: Iterable[str] = _MODEL_KEYS if in_model else _TOP_KEYS
+        parameters = (*CHOICES, *SWITCHES, *_NUMBERS, "int8_mask", "variant")
+        hint = suggest(str(last), known)
+        if last in parameters:
+            hint = "; it belongs under 'parameters'"
+        elif not hint and (hint := suggest(str(last), parameters)):
+            hint += " (under 'parameters')"
+        raise RecipeError(f"{prefix}{where}: unknown key{hint}") from None
+    if kind == "invalid_key" or first["loc"][-1:] == ("[key]",):
+        raise RecipeError(f"{prefix}{where}: a key must be text; got {_kind(value)}") from None
+    if kind == "missing":
+        raise RecipeError(f"{prefix}{where}: is required") from None
+    if where.endswith(".model") and isinstance(value, Mapping):
+        raise RecipeError(
+            f"{prefix}{where}: must be a path; references with revision, lora or "
+            "override_architecture are not supported by this version"
+        ) from None
+    words = _TYPE_WORDS.get(kind, str(first["msg"]))
+    got = value if isinstance(value, int | float) else _kind(value)
+    raise RecipeError(f"{prefix}{where}: {words}; got {got}") from None
+
+
+def _key_path(location: tuple[int | str, ...]) -> str:
+    path = ""
+    for part in location:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part != "[key]":
+            path += f".{part}" if path else str(part)
+    return path or "recipe"
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, list | tuple):
+        return "a list"
+    if isinstance(value, str):
+        return f"the text {value if len(value) <= 60 else value[:57] + '...'!r}"
+    if isinstance(value, int | float):
+        return f"the number {value}"
+    return f"a {type(value).__name__}"
