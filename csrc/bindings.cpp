@@ -1,0 +1,246 @@
+// The Python face of the core: raw addresses and 64-bit sizes, no knowledge of torch or numpy.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cerrno>
+#include <cstring>
+
+#include "core/crc64.h"
+#include "core/isa.h"
+#include "core/philox.h"
+#include "engine/job.h"
+
+namespace py = pybind11;
+using namespace clf;
+
+namespace {
+
+template <class T>
+T one_of(const std::string& argument, const std::string& value,
+         std::initializer_list<std::pair<const char*, T>> choices) {
+  std::string known;
+  for (const auto& c : choices) {
+    if (value == c.first) return c.second;
+    known += (known.empty() ? "" : ", ") + std::string(c.first);
+  }
+  throw py::value_error(argument + " must be one of " + known + ", got '" + value + "'");
+}
+
+DType dtype_of(const std::string& name) {
+  return one_of<DType>("dtype", name,
+                       {{"BF16", DType::BF16},
+                        {"F16", DType::F16},
+                        {"F32", DType::F32},
+                        {"F8_E4M3", DType::F8_E4M3},
+                        {"F8_E5M2", DType::F8_E5M2},
+                        {"BYTES", DType::BYTES}});
+}
+
+DType float_dtype(const std::string& name) {
+  return one_of<DType>("destination dtype", name,
+                       {{"BF16", DType::BF16}, {"F16", DType::F16}, {"F32", DType::F32}});
+}
+
+const uint8_t* pointer(uintptr_t p) { return reinterpret_cast<const uint8_t*>(p); }
+uint8_t* writable(uintptr_t p) { return reinterpret_cast<uint8_t*>(p); }
+
+using SourceTuple = std::tuple<std::string, uintptr_t, int, int64_t>;
+
+Source source_of(const SourceTuple& s) {
+  return Source{dtype_of(std::get<0>(s)), pointer(std::get<1>(s)), std::get<2>(s), std::get<3>(s)};
+}
+
+py::dict result_dict(const TaskResult& r) {
+  py::dict d;
+  d["crc_out"] = r.crc_out;
+  d["crc_in"] = r.crc_in;
+  d["thresholds"] = r.codes;
+  d["kept"] = r.kept;
+  d["rescale"] = r.rescale;
+  d["nonfinite"] = r.nonfinite;
+  d["mismatch"] = r.mismatch;
+  return d;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "cl_fast's native core; use it through cl_fast.ops and cl_fast.merging.";
+
+  py::register_exception_translator([](std::exception_ptr p) {
+    try {
+      if (p) std::rethrow_exception(p);
+    } catch (const FileError& e) {
+      PyErr_SetObject(PyExc_OSError,
+                      py::make_tuple(e.number, std::strerror(e.number), e.path).ptr());
+    }
+  });
+
+  m.def("isa", [] { return std::string(kernels().name); });
+  m.def("set_isa", &set_isa, py::arg("name"));
+  m.def("supported_isas", &supported_isas);
+  m.def("build_info", [] {
+    py::dict d;
+    d["compiler"] = __VERSION__;
+#ifdef CL_FAST_CUDA
+    d["cuda"] = true;
+#else
+    d["cuda"] = false;
+#endif
+    return d;
+  });
+
+  m.def(
+      "crc64",
+      [](const py::buffer& data, uint64_t crc) {
+        const py::buffer_info info = data.request();
+        if (!PyBuffer_IsContiguous(info.view(), 'C')) throw py::value_error("data must be contiguous");
+        py::gil_scoped_release release;
+        return crc64(crc, info.ptr, size_t(info.size * info.itemsize));
+      },
+      py::arg("data"), py::arg("crc") = 0,
+      "CRC-64/NVME of a buffer, continuing from `crc`.");
+  m.def(
+      "crc64_combine",
+      [](uint64_t a, uint64_t b, uint64_t n) { return crc64_combine(a, b, crc64_shift(n)); },
+      py::arg("a"), py::arg("b"), py::arg("len_b"));
+
+  m.def(
+      "philox4x32_10",
+      [](std::array<uint32_t, 4> c, std::array<uint32_t, 2> k) {
+        const Block b = philox4x32_10(c[0], c[1], c[2], c[3], k[0], k[1]);
+        return std::array<uint32_t, 4>{b.w[0], b.w[1], b.w[2], b.w[3]};
+      },
+      py::arg("counter"), py::arg("key"));
+  m.def(
+      "keep_mask",
+      [](uint64_t key, int64_t index0, int64_t n, uint64_t threshold, uintptr_t out) {
+        if (index0 < 0 || n < 0) throw py::value_error("index0 and n must not be negative");
+        py::gil_scoped_release release;
+        uint8_t* to = writable(out);
+        if (threshold >> 32) {
+          std::memset(to, 1, size_t(n));
+          return;
+        }
+        uint64_t bits[kBlock / 64];
+        const int64_t start = index0 / 256 * 256;
+        for (int64_t o = start; o < index0 + n; o += kBlock) {
+          const int64_t m = std::min(kBlock, index0 + n - o);
+          kernels().keep_bits(key, o, m, uint32_t(threshold), bits);
+          for (int64_t i = std::max<int64_t>(0, index0 - o); i < m; ++i)
+            to[o + i - index0] = uint8_t((bits[i >> 6] >> (i & 63)) & 1);
+        }
+      },
+      py::arg("key"), py::arg("index0"), py::arg("n"), py::arg("threshold"), py::arg("out_ptr"),
+      "One byte per element, 1 where the random stream keeps it.");
+  m.def(
+      "convert",
+      [](const std::string& from, const std::string& to, uintptr_t src, uintptr_t dst, int64_t n) {
+        const DType a = dtype_of(from), b = float_dtype(to);
+        if (a == DType::BYTES) throw py::value_error("source dtype must be a floating type");
+        py::gil_scoped_release release;
+        DefaultFloatEnvironment environment;
+        alignas(64) float block[kBlock];
+        for (int64_t o = 0; o < n; o += kBlock) {
+          const int64_t m = std::min(kBlock, n - o);
+          kernels().to_f32(a, pointer(src) + o * dtype_size(a), m, block);
+          kernels().from_f32(b, block, m, writable(dst) + o * dtype_size(b));
+        }
+      },
+      py::arg("src_dtype"), py::arg("dst_dtype"), py::arg("src_ptr"), py::arg("dst_ptr"),
+      py::arg("n"));
+
+  py::class_<Job>(m, "Job")
+      .def(py::init([](int threads, int64_t tile_elements, const std::string& nan, bool checksums,
+                       int64_t memory) {
+             return std::make_unique<Job>(threads, tile_elements,
+                                          one_of<NanPolicy>("nan", nan,
+                                                            {{"refuse", NanPolicy::Refuse},
+                                                             {"propagate", NanPolicy::Propagate},
+                                                             {"zero", NanPolicy::Zero}}),
+                                          checksums, memory);
+           }),
+           py::arg("threads"), py::arg("tile_elements") = 0, py::arg("nan") = "refuse",
+           py::arg("checksums") = true, py::arg("memory") = 0)
+      .def(
+          "file",
+          [](Job& j, const std::string& path, const std::string& mode) {
+            return j.file(path, one_of<IoMode>("mode", mode,
+                                               {{"mmap", IoMode::Mmap},
+                                                {"pread", IoMode::Pread},
+                                                {"direct", IoMode::Direct}}));
+          },
+          py::arg("path"), py::arg("mode") = "mmap")
+      .def("output", &Job::output, py::arg("path"))
+      .def(
+          "add_task",
+          [](Job& j, int64_t n, const std::string& out_dtype, uintptr_t out_ptr, int out_file,
+             int64_t out_offset, const std::optional<SourceTuple>& base, bool difference,
+             const std::string& sparsify, const std::string& trim_ties, const std::string& rescale,
+             const std::string& elect, const std::string& elect_on, const std::string& reduce,
+             const std::string& divisor, double lam, const std::string& kind) {
+            TaskSpec s;
+            s.n = n;
+            s.copy = one_of<bool>("kind", kind, {{"combine", false}, {"copy", true}});
+            s.out_dtype = s.copy ? DType::BYTES : float_dtype(out_dtype);
+            s.out_ptr = writable(out_ptr);
+            s.out_file = out_file;
+            s.out_offset = out_offset;
+            if (base) s.base = source_of(*base);
+            s.difference = difference;
+            s.sparsify = one_of<Sparsify>(
+                "sparsify", sparsify,
+                {{"none", Sparsify::None}, {"trim", Sparsify::Trim}, {"drop", Sparsify::Drop}});
+            s.ties = one_of<Ties>("trim_ties", trim_ties,
+                                  {{"first", Ties::First}, {"all", Ties::All}, {"none", Ties::None}});
+            s.rescale = one_of<Rescale>("rescale", rescale,
+                                        {{"none", Rescale::None},
+                                         {"keep_rate", Rescale::KeepRate},
+                                         {"l1", Rescale::L1}});
+            s.elect = one_of<Elect>(
+                "elect", elect,
+                {{"none", Elect::None}, {"mass", Elect::Mass}, {"frequency", Elect::Frequency}});
+            s.vote_weighted =
+                one_of<bool>("elect_on", elect_on, {{"weighted", true}, {"unweighted", false}});
+            s.reduce = one_of<Reduce>(
+                "reduce", reduce,
+                {{"sum", Reduce::Sum}, {"mean", Reduce::Mean}, {"max", Reduce::Max}});
+            s.divide_by_weights =
+                one_of<bool>("divisor", divisor, {{"weights", true}, {"count", false}});
+            s.lambda = lam;
+            return j.add_task(s);
+          },
+          py::arg("n"), py::arg("out_dtype"), py::arg("out_ptr") = 0, py::arg("out_file") = -1,
+          py::arg("out_offset") = 0, py::arg("base") = std::nullopt, py::arg("difference") = false,
+          py::arg("sparsify") = "none", py::arg("trim_ties") = "first", py::arg("rescale") = "none",
+          py::arg("elect") = "none", py::arg("elect_on") = "weighted", py::arg("reduce") = "sum",
+          py::arg("divisor") = "weights", py::arg("lam") = 1.0, py::arg("kind") = "combine")
+      .def(
+          "add_term",
+          [](Job& j, int task, const std::string& dtype, uintptr_t ptr, int file, int64_t offset,
+             double weight, double density, uint64_t key, uint64_t keep_threshold,
+             int64_t keep_count, int64_t fixed_code) {
+            TermSpec t;
+            t.x = source_of(SourceTuple{dtype, ptr, file, offset});
+            t.weight = weight;
+            t.density = density;
+            t.key = key;
+            t.keep_threshold = keep_threshold;
+            t.keep_count = keep_count;
+            t.fixed_code = fixed_code;
+            j.add_term(task, t);
+          },
+          py::arg("task"), py::arg("dtype"), py::arg("ptr") = 0, py::arg("file") = -1,
+          py::arg("offset") = 0, py::arg("weight") = 1.0, py::arg("density") = 1.0,
+          py::arg("key") = 0, py::arg("keep_threshold") = 0, py::arg("keep_count") = 0,
+          py::arg("fixed_code") = -1)
+      .def("run", &Job::run, py::call_guard<py::gil_scoped_release>())
+      .def("select_model", &Job::select_model, py::arg("counts"),
+           py::call_guard<py::gil_scoped_release>())
+      .def("cancel", &Job::cancel)
+      .def("cancelled", &Job::cancelled)
+      .def("progress",
+           [](const Job& j) { return std::make_pair(j.bytes_done(), j.bytes_total()); })
+      .def("result", [](const Job& j, int task) { return result_dict(j.result(task)); },
+           py::arg("task"));
+}

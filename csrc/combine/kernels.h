@@ -1,0 +1,82 @@
+// The inner loops of a merge, one table of functions per instruction set.
+//
+// All tables give the same bytes: only IEEE float32 add, sub, mul and div in a fixed order, no
+// fused multiply-add, no reassociation, and statistics in float64 over fixed lanes.
+#pragma once
+
+#include <cstdint>
+
+#include "../core/dtypes.h"
+
+namespace clf {
+
+enum class Sparsify : int { None = 0, Trim = 1, Drop = 2 };
+enum class Elect : int { None = 0, Mass = 1, Frequency = 2 };
+enum class Reduce : int { Sum = 0, Mean = 1, Max = 2 };
+
+constexpr int64_t kMaxTerms = 256;
+constexpr int64_t kBlock = 2048;       // elements worked on at a time; scratch stays in L1/L2
+constexpr int64_t kStatChunk = 65536;  // elements per float64 partial sum; tiles are multiples
+
+struct TermView {
+  const uint8_t* x = nullptr;  // element 0 of this call
+  DType dtype = DType::F32;
+  Sparsify sparsify = Sparsify::None;
+  uint32_t code = 0;       // trim: keep |d| bits above this ...
+  int64_t ties_until = 0;  // ... and equal ones at positions below this, relative to this call
+  uint64_t key = 0;        // drop: random stream and threshold, position relative to `index0`
+  uint32_t threshold = 0;
+  float weight = 1.0f;   // for the divisor
+  float scale = 1.0f;    // weight times rescale factor
+  float rescale = 1.0f;  // for unweighted votes
+  int64_t nonfinite = 0; // out: how many values were not finite
+};
+
+struct TileView {
+  int64_t n = 0;
+  int64_t index0 = 0;  // flat index of element 0, a multiple of 256
+  const uint8_t* base = nullptr;
+  DType base_dtype = DType::F32;
+  bool difference = false;
+  bool replace_nonfinite = false;
+  Elect elect = Elect::None;
+  bool vote_weighted = true;
+  Reduce reduce = Reduce::Sum;
+  bool divide_by_weights = true;
+  float denominator = 1.0f;  // without election
+  float lambda = 1.0f;
+  int n_terms = 0;
+  TermView* terms = nullptr;
+  uint8_t* out = nullptr;
+  DType out_dtype = DType::F32;
+  int64_t base_nonfinite = 0, out_nonfinite = 0;  // out
+  float* scratch = nullptr;  // scratch_floats(n_terms)
+};
+
+constexpr int64_t scratch_floats(int64_t n_terms) { return (n_terms + 3) * kBlock; }
+
+struct Kernels {
+  const char* name;
+  void (*combine)(TileView& t);
+  // Codes |x - base| of the elements with lo <= code <= hi, in order; returns their number and
+  // adds the number of codes above hi to *above. `out` has room for n + 16.
+  int64_t (*scan)(DType tx, const uint8_t* x, DType tb, const uint8_t* base, int64_t n,
+                  bool replace_nonfinite, uint32_t lo, uint32_t hi, uint32_t* out, int64_t* above);
+  int64_t (*count_equal)(DType tx, const uint8_t* x, DType tb, const uint8_t* base, int64_t n,
+                         bool replace_nonfinite, uint32_t code);
+  // Sums of |d| over one statistics chunk (n <= kStatChunk): all, and those kept by the term.
+  void (*l1)(const TermView& term, DType tb, const uint8_t* base, int64_t n, int64_t index0,
+             bool replace_nonfinite, double* all, double* kept);
+  // One bit per element, n rounded up to 64 bits; index0 a multiple of 256.
+  void (*keep_bits)(uint64_t key, int64_t index0, int64_t n, uint32_t threshold, uint64_t* bits);
+  void (*to_f32)(DType t, const uint8_t* x, int64_t n, float* out);
+  void (*from_f32)(DType t, const float* x, int64_t n, uint8_t* out);
+};
+
+extern const Kernels kKernelsPortable;
+#ifdef CL_FAST_X86
+extern const Kernels kKernelsAvx2;
+extern const Kernels kKernelsAvx512;
+#endif
+
+}  // namespace clf

@@ -1,0 +1,907 @@
+#include "job.h"
+
+#include <algorithm>
+#include <cmath>
+#include <exception>
+#include <functional>
+#include <stdexcept>
+#include <thread>
+
+#include "../core/crc64.h"
+#include "../core/isa.h"
+
+namespace clf {
+namespace {
+
+constexpr int64_t kDefaultTile = 131072;  // a tile's inputs and output together fit an L2 cache
+constexpr int64_t kSubTile = 16384;       // combine and checksum alternate while data is in L1/L2
+constexpr int64_t kRun = 256;             // consecutive elements of one sample
+constexpr int64_t kRuns = 64;             // samples per tensor
+constexpr int64_t kModelRuns = 4096;      // samples per model
+constexpr int64_t kMaxBins = int64_t(1) << 19;
+constexpr uint32_t kLargestCode = 0x7fffffffu;
+constexpr int64_t kReadAhead = int64_t(8) << 20;
+
+int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+}  // namespace
+
+// The k-th largest code of a set that is read in tiles: codes in [lo, hi] are counted exactly (or
+// in bins of 2^shift codes), those above hi only in number.
+struct Job::Selection {
+  bool active = false;
+  bool done = false;
+  int64_t k = 0;
+  uint32_t lo = 0, hi = kLargestCode;
+  int shift = 0;
+  std::vector<std::vector<uint64_t>> histograms;  // one per worker, made when first needed
+  std::atomic<int64_t> above{0};
+  std::atomic<uint32_t> low_bits{0};  // of the codes inside: whether a bin is a single code
+  int64_t max_bins = kMaxBins;
+  // the answer
+  uint32_t code = 0;
+  int64_t greater = 0, equal = 0;
+
+  int64_t bins() const { return int64_t(hi >> shift) - int64_t(lo >> shift) + 1; }
+
+  void range(uint32_t from, uint32_t to, int zero_bits) {
+    lo = from;
+    hi = to;
+    shift = 0;
+    while (bins() > max_bins) ++shift;
+    shift = std::max(shift, zero_bits);  // all sampled codes are multiples of 2^zero_bits
+    above = 0;
+    low_bits = 0;
+    for (auto& h : histograms) h.assign(h.empty() ? 0 : size_t(bins()), 0);
+  }
+  void count(size_t worker, const uint32_t* codes, int64_t n) {
+    std::vector<uint64_t>& h = histograms[worker];
+    if (h.empty()) h.assign(size_t(bins()), 0);
+    const uint32_t first = lo >> shift;
+    uint32_t low = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      ++h[(codes[i] >> shift) - first];
+      low |= codes[i];
+    }
+    low_bits |= low & ((uint32_t(1) << shift) - 1u);
+  }
+};
+
+struct Job::Task {
+  TaskSpec spec;
+  std::vector<TermSpec> terms;
+  std::deque<Selection> selections;  // one per term
+  std::vector<Phase> phases;
+  std::atomic<int64_t> remaining{0};  // tiles of the current phase
+  int completed = 0;                  // phases, guarded by the job's mutex
+  float denominator = 1.0f;
+  std::vector<TermView> views;         // templates for the kernels
+  std::vector<int64_t> ties_kept;      // per term: how many of the tied; -1 all
+  std::deque<std::atomic<int64_t>> tied_until;  // [term][tile] inclusive prefix of ties, -1 unknown
+  std::vector<double> l1_all, l1_kept;  // [term][chunk]
+  std::vector<double> rescale;
+  std::vector<uint64_t> crc;  // [base?, terms..., out][tile]
+  std::vector<int64_t> nonfinite;
+  std::vector<char> mismatch;
+  std::mutex mutex;
+
+  int sources() const { return int(terms.size()) + (spec.base ? 1 : 0); }
+  bool has_phase(Phase p) const { return std::find(phases.begin(), phases.end(), p) != phases.end(); }
+};
+
+struct Job::Worker {
+  size_t id = 0;
+  std::vector<AlignedBuffer> inputs;
+  AlignedBuffer output, scratch, codes;
+  std::vector<TermView> views;
+};
+
+Job::Job(int threads, int64_t tile_elements, NanPolicy nan, bool checksums, int64_t memory)
+    : threads_(threads < 1 ? 1 : threads),
+      tile_(round_up(tile_elements > 0 ? tile_elements : kDefaultTile, kStatChunk)),
+      nan_(nan),
+      checksums_(checksums),
+      memory_(memory > 0 ? memory : int64_t(256) << 20) {}
+
+Job::~Job() = default;
+
+int Job::file(const std::string& path, IoMode mode) {
+  files_.push_back(std::make_unique<InputFile>(path, mode));
+  return int(files_.size()) - 1;
+}
+
+int Job::output(const std::string& path) {
+  outputs_.push_back(std::make_unique<OutputFile>(path));
+  return int(outputs_.size()) - 1;
+}
+
+void Job::check(const Source& s, int64_t n) const {
+  const int64_t bytes = n * dtype_size(s.dtype);
+  if (s.ptr) return;
+  if (s.file < 0 || s.file >= int(files_.size())) {
+    if (bytes == 0) return;
+    throw std::invalid_argument("a source has neither memory nor a file of this job");
+  }
+  const InputFile& f = *files_[size_t(s.file)];
+  if (s.offset < 0 || s.offset + bytes > f.size())
+    throw std::invalid_argument(f.path() + ": a tensor lies outside the file");
+}
+
+int Job::add_task(const TaskSpec& spec) {
+  if (spec.n < 0) throw std::invalid_argument("n must not be negative");
+  if (!spec.out_ptr && spec.n > 0 && (spec.out_file < 0 || spec.out_file >= int(outputs_.size())))
+    throw std::invalid_argument("a task has neither memory nor an output file of this job");
+  if (!spec.copy && spec.out_dtype != DType::BF16 && spec.out_dtype != DType::F16 &&
+      spec.out_dtype != DType::F32)
+    throw std::invalid_argument("out_dtype must be BF16, F16 or F32");
+  if (spec.difference && !spec.base) throw std::invalid_argument("difference needs a base");
+  if (spec.elect == Elect::None && spec.reduce == Reduce::Max)
+    throw std::invalid_argument("reduce max needs an election");
+  if (spec.base) check(*spec.base, spec.n);
+  auto t = std::make_unique<Task>();
+  t->spec = spec;
+  tasks_.push_back(std::move(t));
+  return int(tasks_.size()) - 1;
+}
+
+Job::Task& Job::task_at(int index) const {
+  if (index < 0 || index >= int(tasks_.size())) throw std::out_of_range("no such task");
+  return *tasks_[size_t(index)];
+}
+
+void Job::add_term(int task, const TermSpec& term) {
+  Task& t = task_at(task);
+  if (int64_t(t.terms.size()) >= kMaxTerms)
+    throw std::invalid_argument("more than 256 models in one combine");
+  check(term.x, t.spec.n);
+  t.terms.push_back(term);
+}
+
+int64_t Job::tiles(const Task& t) const { return (t.spec.n + tile_ - 1) / tile_; }
+
+// ---------------------------------------------------------------- reading and writing
+
+const uint8_t* Job::fetch(Worker& w, const Source& s, int slot, int64_t first, int64_t n) {
+  const int64_t size = dtype_size(s.dtype);
+  if (s.ptr) return s.ptr + first * size;
+  const InputFile& f = *files_[size_t(s.file)];
+  const int64_t at = s.offset + first * size, bytes = n * size;
+  // once per read-ahead window, ask for the next one
+  if (at / kReadAhead != (at + bytes) / kReadAhead)
+    f.prefetch((at / kReadAhead + 2) * kReadAhead, kReadAhead);
+  while (int(w.inputs.size()) <= slot) w.inputs.emplace_back();
+  return f.bytes(at, bytes, w.inputs[size_t(slot)]);
+}
+
+void Job::store(Task& t, const uint8_t* data, int64_t first, int64_t n, int64_t item) {
+  if (t.spec.out_ptr) return;  // written in place
+  outputs_[size_t(t.spec.out_file)]->write(data, n * item, t.spec.out_offset + first * item);
+}
+
+// ---------------------------------------------------------------- selection
+
+// Codes of `runs` evenly spaced runs of the tensor; a short tensor is taken whole.
+void Job::sample_into(const Task& t, const TermSpec& term, Worker& w, int64_t runs,
+                      std::vector<uint32_t>* codes, std::vector<int64_t>* run_ends) {
+  const int64_t n = t.spec.n;
+  const bool whole = n <= runs * kRun;
+  const int64_t length = whole ? n : kRun;
+  const bool replace = nan_ == NanPolicy::Zero;
+  for (int64_t r = 0; r < (whole ? 1 : runs); ++r) {
+    const int64_t first = whole ? 0 : (n - kRun) / (runs > 1 ? runs - 1 : 1) * r;
+    const uint8_t* x = fetch(w, term.x, 0, first, length);
+    const uint8_t* base = t.spec.difference ? fetch(w, *t.spec.base, 1, first, length) : nullptr;
+    const size_t before = codes->size();
+    codes->resize(before + size_t(length) + 16);
+    int64_t above = 0;
+    const int64_t found =
+        kernels().scan(term.x.dtype, x, base ? t.spec.base->dtype : DType::F32, base, length,
+                       replace, 0, kLargestCode, codes->data() + before, &above);
+    codes->resize(before + size_t(found));
+    run_ends->push_back(int64_t(codes->size()));
+  }
+}
+
+// A range that holds the k-th largest code almost surely: the sample's quantile, five standard
+// errors to both sides. Runs differ among themselves (rows of a matrix have their own scale), so
+// the error is the larger of the binomial one and the one seen between runs.
+void Job::bracket(Selection& s, std::vector<uint32_t>& codes, const std::vector<int64_t>& run_ends,
+                  int64_t n, int terms) {
+  s.max_bins = std::clamp<int64_t>(memory_ / 4 / (int64_t(threads_) * terms * 8), 4096, kMaxBins);
+  s.histograms.resize(size_t(threads_));
+  const int64_t m = int64_t(codes.size());
+  if (m == 0 || m >= n) {
+    s.range(0, kLargestCode, 0);
+    return;
+  }
+  uint32_t any = 0;
+  for (uint32_t c : codes) any |= c;
+  const int zero_bits = any ? std::min(__builtin_ctz(any), 22) : 0;
+  const double q = double(s.k) / double(n);
+  const int64_t rank = std::clamp<int64_t>(int64_t(q * double(m)), 0, m - 1);
+  std::vector<uint32_t> sorted(codes);
+  const auto at_rank = [&](int64_t r) {
+    std::nth_element(sorted.begin(), sorted.begin() + r, sorted.end(), std::greater<uint32_t>());
+    return sorted[size_t(r)];
+  };
+  const uint32_t pivot = at_rank(rank);
+  double spread = 0.0;
+  int64_t begin = 0;
+  for (int64_t end : run_ends) {
+    int64_t over = 0;
+    for (int64_t i = begin; i < end; ++i) over += codes[size_t(i)] > pivot;
+    const double share = double(over) / double(std::max<int64_t>(end - begin, 1)) - q;
+    spread += share * share;
+    begin = end;
+  }
+  const double runs = double(run_ends.size());
+  const double error = std::max(std::sqrt(q * (1.0 - q) / double(m)), std::sqrt(spread) / runs);
+  const int64_t margin = int64_t(5.0 * error * double(m)) + 8;
+  const uint32_t hi = rank - margin < 0 ? kLargestCode : at_rank(rank - margin);
+  const uint32_t lo = rank + margin >= m ? 0 : at_rank(rank + margin);
+  s.range(lo, hi, zero_bits);
+}
+
+// After a complete scan: true when the code is known; otherwise the range to scan next is set.
+bool Job::resolve(Selection& s) {
+  const int64_t bins = s.bins();
+  std::vector<uint64_t> total(size_t(bins), 0);
+  int64_t inside = 0;
+  for (const auto& h : s.histograms)
+    for (size_t i = 0; i < h.size(); ++i) {
+      total[i] += h[i];
+      inside += int64_t(h[i]);
+    }
+  const int64_t above = s.above;
+  if (above >= s.k) {  // the range was too low
+    s.range(s.hi + 1, kLargestCode, 0);
+    return false;
+  }
+  if (above + inside < s.k) {  // too high
+    s.range(0, s.lo - 1, 0);
+    return false;
+  }
+  int64_t greater = above;
+  int64_t bin = bins - 1;
+  while (greater + int64_t(total[size_t(bin)]) < s.k) greater += int64_t(total[size_t(bin--)]);
+  const uint32_t first = uint32_t(((s.lo >> s.shift) + uint64_t(bin)) << s.shift);
+  if (s.shift > 0 && s.low_bits != 0) {  // several codes share the bin
+    const uint32_t last = first + ((uint32_t(1) << s.shift) - 1u);
+    s.range(std::max(first, s.lo), std::min(last, s.hi), 0);
+    return false;
+  }
+  s.code = first;
+  s.greater = greater;
+  s.equal = int64_t(total[size_t(bin)]);
+  s.done = true;
+  s.histograms.clear();
+  return true;
+}
+
+void Job::scan_tile(Task& t, Selection& s, const TermSpec& term, int slot, int64_t tile,
+                    Worker& w) {
+  const int64_t first = tile * tile_, n = std::min(tile_, t.spec.n - first);
+  const uint8_t* base = t.spec.difference ? fetch(w, *t.spec.base, 0, first, n) : nullptr;
+  const uint8_t* x = fetch(w, term.x, slot, first, n);
+  auto* codes = reinterpret_cast<uint32_t*>(w.codes.reserve((kSubTile + 16) * 4));
+  int64_t above = 0;
+  for (int64_t o = 0; o < n; o += kSubTile) {
+    const int64_t m = std::min(kSubTile, n - o);
+    const int64_t found = kernels().scan(
+        term.x.dtype, x + o * dtype_size(term.x.dtype), base ? t.spec.base->dtype : DType::F32,
+        base ? base + o * dtype_size(t.spec.base->dtype) : nullptr, m, nan_ == NanPolicy::Zero,
+        s.lo, s.hi, codes, &above);
+    s.count(w.id, codes, found);
+  }
+  s.above += above;
+}
+
+void Job::sample(Task& t, Worker& w) {
+  for (size_t k = 0; k < t.terms.size(); ++k) {
+    if (!t.selections[k].active || t.selections[k].done) continue;
+    std::vector<uint32_t> codes;
+    std::vector<int64_t> run_ends;
+    sample_into(t, t.terms[k], w, kRuns, &codes, &run_ends);
+    bracket(t.selections[k], codes, run_ends, t.spec.n, int(t.terms.size()));
+  }
+}
+
+// The thresholds are known: how many of the tied elements stay, and the kernels' templates.
+void Job::settle(Task& t) {
+  for (size_t k = 0; k < t.terms.size(); ++k) {
+    const Selection& s = t.selections[k];
+    if (!s.active) continue;
+    t.views[k].code = s.code;
+    if (t.spec.ties == Ties::None) {
+      t.ties_kept[k] = 0;
+    } else if (t.spec.ties == Ties::First && s.k - s.greater < s.equal) {
+      t.ties_kept[k] = s.k - s.greater;
+    } else {
+      t.ties_kept[k] = -1;
+    }
+  }
+}
+
+void Job::select_whole(Task& t, Worker& w) {
+  const int64_t n = t.spec.n;
+  auto* codes = reinterpret_cast<uint32_t*>(w.codes.reserve((n + 16) * 4));
+  const uint8_t* base = t.spec.difference ? fetch(w, *t.spec.base, 0, 0, n) : nullptr;
+  const DType tb = base ? t.spec.base->dtype : DType::F32;
+  const bool replace = nan_ == NanPolicy::Zero;
+  for (size_t k = 0; k < t.terms.size(); ++k) {
+    Selection& s = t.selections[k];
+    if (!s.active || s.done) continue;
+    const TermSpec& term = t.terms[k];
+    std::vector<uint32_t> sampled;
+    std::vector<int64_t> run_ends;
+    if (n > 4 * kRuns * kRun) {
+      sample_into(t, term, w, kRuns, &sampled, &run_ends);
+      base = t.spec.difference ? fetch(w, *t.spec.base, 0, 0, n) : nullptr;
+    }
+    bracket(s, sampled, run_ends, n, int(t.terms.size()));
+    const uint8_t* x = fetch(w, term.x, int(k) + 1, 0, n);
+    int64_t above = 0;
+    int64_t found =
+        kernels().scan(term.x.dtype, x, tb, base, n, replace, s.lo, s.hi, codes, &above);
+    if (above >= s.k || above + found < s.k) {  // missed: take everything
+      above = 0;
+      found = kernels().scan(term.x.dtype, x, tb, base, n, replace, 0, kLargestCode, codes, &above);
+    }
+    uint32_t* nth = codes + (s.k - above - 1);
+    std::nth_element(codes, nth, codes + found, std::greater<uint32_t>());
+    s.code = *nth;
+    s.greater = above;
+    s.equal = 0;
+    for (int64_t i = 0; i < found; ++i) {
+      s.greater += codes[i] > s.code;
+      s.equal += codes[i] == s.code;
+    }
+    s.done = true;
+    s.histograms.clear();
+  }
+}
+
+std::vector<int64_t> Job::select_model(const std::vector<int64_t>& counts) {
+  const size_t K = counts.size();
+  int64_t n = 0;
+  std::vector<Task*> trimmed;
+  for (const auto& t : tasks_) {
+    if (t->spec.copy || t->spec.n == 0) continue;
+    if (t->terms.size() != K)
+      throw std::invalid_argument("model scope needs the same models for every tensor");
+    trimmed.push_back(t.get());
+    n += t->spec.n;
+  }
+  std::deque<Selection> selections(K);
+  std::vector<int64_t> codes(K, 0);
+  if (n == 0) return codes;
+  bytes_total_ = 0;
+  for (const Task* t : trimmed)
+    for (const TermSpec& term : t->terms)
+      bytes_total_ += t->spec.n * (dtype_size(term.x.dtype) +
+                                   (t->spec.difference ? dtype_size(t->spec.base->dtype) : 0));
+  {
+    Worker w;
+    for (size_t k = 0; k < K; ++k) {
+      Selection& s = selections[k];
+      s.k = counts[k];
+      if (s.k < 1 || s.k > n) throw std::invalid_argument("count outside 1..n");
+      std::vector<uint32_t> sampled;
+      std::vector<int64_t> run_ends;
+      for (const Task* t : trimmed) {
+        const double share = double(t->spec.n) / double(n);
+        sample_into(*t, t->terms[k], w, std::max<int64_t>(1, int64_t(share * kModelRuns)), &sampled,
+                    &run_ends);
+      }
+      bracket(s, sampled, run_ends, n, int(K));
+    }
+  }
+  for (bool again = true; again && !stop_;) {
+    units_.clear();
+    for (size_t i = 0; i < trimmed.size(); ++i)
+      units_.push_back(Unit{int(i), Phase::Scan, tiles(*trimmed[i])});
+    unit_ = 0;
+    unit_tile_ = 0;
+    crew([&](Worker& w) {
+      Unit unit;
+      int64_t tile;
+      while (!stop_ && next(&unit, &tile)) {
+        Task& t = *trimmed[size_t(unit.task)];
+        for (size_t k = 0; k < K; ++k) {
+          if (selections[k].done) continue;
+          scan_tile(t, selections[k], t.terms[k], int(k) + 1, tile, w);
+          bytes_done_ += std::min(tile_, t.spec.n - tile * tile_) *
+                         (dtype_size(t.terms[k].x.dtype) +
+                          (t.spec.difference ? dtype_size(t.spec.base->dtype) : 0));
+        }
+      }
+    });
+    if (stop_) break;
+    again = false;
+    for (size_t k = 0; k < K; ++k)
+      if (!selections[k].done && !resolve(selections[k])) again = true;
+  }
+  for (size_t k = 0; k < K; ++k) codes[k] = int64_t(selections[k].code);
+  return codes;
+}
+
+// ---------------------------------------------------------------- l1 sums
+
+void Job::l1_tile(Task& t, int64_t tile, Worker& w) {
+  const int64_t first = tile * tile_, n = std::min(tile_, t.spec.n - first);
+  const int64_t chunks = (t.spec.n + kStatChunk - 1) / kStatChunk;
+  const uint8_t* base = t.spec.difference ? fetch(w, *t.spec.base, 0, first, n) : nullptr;
+  const DType tb = base ? t.spec.base->dtype : DType::F32;
+  for (size_t k = 0; k < t.terms.size(); ++k) {
+    TermView view = t.views[k];
+    if (view.sparsify == Sparsify::None) continue;
+    const uint8_t* x = fetch(w, t.terms[k].x, int(k) + 1, first, n);
+    for (int64_t o = 0; o < n; o += kStatChunk) {
+      const size_t at = k * size_t(chunks) + size_t((first + o) / kStatChunk);
+      view.x = x + o * dtype_size(view.dtype);
+      kernels().l1(view, tb, base ? base + o * dtype_size(tb) : nullptr,
+                   std::min(kStatChunk, n - o), first + o, nan_ == NanPolicy::Zero, &t.l1_all[at],
+                   &t.l1_kept[at]);
+    }
+  }
+}
+
+void Job::finish_l1(Task& t) {
+  const size_t chunks = size_t((t.spec.n + kStatChunk - 1) / kStatChunk);
+  for (size_t k = 0; k < t.terms.size(); ++k) {
+    if (t.views[k].sparsify == Sparsify::None) continue;
+    double all = 0.0, kept = 0.0;
+    for (size_t c = 0; c < chunks; ++c) {
+      all += t.l1_all[k * chunks + c];
+      kept += t.l1_kept[k * chunks + c];
+    }
+    if (t.spec.sparsify == Sparsify::Trim) {
+      const Selection& s = t.selections[k];
+      const int64_t tied = t.ties_kept[k] < 0 ? s.equal : t.ties_kept[k];
+      kept += double(bits_f32(s.code)) * double(tied);
+    }
+    const double r = all < 1e-7 || kept < 1e-7 ? 1.0 : all / kept;
+    t.rescale[k] = r;
+    t.views[k].rescale = float(r);
+    t.views[k].scale = float(t.terms[k].weight * r);
+  }
+}
+
+// ---------------------------------------------------------------- the fused pass
+
+void Job::combine_tile(Task& t, int64_t tile, Worker& w) {
+  const TaskSpec& spec = t.spec;
+  const int64_t first = tile * tile_, n = std::min(tile_, spec.n - first);
+  const size_t K = t.terms.size();
+  const int64_t n_tiles = tiles(t);
+  const int64_t item = dtype_size(spec.out_dtype);
+  w.views.assign(t.views.begin(), t.views.end());
+  const uint8_t* base = spec.difference ? fetch(w, *spec.base, 0, first, n) : nullptr;
+  const DType tb = base ? spec.base->dtype : DType::F32;
+  const bool replace = nan_ == NanPolicy::Zero;
+  for (size_t k = 0; k < K; ++k) w.views[k].x = fetch(w, t.terms[k].x, int(k) + 1, first, n);
+
+  // Which of the elements tied at a threshold stay: the first ones of the tensor. Each tile counts
+  // its own and adds the total before it, which the owner of the tile before publishes.
+  for (size_t k = 0; k < K; ++k) {
+    TermView& v = w.views[k];
+    if (v.sparsify != Sparsify::Trim) continue;
+    const int64_t kept = t.ties_kept[k];
+    if (kept <= 0) {
+      v.ties_until = kept < 0 ? n : 0;
+      continue;
+    }
+    const auto equal = [&](int64_t from, int64_t count) {
+      return kernels().count_equal(v.dtype, v.x + from * dtype_size(v.dtype), tb,
+                                   base ? base + from * dtype_size(tb) : nullptr, count, replace,
+                                   v.code);
+    };
+    const int64_t here = equal(0, n);
+    const size_t at = k * size_t(n_tiles) + size_t(tile);
+    int64_t before = 0;
+    if (tile > 0) {
+      while ((before = t.tied_until[at - 1].load(std::memory_order_acquire)) < 0) {
+        if (stop_) return;
+        std::this_thread::yield();
+      }
+    }
+    t.tied_until[at].store(before + here, std::memory_order_release);
+    if (before + here <= kept) {
+      v.ties_until = n;
+    } else if (before >= kept) {
+      v.ties_until = 0;
+    } else {  // the boundary is in this tile: halve until it is found
+      int64_t need = kept - before, from = 0, length = n;
+      while (length > 1) {
+        const int64_t half = (length + 1) / 2;
+        const int64_t in_half = equal(from, half);
+        if (in_half >= need) {
+          length = half;
+        } else {
+          need -= in_half;
+          from += half;
+          length -= half;
+        }
+      }
+      v.ties_until = from + 1;
+    }
+  }
+
+  uint8_t* out = spec.out_ptr ? spec.out_ptr + first * item : w.output.reserve(n * item);
+  TileView view;
+  view.base_dtype = tb;
+  view.difference = spec.difference;
+  view.replace_nonfinite = replace;
+  view.elect = spec.elect;
+  view.vote_weighted = spec.vote_weighted;
+  view.reduce = spec.reduce;
+  view.divide_by_weights = spec.divide_by_weights;
+  view.denominator = t.denominator;
+  view.lambda = float(spec.lambda);
+  view.n_terms = int(K);
+  view.out_dtype = spec.out_dtype;
+  view.scratch = reinterpret_cast<float*>(w.scratch.reserve(scratch_floats(int64_t(K)) * 4));
+  std::vector<TermView> terms(w.views);
+  view.terms = terms.data();
+  const int sources = t.sources();
+  const int b = spec.base ? 1 : 0;
+  uint64_t crc[kMaxTerms + 2] = {};
+  for (int64_t o = 0; o < n; o += kSubTile) {
+    const int64_t m = std::min(kSubTile, n - o);
+    view.n = m;
+    view.index0 = first + o;
+    view.base = base ? base + o * dtype_size(tb) : nullptr;
+    view.out = out + o * item;
+    for (size_t k = 0; k < K; ++k) {
+      terms[k].x = w.views[k].x + o * dtype_size(terms[k].dtype);
+      terms[k].ties_until = w.views[k].ties_until - o;
+    }
+    kernels().combine(view);
+    if (checksums_) {
+      if (base) crc[0] = crc64(crc[0], view.base, size_t(m * dtype_size(tb)));
+      for (size_t k = 0; k < K; ++k)
+        crc[size_t(b) + k] =
+            crc64(crc[size_t(b) + k], terms[k].x, size_t(m * dtype_size(terms[k].dtype)));
+      crc[sources] = crc64(crc[sources], view.out, size_t(m * item));
+    }
+  }
+  store(t, out, first, n, item);
+  if (checksums_)
+    for (int s = 0; s <= sources; ++s) t.crc[size_t(s) * size_t(n_tiles) + size_t(tile)] = crc[s];
+  bool bad = view.base_nonfinite || view.out_nonfinite;
+  for (const TermView& v : terms) bad = bad || v.nonfinite;
+  if (bad) {
+    std::lock_guard<std::mutex> lock(t.mutex);
+    if (b) t.nonfinite[0] += view.base_nonfinite;
+    for (size_t k = 0; k < K; ++k) t.nonfinite[size_t(b) + k] += terms[k].nonfinite;
+    t.nonfinite[size_t(sources)] += view.out_nonfinite;
+    if (nan_ == NanPolicy::Refuse) stop_ = true;
+  }
+}
+
+void Job::copy_tile(Task& t, int64_t tile, Worker& w) {
+  const int64_t first = tile * tile_, n = std::min(tile_, t.spec.n - first);
+  const int64_t n_tiles = tiles(t);
+  const auto sum = [&](int source, const uint8_t* p) {
+    if (checksums_)
+      t.crc[size_t(source) * size_t(n_tiles) + size_t(tile)] = crc64(0, p, size_t(n));
+  };
+  const int b = t.spec.base ? 1 : 0;
+  const uint8_t* from = fetch(w, b ? *t.spec.base : t.terms[0].x, 0, first, n);
+  sum(0, from);
+  for (size_t k = b ? 0 : 1; k < t.terms.size(); ++k) {
+    const uint8_t* other = fetch(w, t.terms[k].x, 1, first, n);
+    sum(b + int(k), other);
+    if (std::memcmp(from, other, size_t(n)) != 0) {
+      std::lock_guard<std::mutex> lock(t.mutex);
+      t.mismatch[size_t(b) + k] = 1;
+    }
+  }
+  sum(t.sources(), from);
+  if (t.spec.out_ptr) {
+    std::memcpy(t.spec.out_ptr + first, from, size_t(n));
+  } else {
+    store(t, from, first, n, 1);
+  }
+}
+
+// ---------------------------------------------------------------- scheduling
+
+void Job::prepare(Task& t) {
+  const TaskSpec& spec = t.spec;
+  const size_t K = t.terms.size();
+  if (K == 0 && !(spec.copy && spec.base))
+    throw std::invalid_argument("a task has no model");
+  const int64_t n_tiles = tiles(t);
+  t.nonfinite.assign(size_t(t.sources()) + 1, 0);
+  t.mismatch.assign(size_t(t.sources()), 0);
+  t.crc.assign(checksums_ ? size_t(t.sources() + 1) * size_t(n_tiles) : 0, 0);
+  t.phases.clear();
+  t.completed = 0;
+  if (spec.copy) {
+    t.phases = {Phase::Combine};
+    return;
+  }
+  t.selections.resize(K);
+  t.views.assign(K, TermView());
+  t.ties_kept.assign(K, -1);
+  t.rescale.assign(K, 1.0);
+  bool select = false, sums = false, ordered = false;
+  double weights = 0.0;
+  for (size_t k = 0; k < K; ++k) {
+    const TermSpec& term = t.terms[k];
+    TermView& v = t.views[k];
+    Selection& s = t.selections[k];
+    weights += term.weight;
+    v.dtype = term.x.dtype;
+    v.weight = float(term.weight);
+    if (term.density < 1.0) v.sparsify = spec.sparsify;
+    if (v.sparsify == Sparsify::Drop) {
+      v.key = term.key;
+      v.threshold = uint32_t(term.keep_threshold);
+      if (term.keep_threshold >> 32) v.sparsify = Sparsify::None;
+    }
+    if (v.sparsify == Sparsify::Trim) {
+      s.active = true;
+      s.k = std::min(term.keep_count, spec.n);
+      if (term.fixed_code >= 0) {
+        s.code = uint32_t(term.fixed_code);
+        s.done = true;
+        if (spec.ties == Ties::First || spec.rescale == Rescale::L1)
+          throw std::invalid_argument("a given threshold keeps all or none of its ties, unscaled");
+      } else if (s.k <= 0) {  // nothing stays
+        s.code = 0xffffffffu;
+        s.done = true;
+      } else {
+        select = true;
+        ordered = ordered || spec.ties == Ties::First;
+      }
+    }
+    if (v.sparsify != Sparsify::None) {
+      if (spec.rescale == Rescale::KeepRate)
+        t.rescale[k] = v.sparsify == Sparsify::Drop
+                           ? 4294967296.0 / double(std::max<uint64_t>(term.keep_threshold, 1))
+                           : 1.0 / term.density;
+      sums = sums || spec.rescale == Rescale::L1;
+    }
+    v.rescale = float(t.rescale[k]);
+    v.scale = float(term.weight * t.rescale[k]);
+  }
+  if (spec.elect == Elect::None && spec.reduce == Reduce::Mean) {
+    t.denominator = spec.divide_by_weights ? float(weights) : float(K);
+    if (std::fabs(weights) < 1e-8 && spec.divide_by_weights) t.denominator = 1.0f;
+  }
+  if (sums) {
+    const size_t chunks = size_t((spec.n + kStatChunk - 1) / kStatChunk);
+    t.l1_all.assign(K * chunks, 0.0);
+    t.l1_kept.assign(K * chunks, 0.0);
+  }
+  if (n_tiles == 1 && (select || sums)) {
+    t.phases = {Phase::Whole};
+  } else {
+    if (select) {
+      t.phases.push_back(Phase::Sample);
+      t.phases.push_back(Phase::Scan);
+    }
+    if (sums) t.phases.push_back(Phase::L1);
+    t.phases.push_back(Phase::Combine);
+  }
+  if (ordered) {
+    t.tied_until.clear();
+    for (size_t i = 0; i < K * size_t(n_tiles); ++i) t.tied_until.emplace_back(-1);
+  }
+  settle(t);
+}
+
+// Units in the order in which they are handed out: one task's scan runs beside the combine of the
+// task before it, so that nobody idles at a phase's end.
+void Job::schedule() {
+  units_.clear();
+  unit_ = 0;
+  unit_tile_ = 0;
+  size_t longest = 0;
+  for (const auto& t : tasks_) longest = std::max(longest, t->phases.size());
+  for (size_t slot = 0; slot + 1 < tasks_.size() + longest; ++slot) {
+    for (size_t p = longest; p-- > 0;) {
+      if (slot < p || slot - p >= tasks_.size()) continue;
+      const Task& t = *tasks_[slot - p];
+      if (p >= t.phases.size() || t.spec.n == 0) continue;
+      const int64_t n = t.phases[p] == Phase::Sample ? 1 : tiles(t);
+      units_.push_back(Unit{int(slot - p), t.phases[p], n});
+    }
+  }
+}
+
+bool Job::next(Unit* unit, int64_t* tile) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  while (unit_ < units_.size() && unit_tile_ >= units_[unit_].tiles) {
+    ++unit_;
+    unit_tile_ = 0;
+  }
+  if (unit_ >= units_.size()) return false;
+  *unit = units_[unit_];
+  *tile = unit_tile_++;
+  return true;
+}
+
+bool Job::wait_for(Task& t, int phases) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  changed_.wait(lock, [&] { return t.completed >= phases || stop_; });
+  return !stop_;
+}
+
+void Job::finish_phase(Task& t, Phase phase, Worker& w) {
+  if (phase == Phase::Scan) {
+    for (size_t k = 0; k < t.terms.size(); ++k) {
+      Selection& s = t.selections[k];
+      if (!s.active || s.done) continue;
+      // nearly always one scan is enough; a range that was missed is scanned again right here
+      while (!resolve(s)) {
+        for (int64_t tile = 0; tile < tiles(t) && !stop_; ++tile)
+          scan_tile(t, s, t.terms[k], int(k) + 1, tile, w);
+        if (stop_) return;
+      }
+    }
+    settle(t);
+  } else if (phase == Phase::L1) {
+    finish_l1(t);
+  }
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    ++t.completed;
+    if (size_t(t.completed) < t.phases.size())
+      t.remaining = t.phases[size_t(t.completed)] == Phase::Sample ? 1 : tiles(t);
+  }
+  changed_.notify_all();
+}
+
+void Job::execute(Worker& w, const Unit& unit, int64_t tile) {
+  Task& t = *tasks_[size_t(unit.task)];
+  const int position = int(std::find(t.phases.begin(), t.phases.end(), unit.phase) -
+                           t.phases.begin());
+  if (position > 0 && !wait_for(t, position)) return;
+  const int64_t n = std::min(tile_, t.spec.n - tile * tile_);
+  int64_t bytes = 0;
+  if (unit.phase != Phase::Sample) {
+    if (t.spec.base) bytes += n * dtype_size(t.spec.base->dtype);
+    for (const TermSpec& term : t.terms) bytes += n * dtype_size(term.x.dtype);
+  }
+  switch (unit.phase) {
+    case Phase::Sample:
+      sample(t, w);
+      break;
+    case Phase::Scan:
+      for (size_t k = 0; k < t.terms.size(); ++k)
+        if (t.selections[k].active && !t.selections[k].done)
+          scan_tile(t, t.selections[k], t.terms[k], int(k) + 1, tile, w);
+      break;
+    case Phase::L1:
+      l1_tile(t, tile, w);
+      break;
+    case Phase::Whole:
+      if (t.spec.sparsify == Sparsify::Trim) {
+        select_whole(t, w);
+        settle(t);
+      }
+      if (!t.l1_all.empty()) {
+        l1_tile(t, tile, w);
+        finish_l1(t);
+      }
+      combine_tile(t, tile, w);
+      bytes += n * dtype_size(t.spec.out_dtype);
+      break;
+    case Phase::Combine:
+      if (t.spec.copy) {
+        copy_tile(t, tile, w);
+      } else {
+        combine_tile(t, tile, w);
+      }
+      bytes += n * (t.spec.copy ? 1 : dtype_size(t.spec.out_dtype));
+      break;
+  }
+  bytes_done_ += bytes;
+  if (t.remaining.fetch_sub(1) == 1) finish_phase(t, unit.phase, w);
+}
+
+void Job::crew(const std::function<void(Worker&)>& work) {
+  std::exception_ptr failure;
+  std::mutex failure_mutex;
+  const auto body = [&](size_t id) {
+    DefaultFloatEnvironment environment;
+    try {
+      Worker w;
+      w.id = id;
+      work(w);
+    } catch (...) {
+      {
+        std::lock_guard<std::mutex> lock(failure_mutex);
+        if (!failure) failure = std::current_exception();
+      }
+      {
+        std::lock_guard<std::mutex> lock(mutex_);
+        stop_ = true;
+      }
+      changed_.notify_all();
+    }
+  };
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads_; ++i) others.emplace_back(body, size_t(i));
+  body(0);
+  for (std::thread& t : others) t.join();
+  if (failure) std::rethrow_exception(failure);
+}
+
+void Job::run() {
+  bytes_done_ = 0;
+  bytes_total_ = 0;
+  int64_t sources = 1, elements = 0;
+  for (const auto& t : tasks_)
+    sources = std::max<int64_t>(sources, t->sources());
+  // all buffers of all workers together stay within half of the allowance
+  while (tile_ > kStatChunk && int64_t(threads_) * (sources + 2) * tile_ * 4 > memory_ / 2)
+    tile_ = round_up(tile_ / 2, kStatChunk);
+  for (const auto& t : tasks_) {
+    prepare(*t);
+    t->remaining = t->phases.empty() || t->phases[0] == Phase::Sample ? 1 : tiles(*t);
+    int64_t per_pass = 0;
+    if (t->spec.base) per_pass += dtype_size(t->spec.base->dtype);
+    for (const TermSpec& term : t->terms) per_pass += dtype_size(term.x.dtype);
+    for (Phase p : t->phases)
+      if (p != Phase::Sample) bytes_total_ += t->spec.n * per_pass;
+    bytes_total_ += t->spec.n * (t->spec.copy ? 1 : dtype_size(t->spec.out_dtype));
+    elements += t->spec.n;
+  }
+  schedule();
+  const int wanted = threads_;
+  if (elements < 2 * kStatChunk) threads_ = 1;  // starting threads would cost more than the work
+  const auto restore = [&] { threads_ = wanted; };
+  try {
+    crew([&](Worker& w) {
+      Unit unit;
+      int64_t tile;
+      while (!stop_ && next(&unit, &tile)) execute(w, unit, tile);
+      changed_.notify_all();
+    });
+  } catch (...) {
+    restore();
+    throw;
+  }
+  restore();
+}
+
+TaskResult Job::result(int task) const {
+  const Task& t = task_at(task);
+  TaskResult r;
+  r.nonfinite = t.nonfinite;
+  for (size_t i = 0; i < t.mismatch.size(); ++i)
+    if (t.mismatch[i]) r.mismatch.push_back(int(i));
+  if (checksums_) {
+    const int64_t n_tiles = tiles(t);
+    const auto joined = [&](int source, int64_t item) {
+      const uint64_t shift = crc64_shift(uint64_t(tile_ * item));
+      uint64_t crc = 0;
+      for (int64_t i = 0; i < n_tiles; ++i) {
+        const uint64_t part = t.crc[size_t(source) * size_t(n_tiles) + size_t(i)];
+        const int64_t n = std::min(tile_, t.spec.n - i * tile_);
+        crc = crc64_combine(crc, part, n == tile_ ? shift : crc64_shift(uint64_t(n * item)));
+      }
+      return crc;
+    };
+    const int b = t.spec.base ? 1 : 0;
+    if (b) r.crc_in.push_back(joined(0, dtype_size(t.spec.base->dtype)));
+    for (size_t k = 0; k < t.terms.size(); ++k)
+      r.crc_in.push_back(joined(b + int(k), dtype_size(t.terms[k].x.dtype)));
+    r.crc_out = joined(t.sources(), t.spec.copy ? 1 : dtype_size(t.spec.out_dtype));
+  }
+  for (size_t k = 0; k < t.terms.size() && !t.spec.copy && !t.views.empty(); ++k) {
+    const Selection& s = t.selections[k];
+    r.codes.push_back(s.active ? int64_t(s.code) : -1);
+    r.kept.push_back(!s.active || t.terms[k].fixed_code >= 0
+                         ? -1
+                         : s.greater + (t.ties_kept[k] < 0 ? s.equal : t.ties_kept[k]));
+    r.rescale.push_back(t.rescale[k]);
+  }
+  return r;
+}
+
+}  // namespace clf

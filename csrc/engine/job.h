@@ -1,0 +1,147 @@
+// A job streams tensors, tile by tile, from files or memory through the fused combine kernel.
+//
+// Each tensor is a task of up to four phases: sample (bracket the trim threshold), scan (find it
+// exactly), l1 (the sums of an l1 rescale), combine (the fused pass, checksums, the write). Phases
+// of neighbouring tasks overlap; a worker takes the next tile of the list, and waits only for work
+// that was handed out before its own. Nothing in the result depends on threads or tile size.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../combine/kernels.h"
+#include "files.h"
+
+namespace clf {
+
+enum class Ties { First, All, None };
+enum class Rescale { None, KeepRate, L1 };
+enum class NanPolicy { Refuse, Propagate, Zero };
+
+struct Source {
+  DType dtype = DType::F32;
+  const uint8_t* ptr = nullptr;  // in memory, or
+  int file = -1;                 // an input file of the job
+  int64_t offset = 0;
+};
+
+struct TermSpec {
+  Source x;
+  double weight = 1.0;
+  double density = 1.0;
+  uint64_t key = 0;             // drop
+  uint64_t keep_threshold = 0;  // drop, of 2^32
+  int64_t keep_count = 0;       // trim
+  int64_t fixed_code = -1;      // trim: threshold given by the caller
+};
+
+struct TaskSpec {
+  int64_t n = 0;
+  bool copy = false;  // bytes of the first source; the others must be equal
+  DType out_dtype = DType::F32;
+  uint8_t* out_ptr = nullptr;
+  int out_file = -1;
+  int64_t out_offset = 0;
+  std::optional<Source> base;
+  bool difference = false;
+  Sparsify sparsify = Sparsify::None;
+  Ties ties = Ties::First;
+  Rescale rescale = Rescale::None;
+  Elect elect = Elect::None;
+  bool vote_weighted = true;
+  Reduce reduce = Reduce::Sum;
+  bool divide_by_weights = true;
+  double lambda = 1.0;
+};
+
+struct TaskResult {
+  uint64_t crc_out = 0;
+  std::vector<uint64_t> crc_in;  // base first, if any
+  std::vector<int64_t> codes;    // trim thresholds as float32 bits, -1 where none
+  std::vector<int64_t> kept;     // elements kept by trimming, -1 where none
+  std::vector<double> rescale;
+  std::vector<int64_t> nonfinite;  // base if any, terms, output
+  std::vector<int> mismatch;       // copy: sources that differ from the first
+};
+
+class Job {
+ public:
+  Job(int threads, int64_t tile_elements, NanPolicy nan, bool checksums, int64_t memory);
+  ~Job();
+  int file(const std::string& path, IoMode mode);
+  int output(const std::string& path);
+  int add_task(const TaskSpec& spec);
+  void add_term(int task, const TermSpec& term);
+  void run();
+  // One threshold per term position over all tasks: the counts[j]-th largest |delta|.
+  std::vector<int64_t> select_model(const std::vector<int64_t>& counts);
+  void cancel() { stop_ = true; }
+  bool cancelled() const { return stop_; }
+  int64_t bytes_done() const { return bytes_done_; }
+  int64_t bytes_total() const { return bytes_total_; }
+  TaskResult result(int task) const;
+
+ private:
+  struct Selection;
+  struct Task;
+  struct Worker;
+  enum class Phase { Sample, Scan, L1, Combine, Whole };
+  struct Unit {
+    int task;
+    Phase phase;
+    int64_t tiles;
+  };
+
+  Task& task_at(int index) const;
+  int64_t tiles(const Task& t) const;
+  void check(const Source& s, int64_t n) const;
+  void prepare(Task& t);
+  void schedule();
+  void crew(const std::function<void(Worker&)>& work);
+  bool next(Unit* unit, int64_t* tile);
+  void execute(Worker& w, const Unit& unit, int64_t tile);
+  void finish_phase(Task& t, Phase phase, Worker& w);
+  bool wait_for(Task& t, int phases);
+  const uint8_t* fetch(Worker& w, const Source& s, int slot, int64_t first, int64_t n);
+
+  void sample(Task& t, Worker& w);
+  void sample_into(const Task& t, const TermSpec& term, Worker& w, int64_t runs,
+                   std::vector<uint32_t>* codes, std::vector<int64_t>* run_ends);
+  void bracket(Selection& s, std::vector<uint32_t>& codes, const std::vector<int64_t>& run_ends,
+               int64_t n, int terms);
+  void scan_tile(Task& t, Selection& s, const TermSpec& term, int slot, int64_t tile, Worker& w);
+  bool resolve(Selection& s);
+  void settle(Task& t);
+  void select_whole(Task& t, Worker& w);
+  void l1_tile(Task& t, int64_t tile, Worker& w);
+  void finish_l1(Task& t);
+  void combine_tile(Task& t, int64_t tile, Worker& w);
+  void copy_tile(Task& t, int64_t tile, Worker& w);
+  void store(Task& t, const uint8_t* data, int64_t first, int64_t n, int64_t item);
+
+  int threads_;
+  int64_t tile_;
+  NanPolicy nan_;
+  bool checksums_;
+  int64_t memory_;
+  std::vector<std::unique_ptr<InputFile>> files_;
+  std::vector<std::unique_ptr<OutputFile>> outputs_;
+  std::deque<std::unique_ptr<Task>> tasks_;
+  std::vector<Unit> units_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  size_t unit_ = 0;
+  int64_t unit_tile_ = 0;
+  std::atomic<bool> stop_{false};
+  std::atomic<int64_t> bytes_done_{0};
+  int64_t bytes_total_ = 0;
+};
+
+}  // namespace clf
