@@ -230,6 +230,8 @@ def _tensor(path: str, name: str, entry: Any, data_start: int) -> TensorInfo:
         name.encode()
     except UnicodeEncodeError:
         raise CheckpointError(f"{path}: tensor {_q(name)}: the name is not valid Unicode") from None
+    if "\0" in name:
+        raise CheckpointError(f"{path}: tensor {_q(name)}: the name holds a NUL character")
     where = f"{path}: tensor {_q(name)}"
     if not isinstance(entry, dict):
         raise CheckpointError(f"{where}: must be described by a JSON object; got {_kind(entry)}")
