@@ -10,7 +10,7 @@ import importlib
 import os
 from types import ModuleType
 
-__all__ = ["load", "reason", "threads"]
+__all__ = ["load", "reason", "switched_off", "threads"]
 
 _OFF = ("0", "false", "off", "no")
 _module: ModuleType | None = None
@@ -20,7 +20,7 @@ _failure: str | None = None
 def load() -> ModuleType | None:
     """The module `cl_fast._native`, or None; `reason()` then says why."""
     global _module, _failure
-    if _switched_off():
+    if switched_off():
         return None
     if _module is None and _failure is None:
         try:
@@ -37,7 +37,7 @@ def load() -> ModuleType | None:
 
 def reason() -> str:
     """Why `load()` gives None; an empty string if it gives the module."""
-    if _switched_off():
+    if switched_off():
         return f"CL_FAST_NATIVE={os.environ['CL_FAST_NATIVE']} switches the C++ core off"
     load()
     return _failure or ""
@@ -59,5 +59,6 @@ def threads() -> int:
     return os.cpu_count() or 1
 
 
-def _switched_off() -> bool:
+def switched_off() -> bool:
+    """Whether `CL_FAST_NATIVE` says not to use the core."""
     return os.environ.get("CL_FAST_NATIVE", "1").lower() in _OFF

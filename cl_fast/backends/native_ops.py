@@ -20,7 +20,7 @@ from cl_fast.ops.streams import keep_threshold
 if TYPE_CHECKING:
     from cl_fast.ops.combining import Call
 
-__all__ = ["combine", "dare", "magnitude_threshold", "reads"]
+__all__ = ["combine", "dare", "magnitude_threshold", "reads", "takes"]
 
 NAMES = {
     torch.bfloat16: "BF16",
@@ -30,6 +30,9 @@ NAMES = {
     torch.float8_e5m2: "F8_E5M2",
 }
 """The core's names of dtypes: those of safetensors."""
+
+MOST_MODELS = 256
+"""What the core combines in one pass."""
 
 
 def reads(*tensors: Tensor | None) -> bool:
@@ -44,6 +47,17 @@ def reads(*tensors: Tensor | None) -> bool:
             and not tensor.is_neg()
         )
         for tensor in tensors
+    )
+
+
+def takes(call: Call) -> bool:
+    """Whether the core can carry out `call`; if not, the eager reference does."""
+    policy = call.policy
+    scaled_whole = policy.trim_scope == "model" and policy.rescale == "l1"
+    return (
+        call.models <= MOST_MODELS
+        and not (policy.sparsify == "trim" and scaled_whole)
+        and reads(*call.bases, *call.tensors)
     )
 
 
@@ -63,14 +77,18 @@ class _Tasks:
         self._alive.append(dense)
         return int(dense.data_ptr())
 
-    def add(self, base: Tensor | None, out: Tensor, policy: Policy, lam: float) -> int:
-        self._alive.append(out)
+    def add(
+        self, n: int, base: Tensor | None, out: Tensor | None, policy: Policy, lam: float = 1.0
+    ) -> int:
+        """A task of n elements; out is None where only a threshold is wanted."""
+        if out is not None:
+            self._alive.append(out)
         source = None if base is None else (NAMES[base.dtype], self.pointer(base), -1, 0)
         return int(
             self.job.add_task(
-                out.numel(),
-                NAMES[out.dtype],
-                out.data_ptr(),
+                n,
+                "F32" if out is None else NAMES[out.dtype],
+                self.pointer(torch.empty(1)) if out is None else out.data_ptr(),
                 -1,
                 0,
                 base=source,
@@ -127,7 +145,8 @@ def combine(core: ModuleType, call: Call) -> list[Tensor]:
         outs.append(out)
         if out.numel() == 0:
             continue
-        task = tasks.add(call.bases[row] if call.bases else None, out, call.policy, call.lam)
+        base = call.bases[row] if call.bases else None
+        task = tasks.add(out.numel(), base, out, call.policy, call.lam)
         for at in range(row * call.models, (row + 1) * call.models):
             density = call.densities[at]
             tasks.add_term(
@@ -153,13 +172,13 @@ def _model_thresholds(core: ModuleType, call: Call) -> list[int]:
         total += first.numel()
         if first.numel() == 0:
             continue
-        out = torch.empty(0, dtype=torch.float32)  # nothing is written by a selection
-        task = tasks.add(call.bases[row] if call.bases else None, out, call.policy, 1.0)
+        base = call.bases[row] if call.bases else None
+        task = tasks.add(first.numel(), base, None, call.policy)
         for tensor in call.tensors[call.row(row)]:
             tasks.add_term(task, tensor, density=0.5, keep_count=1)
     densities = call.densities[: call.models]
     counts = [trim_keep_count(rho, total, call.policy.trim_count) for rho in densities]
-    codes = tasks.job.select_model([max(count, 1) for count in counts]) if total else []
+    codes = tasks.job.select_model([max(count, 1) for count in counts]) if total else counts
     return [
         -1 if rho >= 1.0 else int(code) if count else 0x7FFFFFFF
         for rho, count, code in zip(densities, counts, codes, strict=True)
@@ -179,7 +198,7 @@ def dare(
         sparsify="drop",
         rescale=rescale,  # type: ignore[arg-type]
     )
-    task = tasks.add(None, out, policy, 1.0)
+    task = tasks.add(out.numel(), None, out, policy)
     tasks.add_term(task, delta, density=density, key=key, keep_threshold=threshold)
     tasks.job.run()
     return out
@@ -193,8 +212,7 @@ def magnitude_threshold(
         return torch.tensor(float("inf")), torch.tensor(0)
     tasks = _Tasks(core)
     policy = Policy(difference=base is not None, sparsify="trim")
-    nothing = torch.empty(0, dtype=torch.float32)
-    task = tasks.add(base, nothing, policy, 1.0)
+    task = tasks.add(x.numel(), base, None, policy)
     tasks.add_term(task, x, density=0.5, keep_count=k)
     (code,) = tasks.job.select_model([k])
     threshold = torch.tensor(code, dtype=torch.int32).view(torch.float32)

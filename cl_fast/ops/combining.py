@@ -405,7 +405,7 @@ class Call:
 
     def run_cpu(self) -> list[Tensor]:
         core = native_or_say()
-        if core is None or not native_ops.reads(*self.bases, *self.tensors):
+        if core is None or not native_ops.takes(self):
             return self.run_eager()
         return native_ops.combine(core, self)
 
@@ -421,6 +421,11 @@ class Call:
             return self.run_eager()
         for tensor in (*self.bases, *self.tensors):
             core = require_native(backend, tensor.device.type)
+        if not native_ops.takes(self):
+            raise ValueError(
+                f"backend='native' takes at most {native_ops.MOST_MODELS} models, and no "
+                "policy.rescale='l1' with policy.trim_scope='model'; leave backend out"
+            )
         return native_ops.combine(core, self)
 
 
