@@ -1,0 +1,372 @@
+"""The command `cl-fast`: merge, verify, soup, env. Thin: it parses, calls, and prints.
+
+Exit codes: 0 done; 1 an error, told on stderr in words; 2 wrong usage; 130 interrupted.
+Nothing is imported before it is needed, so `--help` is there at once and a merge by the C++ core
+loads neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from cl_fast._version import __version__
+from cl_fast.errors import ClFastError, Interrupted
+
+if TYPE_CHECKING:
+    from cl_fast.merging.plan import Plan
+
+__all__ = ["main"]
+
+_UNITS = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGT", 1):
+    _UNITS |= {_letter: 1000**_power, f"{_letter}B": 1000**_power, f"{_letter}IB": 1024**_power}
+
+_EPILOG = "docs: docs/engine.md (how a merge runs), docs/merge-recipes.md (recipes and methods)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line `argv` (None: that of the process) and returns its exit code."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 2
+    warnings.showwarning = _show_warning
+    try:
+        return int(arguments.run(arguments))
+    except (KeyboardInterrupt, Interrupted) as error:
+        _complain("interrupted", error)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has gone; say nothing more into the closed pipe.
+        sys.stderr.close()
+        return 1
+    except Exception as error:
+        if getattr(arguments, "verbose", False):
+            raise
+        if isinstance(error, ClFastError | OSError | ValueError | MemoryError):
+            _complain(f"error: {error or type(error).__name__}", error)
+        else:
+            _complain(
+                f"internal error: {type(error).__name__}: {error}; --verbose shows where", error
+            )
+        return 1
+
+
+def _complain(words: str, error: BaseException) -> None:
+    print(f"cl-fast: {words}", file=sys.stderr)
+    for note in getattr(error, "__notes__", ()):
+        print(f"         {note}", file=sys.stderr)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"cl-fast: note: {message}", file=sys.stderr)
+
+
+# ------------------------------------------------------------------------------------ arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cl-fast", description="Merge language models at memory speed.", epilog=_EPILOG
+    )
+    parser.add_argument("--version", action="version", version=f"cl-fast {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    merge = commands.add_parser(
+        "merge", help="merge checkpoints by a recipe", description="Merge checkpoints by a recipe."
+    )
+    merge.add_argument("recipe", type=Path, help="the recipe, a YAML file")
+    merge.add_argument("output", type=Path, help="folder to make; must not exist")
+    merge.add_argument(
+        "--dry-run", action="store_true", help="print what would be done, write nothing"
+    )
+    merge.add_argument("--seed", type=_seed, help="of the random masks; overrides the recipe's")
+    merge.add_argument(
+        "--out-shard-size",
+        type=_size,
+        default=5_000_000_000,
+        metavar="SIZE",
+        help="largest file of weights, as 5GB or 512MiB (default: 5GB)",
+    )
+    merge.add_argument(
+        "--verify",
+        action="store_true",
+        help="read the written weights back and compare checksums before they are moved in",
+    )
+    _execution(merge)
+    merge.set_defaults(run=_merge)
+
+    verify = commands.add_parser(
+        "verify",
+        help="check a merged folder against its record",
+        description="Check a merged folder: index, sizes, checksums, finite values, its inputs, "
+        "and a sample of tensors computed again.",
+    )
+    verify.add_argument("folder", type=Path, help="what cl-fast merge wrote")
+    verify.add_argument(
+        "--sample",
+        type=_sample,
+        default=8,
+        metavar="N",
+        help="tensors to compute again from the inputs, or 'all' (default: 8)",
+    )
+    verify.add_argument(
+        "--no-inputs", action="store_true", help="look at the folder only, not at its inputs"
+    )
+    verify.add_argument("--threads", type=_positive, metavar="N", help="default: all cores")
+    verify.add_argument("--backend", choices=("native", "eager"), help=argparse.SUPPRESS)
+    _talk(verify)
+    verify.set_defaults(run=_verify)
+
+    env = commands.add_parser(
+        "env",
+        help="what runs where on this machine, and why not faster",
+        description="Versions, instruction sets, threads, and which backend serves each op.",
+    )
+    _talk(env)
+    env.set_defaults(run=_env)
+    return parser
+
+
+def _execution(parser: argparse.ArgumentParser) -> None:
+    """Options of everything that writes a checkpoint."""
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument(
+        "--resume", action="store_true", help="continue an unfinished merge, if there is one"
+    )
+    existing.add_argument(
+        "--restart", action="store_true", help="throw an unfinished merge away and begin again"
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an existing output, once the new one is complete",
+    )
+    parser.add_argument("--threads", type=_positive, metavar="N", help="default: all cores")
+    parser.add_argument(
+        "--memory", type=_size, metavar="SIZE", help="bound on the working memory, as 256MB"
+    )
+    parser.add_argument(
+        "--io",
+        choices=("auto", "mmap", "pread", "direct"),
+        default="auto",
+        help="how inputs are read; direct goes past the page cache (default: auto)",
+    )
+    parser.add_argument(
+        "--nan",
+        choices=("refuse", "propagate", "zero"),
+        default="refuse",
+        help="NaN or infinity in an input: an error, kept, or taken for no change "
+        "(default: refuse)",
+    )
+    parser.add_argument(
+        "--no-fsync",
+        action="store_true",
+        help="do not wait for the disk; a power failure may then damage a finished output",
+    )
+    parser.add_argument(
+        "--backend", choices=("native", "eager"), help="default: native where it is built"
+    )
+    _talk(parser)
+
+
+def _talk(parser: argparse.ArgumentParser) -> None:
+    volume = parser.add_mutually_exclusive_group()
+    volume.add_argument("--quiet", action="store_true", help="say nothing but errors")
+    volume.add_argument("--verbose", action="store_true", help="show the traceback of an error")
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write it as 256MB or 5GiB")
+    value = int(float(match[1]) * _UNITS[match[2].upper()])
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is less than one byte")
+    return value
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) >= 1 << 64:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2**64 - 1")
+    return int(text)
+
+
+def _sample(text: str) -> int | None:
+    if text == "all":
+        return None
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor 'all'")
+    return int(text)
+
+
+# ------------------------------------------------------------------------------------- commands
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from cl_fast.merging.engine import execute
+    from cl_fast.merging.plan import bytes_text, make_plan
+    from cl_fast.merging.recipe import load_recipe
+
+    plan = make_plan(
+        load_recipe(arguments.recipe),
+        arguments.output,
+        out_shard_size=arguments.out_shard_size,
+        seed=arguments.seed,
+        threads=arguments.threads,
+        memory=arguments.memory,
+    )
+    if arguments.dry_run:
+        return _dry_run(plan, arguments)
+    if not arguments.quiet:
+        for note in plan.notes:
+            print(f"note: {note}")
+    with _Progress(quiet=arguments.quiet) as progress:
+        result = execute(plan, reread=arguments.verify, progress=progress, **_options(arguments))
+    if not arguments.quiet:
+        kept = f", {result.resumed} of them from the earlier run" if result.resumed else ""
+        speed = result.bytes_moved / max(result.seconds, 1e-9)
+        print(
+            f"{result.output}: {len(plan.tensors)} tensors in {result.shards} "
+            f"file{'s' if result.shards != 1 else ''}{kept}, {bytes_text(plan.bytes_written)} in "
+            f"{result.seconds:.1f} s ({bytes_text(speed)}/s read and written, {result.backend})"
+        )
+    return 0
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "threads": arguments.threads,
+        "memory": arguments.memory,
+        "io": arguments.io,
+        "nan": arguments.nan,
+        "resume": arguments.resume,
+        "restart": arguments.restart,
+        "overwrite": arguments.overwrite,
+        "fsync": not arguments.no_fsync,
+        "backend": arguments.backend,
+    }
+
+
+def _dry_run(plan: Plan, arguments: argparse.Namespace) -> int:
+    from cl_fast.environment import available_memory
+    from cl_fast.merging.engine import check_output, read_bandwidth
+    from cl_fast.merging.output import free_bytes
+    from cl_fast.merging.plan import bytes_text, describe
+
+    check_output(plan, overwrite=arguments.overwrite)
+    for line in describe(plan, read_bandwidth(plan)):
+        print(line)
+    memory = available_memory()
+    free = f"free     {bytes_text(free_bytes(plan.output.parent))} of disk at the output"
+    print(free + ("" if memory is None else f", {bytes_text(memory)} of memory"))
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from cl_fast.merging.verify import verify
+
+    with _Progress(quiet=arguments.quiet) as progress:
+        report = verify(
+            arguments.folder,
+            sample=arguments.sample,
+            inputs=not arguments.no_inputs,
+            threads=arguments.threads,
+            backend=arguments.backend,
+            progress=progress,
+        )
+    for problem in report.problems:
+        print(f"cl-fast: error: {problem}", file=sys.stderr)
+    if not arguments.quiet:
+        for line in report.lines():
+            print(line)
+    return 0 if report.ok else 1
+
+
+def _env(arguments: argparse.Namespace) -> int:
+    from cl_fast.environment import describe
+
+    for line in describe():
+        print(line)
+    return 0
+
+
+# ------------------------------------------------------------------------------------- progress
+
+
+_EVERY = 5.0  # seconds between lines where there is no terminal
+
+
+class _Progress:
+    """Shows progress: a bar on a terminal, a line every few seconds elsewhere, or nothing."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._terminal = sys.stderr.isatty()
+        self._phase = ""
+        self._bar: Any = None
+        self._since = self._said = 0.0
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._close()
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        if self._quiet:
+            return
+        if phase != self._phase:
+            self._close()
+            self._phase = phase
+            self._since = self._said = time.monotonic()
+            if self._terminal:
+                from tqdm import tqdm
+
+                self._bar = tqdm(
+                    desc=phase,
+                    total=total,
+                    unit="B",
+                    unit_scale=True,
+                    leave=False,
+                    dynamic_ncols=True,
+                )
+        if self._bar is not None:
+            self._bar.total = total
+            self._bar.update(done - self._bar.n)
+            return
+        now = time.monotonic()
+        if now - self._said >= _EVERY and done:
+            self._said = now
+            speed = done / (now - self._since)
+            print(
+                f"{phase}: {100 * done // total} % of {total / 1e9:.1f} GB, "
+                f"{speed / 1e9:.2f} GB/s, {(total - done) / speed:.0f} s left",
+                file=sys.stderr,
+            )
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        self._phase = ""

@@ -1,0 +1,94 @@
+"""What runs where on this machine, and why not faster: the text of `cl-fast env`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from pathlib import Path
+
+from cl_fast._version import __version__
+from cl_fast.backends import native
+
+__all__ = ["available_memory", "describe"]
+
+OPS = ("combine", "combine_many", "dare", "magnitude_threshold")
+_PACKAGES = ("torch", "triton", "numpy", "transformers", "safetensors", "peft", "mergekit")
+
+
+def describe() -> list[str]:
+    """Lines of plain text. Imports torch where it is installed, to ask it about devices."""
+    core = native.load()
+    lines = [
+        f"cl_fast       {__version__}  ({Path(__file__).parent})",
+        f"python        {platform.python_version()}, {platform.system()} {platform.machine()}",
+        f"threads       {native.threads()} of {os.cpu_count()} cores"
+        + (" (CL_FAST_THREADS)" if "CL_FAST_THREADS" in os.environ else ""),
+    ]
+    memory = available_memory()
+    if memory is not None:
+        lines.append(f"memory        {memory / 1e9:.1f} GB available")
+    if core is None:
+        lines.append(f"C++ core      not used: {native.reason()}")
+    else:
+        info = core.build_info()
+        lines.append(
+            f"C++ core      {core.isa()} (this machine can: {', '.join(core.supported_isas())}), "
+            f"compiler {info['compiler']}, {'with' if info['cuda'] else 'without'} CUDA"
+        )
+    lines += [f"{name:<13} {_version(name)}" for name in _PACKAGES]
+    cuda = _cuda()
+    lines += [f"cuda          {cuda}", "", "what serves:"]
+    width = max(map(len, OPS)) + len("cl_fast::")
+    if core is None:
+        cpu = f"eager (plain torch), because {native.reason()}"
+    else:
+        cpu = f"native ({core.isa()})"
+    lines.append(f"  {'merge of files':<{width}}  {cpu}")
+    for op in OPS:
+        lines.append(f"  {'cl_fast::' + op:<{width}}  cpu: {cpu}")
+        lines.append(f"  {'':<{width}}  cuda: {_on_cuda(cuda)}")
+    return lines
+
+
+def available_memory() -> int | None:
+    """Bytes that a new process could use without swapping; None where the system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return None
+
+
+def _version(package: str) -> str:
+    if importlib.util.find_spec(package) is None:
+        return "not installed"
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "importable, version unknown"
+
+
+def _cuda() -> str:
+    """The devices that torch sees, or why there are none."""
+    if importlib.util.find_spec("torch") is None:
+        return "unknown: torch is not installed"
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # a broken install must not break this report
+        return f"unknown: torch does not load: {error}"
+    if torch.version.cuda is None:
+        return "none: this torch is built without CUDA"
+    if not torch.cuda.is_available():
+        return f"none: torch is built for CUDA {torch.version.cuda} but sees no device"
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"{torch.version.cuda}: {', '.join(names)}"
+
+
+def _on_cuda(cuda: str) -> str:
+    if cuda.startswith(("none", "unknown")):
+        return f"nothing to run on ({cuda})"
+    return "eager (plain torch on the device): this version has no GPU kernel for it"

@@ -1,0 +1,619 @@
+"""Carrying out a plan: from "everything is known" to "the output is in place", or to nothing.
+
+    checks -> working folder, lock -> shards reserved -> shards computed, each journalled
+           -> side files, index, manifest, card -> re-read -> inputs unchanged? -> rename
+
+Whatever happens on the way (an error, a full disk, Ctrl-C, a kill, a power failure), the output
+path holds nothing, or what it held before; the inputs are only ever opened for reading. What is
+finished stays in a hidden sibling, and `resume` goes on from there to the same bytes. For users
+docs/engine.md tells it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cl_fast.checkpoints.checkpoint import INDEX_NAME, Checkpoint
+from cl_fast.errors import (
+    CheckpointError,
+    ClFastError,
+    Interrupted,
+    NonFiniteError,
+    OutputError,
+    VerifyError,
+)
+from cl_fast.merging import manifest
+from cl_fast.merging.card import card
+from cl_fast.merging.checksum import crc64_of_file
+from cl_fast.merging.executors import (
+    IO_MODES,
+    NAN_POLICIES,
+    Executor,
+    Io,
+    Nan,
+    make_executor,
+    sources,
+)
+from cl_fast.merging.journal import FORMAT, Journal, TensorRecord, WorkLock
+from cl_fast.merging.output import (
+    OutputFolder,
+    allocate,
+    sync_file,
+    sync_tree,
+    write_failure,
+)
+
+if TYPE_CHECKING:
+    from cl_fast.merging.plan import Plan
+
+__all__ = [
+    "MEMORY_LEAST",
+    "Progress",
+    "Result",
+    "check_inputs",
+    "check_output",
+    "execute",
+    "read_bandwidth",
+]
+
+MEMORY_LEAST = 16 << 20
+"""Smallest bound on the working memory, in bytes."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done ("thresholds", "merge", "verify"), bytes done, bytes in all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """A finished merge.
+
+    output: the folder. backend: "native" or "eager". seconds: wall time of this run. shards: how
+    many files of weights. resumed: how many of them an earlier run had finished. bytes_moved: read
+    and written by this run. digest: of all tensors of the output (see `manifest.digest`).
+    """
+
+    output: Path
+    backend: str
+    seconds: float
+    shards: int
+    resumed: int
+    bytes_moved: int
+    digest: str
+
+
+def execute(
+    plan: Plan,
+    *,
+    threads: int | None = None,
+    memory: int | None = None,
+    io: Io = "auto",
+    nan: Nan = "refuse",
+    resume: bool = False,
+    restart: bool = False,
+    overwrite: bool = False,
+    fsync: bool = True,
+    reread: bool = False,
+    backend: str | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Carries out `plan` and returns when its output folder is complete and in place.
+
+    Args:
+        plan: from `make_plan`.
+        threads: worker threads; None: the cores of this process (`CL_FAST_THREADS`).
+        memory: bound in bytes on the working memory; None: a bound that is fast.
+        io: how inputs are read; "auto" takes the page cache ("mmap"), "direct" goes past it.
+        nan: NaN or infinity in an input: "refuse" (error), "propagate", or "zero": such a base
+            element counts as 0, such a model element as no change.
+        resume: continue an unfinished merge of the same plan, if there is one.
+        restart: throw an unfinished merge away.
+        overwrite: replace an existing output folder, once the new one is complete.
+        fsync: wait until the disk has what was written. Without it a power failure (not a kill)
+            may lose or damage a finished output.
+        reread: read the written shards back and compare their checksums before they are moved in.
+        backend: "native", "eager" or None for the faster one that is there; same bytes.
+        progress: called about twenty times a second, from this thread.
+
+    Raises:
+        OutputError: the output exists, lies in an input, cannot be written, or the disk is full;
+            an unfinished merge is there and neither `resume` nor `restart` was asked for.
+        CheckpointError: an input is truncated, was changed while it was read, or integer tensors
+            that must agree do not.
+        NonFiniteError: NaN or infinity, or overflow of the output type.
+        Interrupted: KeyboardInterrupt came; finished shards are kept.
+        ValueError: an argument out of its range.
+    """
+    _check_arguments(threads, memory, io, nan, resume, restart, backend)
+    started = time.perf_counter()
+    folder = OutputFolder(plan.output)
+    lock = WorkLock(folder.work, folder.path)
+    journal = Journal(folder.work, fsync=fsync)
+    try:
+        found: _Unfinished | None = None
+        if folder.work.is_dir():
+            lock.acquire()
+            found = _Unfinished.read(folder, journal.read() if not restart else [])
+            if found is not None and found.published(folder):
+                # The rename was done, and the process ended before it could tidy up.
+                folder.discard()
+                return found.result(folder, time.perf_counter() - started)
+            folder.recover()
+        folder.check(_input_paths(plan), overwrite=overwrite)
+        check_inputs(plan)
+        executor = make_executor(
+            plan, backend=backend, threads=threads, memory=memory, io=io, nan=nan
+        )
+        if found is not None:
+            found.check(plan, folder, nan, resume=resume)
+        run = _Run(plan, folder, journal, executor, nan, fsync, progress)
+        if folder.work.is_dir() and found is None:
+            folder.clear()
+        elif not folder.work.is_dir():
+            folder.create()
+            lock.acquire()
+        with run.cleanup():
+            run.start(found)
+            run.merge()
+            digest = run.finish(reread=reread)
+            run.publish(overwrite=overwrite)
+    finally:
+        journal.close()
+        lock.release()
+    return Result(
+        output=folder.path,
+        backend=executor.name,
+        seconds=time.perf_counter() - started,
+        shards=len(plan.shards),
+        resumed=run.resumed,
+        bytes_moved=run.moved,
+        digest=digest,
+    )
+
+
+def check_inputs(plan: Plan) -> None:
+    """Raises CheckpointError when an input file is not as it was when the plan was made."""
+    for header in {header.path: header for cp in plan.inputs for header in cp.files}.values():
+        try:
+            now = Path(header.path).stat()
+        except OSError as error:
+            raise CheckpointError(
+                f"{header.path}: cannot be read any more: {error.strerror or error}"
+            ) from error
+        if (now.st_size, now.st_mtime_ns) != (header.file_size, header.mtime_ns):
+            raise CheckpointError(
+                f"{header.path}: was changed after it was planned (size {header.file_size} then, "
+                f"{now.st_size} now); merge again when nothing writes to the inputs"
+            )
+
+
+def _check_arguments(
+    threads: int | None,
+    memory: int | None,
+    io: str,
+    nan: str,
+    resume: bool,
+    restart: bool,
+    backend: str | None,
+) -> None:
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1; got {threads}")
+    if memory is not None and memory < MEMORY_LEAST:
+        raise ValueError(f"memory must be at least {MEMORY_LEAST} bytes; got {memory}")
+    for name, value, choices in (
+        ("io", io, IO_MODES),
+        ("nan", nan, NAN_POLICIES),
+        ("backend", backend, (None, "native", "eager")),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")
+    if resume and restart:
+        raise ValueError("resume and restart contradict each other; give one of them")
+
+
+def _input_paths(plan: Plan) -> list[Path]:
+    """Every folder and file that is read: none of them may be touched by the output."""
+    paths = [plan.tokenizer_donor]
+    for checkpoint in (*plan.inputs, plan.donor):
+        paths += [checkpoint.path, checkpoint.folder]
+        paths += [Path(header.path) for header in checkpoint.files]
+    return list(dict.fromkeys(paths))
+
+
+def _stamps(plan: Plan) -> list[list[Any]]:
+    """Path, size and time of change of every input file."""
+    stamps = {
+        header.path: [header.path, header.file_size, header.mtime_ns]
+        for checkpoint in plan.inputs
+        for header in checkpoint.files
+    }
+    return list(stamps.values())
+
+
+@dataclass(frozen=True, slots=True)
+class _Unfinished:
+    """What an earlier run of the same output left in the working folder."""
+
+    start: dict[str, Any]
+    codes: list[int] | None
+    shards: dict[int, dict[str, Any]]
+    publish: dict[str, Any] | None
+
+    @classmethod
+    def read(cls, folder: OutputFolder, events: Sequence[dict[str, Any]]) -> _Unfinished | None:
+        """None when nothing was finished, so that there is nothing to lose or to continue."""
+        by_kind: dict[str, list[dict[str, Any]]] = {}
+        for event in events:
+            by_kind.setdefault(event["event"], []).append(event)
+        shards = {event["shard"]: event for event in by_kind.get("shard", [])}
+        if not shards or "start" not in by_kind:
+            return None
+        return cls(
+            start=by_kind["start"][-1],
+            codes=by_kind["thresholds"][-1]["codes"] if "thresholds" in by_kind else None,
+            shards=shards,
+            publish=by_kind["publish"][-1] if "publish" in by_kind else None,
+        )
+
+    def published(self, folder: OutputFolder) -> bool:
+        """Whether the output is the very folder that this run was about to move in."""
+        if self.publish is None or not folder.path.is_dir():
+            return False
+        now = folder.path.stat()
+        return (now.st_dev, now.st_ino) == (self.publish["device"], self.publish["inode"])
+
+    def result(self, folder: OutputFolder, seconds: float) -> Result:
+        """The result of a run that had only its tidying up left."""
+        assert self.publish is not None
+        return Result(
+            output=folder.path,
+            backend=self.publish["backend"],
+            seconds=seconds,
+            shards=len(self.shards),
+            resumed=len(self.shards),
+            bytes_moved=0,
+            digest=self.publish["digest"],
+        )
+
+    def check(self, plan: Plan, folder: OutputFolder, nan: str, *, resume: bool) -> None:
+        """Raises OutputError unless `plan` may go on from here."""
+        where = f"{folder.path}: an unfinished merge ({len(self.shards)} of "
+        where += f"{self.start['shards']} files of weights finished) is in {folder.work}"
+        if not resume:
+            raise OutputError(f"{where}; --resume continues it, --restart begins again")
+        again = "; --restart begins again, or give another output folder"
+        if self.start["format"] != FORMAT:
+            raise OutputError(f"{where}, of another version of cl_fast{again}")
+        if self.start["inputs"] != _stamps(plan):
+            before = {stamp[0]: stamp for stamp in self.start["inputs"]}
+            changed = [s[0] for s in _stamps(plan) if before.get(s[0]) != s] or ["their list"]
+            raise OutputError(
+                f"{where}, but the inputs are not those that it was reading: {changed[0]} "
+                f"differs{again}"
+            )
+        if self.start["fingerprint"] != plan.fingerprint:
+            raise OutputError(
+                f"{where}, but it is of another recipe, seed, shard size or version{again}"
+            )
+        if self.start["nan"] not in ("refuse", nan):
+            # A shard finished under "refuse" had nothing that a policy could change.
+            raise OutputError(
+                f"{where}, which runs with --nan {self.start['nan']} and cannot go on with --nan "
+                f"{nan}{again}"
+            )
+
+
+class _Run:
+    """One execution of a plan inside its working folder, whose lock is held."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        folder: OutputFolder,
+        journal: Journal,
+        executor: Executor,
+        nan: Nan,
+        fsync: bool,
+        progress: Progress | None,
+    ) -> None:
+        self._plan = plan
+        self._folder = folder
+        self._journal = journal
+        self._executor = executor
+        self._nan = nan
+        self._fsync = fsync
+        self._progress = progress
+        self._finished: dict[int, list[TensorRecord]] = {}
+        self._codes: list[int] | None = None
+        self.resumed = 0
+        self.moved = 0
+
+    # ------------------------------------------------------------------------------ phases
+
+    def start(self, found: _Unfinished | None) -> None:
+        """Takes over what is finished, makes room for the rest, and reserves it."""
+        folder, plan = self._folder, self._plan
+        folder.model.mkdir(exist_ok=True)
+        if found is not None:
+            self._take_over(found)
+        missing = [n for n in range(len(plan.shards)) if n not in self._finished]
+        for number in missing:
+            self._shard_path(number).unlink(missing_ok=True)
+        beside = sum(sidecar.nbytes for sidecar in plan.sidecars)
+        folder.check_space(sum(plan.shards[n].size for n in missing) + beside)
+        if found is None:
+            self._journal.append(
+                "start",
+                format=FORMAT,
+                fingerprint=plan.fingerprint,
+                shards=len(plan.shards),
+                nan=self._nan,
+                inputs=_stamps(plan),
+            )
+        elif found.start["nan"] != self._nan:
+            self._journal.append("start", **{**found.start, "nan": self._nan})
+        for number in missing:
+            allocate(self._shard_path(number), plan.shards[number].size)
+
+    def merge(self) -> None:
+        """Computes every shard that is missing. While one is made durable the next is computed."""
+        plan = self._plan
+        missing = [n for n in range(len(plan.shards)) if n not in self._finished]
+        if missing and plan.model_keep and self._codes is None:
+            total = sum(_moved(plan, n) - _written(plan, n) for n in range(len(plan.shards)))
+            with self._phase("thresholds", total) as tick:
+                self._codes = self._executor.model_thresholds(plan, tick)
+            self._journal.append("thresholds", codes=self._codes)
+        with (
+            self._phase("merge", sum(_moved(plan, n) for n in missing)) as tick,
+            ThreadPoolExecutor(1, "cl_fast journal") as sealer,
+        ):
+            sealed: list[Future[None]] = []
+            for number in missing:
+                records = self._compute(number, tick)
+                sealed.append(sealer.submit(self._seal, number, records))
+                for future in sealed:
+                    if future.done():
+                        future.result()
+            for future in sealed:
+                future.result()
+
+    def finish(self, *, reread: bool) -> str:
+        """Writes all that stands beside the weights, then checks the folder. Returns the digest."""
+        plan, model = self._plan, self._folder.model
+        records = [record for number in sorted(self._finished) for record in self._finished[number]]
+        files: dict[str, tuple[int, str]] = {}
+
+        def write(name: str, content: bytes) -> None:
+            path = model / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                path.write_bytes(content)
+            except OSError as error:
+                raise write_failure(path, error, len(content)) from error
+            files[name] = len(content), blake2b(content, digest_size=16).hexdigest()
+
+        for sidecar in plan.sidecars:
+            try:
+                content = sidecar.content
+                if content is None:
+                    content = sidecar.source.read_bytes()
+            except OSError as error:
+                raise CheckpointError(
+                    f"{sidecar.source}: cannot be copied: {error.strerror or error}"
+                ) from error
+            write(sidecar.name, content)
+        if plan.index is not None:
+            write(INDEX_NAME, (json.dumps(plan.index, indent=2) + "\n").encode())
+        summary = manifest.build(plan, records, codes=self._codes, nan=self._nan, files=files)
+        write("README.md", card(self._folder.path.name, summary).encode())
+        name = "README.md"
+        summary["files"].append({"name": name, "size": files[name][0], "blake2b": files[name][1]})
+        write(manifest.NAME, manifest.dump(summary))
+        self._check_written(records, reread=reread)
+        check_inputs(plan)
+        if self._fsync:
+            sync_tree(model)
+        self._digest = str(summary["digest"])
+        return self._digest
+
+    def publish(self, *, overwrite: bool) -> None:
+        """Moves the finished folder to the output path. After the rename nothing can fail."""
+        now = self._folder.model.stat()
+        self._journal.append(
+            "publish",
+            device=now.st_dev,
+            inode=now.st_ino,
+            backend=self._executor.name,
+            digest=self._digest,
+        )
+        try:
+            self._folder.publish(overwrite=overwrite, fsync=self._fsync)
+        except OSError as error:
+            raise write_failure(self._folder.path, error) from error
+        self._journal.close()
+        self._folder.discard()
+
+    @contextlib.contextmanager
+    def cleanup(self) -> Iterator[None]:
+        """After a failure: keeps finished shards where `resume` can use them, else nothing."""
+        try:
+            yield
+        except BaseException as error:
+            failure = error
+            if isinstance(error, KeyboardInterrupt):
+                failure = Interrupted("interrupted")
+            useful = isinstance(error, OSError | NonFiniteError | KeyboardInterrupt)
+            if self._finished and useful:
+                for number in range(len(self._plan.shards)):
+                    if number not in self._finished:
+                        self._shard_path(number).unlink(missing_ok=True)
+                failure.add_note(
+                    f"{len(self._finished)} of {len(self._plan.shards)} files of weights are "
+                    f"finished and kept in {self._folder.work}: run again with --resume to "
+                    "continue, or with --restart to begin again"
+                )
+            else:
+                self._journal.close()
+                self._folder.discard()
+                failure.add_note("nothing was kept; the output path is as it was")
+            if failure is error:
+                raise
+            raise failure from error
+
+    # ------------------------------------------------------------------------------ pieces
+
+    def _shard_path(self, number: int) -> Path:
+        return self._folder.model / self._plan.shards[number].filename
+
+    def _take_over(self, found: _Unfinished) -> None:
+        """Accepts the finished shards whose bytes are still those that were journalled."""
+        plan = self._plan
+        self._codes = found.codes
+        total = sum(plan.shards[number].size for number in found.shards)
+        with self._phase("verify", total) as tick:
+            for number, event in sorted(found.shards.items()):
+                records = [TensorRecord.from_json(values) for values in event["records"]]
+                try:
+                    self._check_shard(number, records, tick)
+                except ClFastError:
+                    continue  # damaged since: it is computed again, to the same bytes
+                self._finished[number] = records
+        self.resumed = len(self._finished)
+
+    def _compute(self, number: int, tick: Callable[[int], None]) -> list[TensorRecord]:
+        plan, shard, path = self._plan, self._plan.shards[number], self._shard_path(number)
+        try:
+            with path.open("r+b", buffering=0) as file:
+                file.write(shard.header)
+        except OSError as error:
+            raise write_failure(path, error, shard.size) from error
+        tensors = [plan.tensors[i] for i in shard.tensors]
+        records = self._executor.write(tensors, path, self._codes, tick)
+        self.moved += _moved(plan, number)
+        return records
+
+    def _seal(self, number: int, records: list[TensorRecord]) -> None:
+        """Makes a shard durable and then says so in the journal, in that order."""
+        path = self._shard_path(number)
+        if self._fsync:
+            try:
+                sync_file(path)
+            except OSError as error:
+                raise write_failure(path, error) from error
+        try:
+            self._journal.append(
+                "shard",
+                shard=number,
+                filename=path.name,
+                size=self._plan.shards[number].size,
+                records=[record.to_json() for record in records],
+            )
+        except OSError as error:
+            raise write_failure(self._journal.path, error) from error
+        self._finished[number] = records
+
+    def _check_written(self, records: Sequence[TensorRecord], *, reread: bool) -> None:
+        """The finished folder through the eyes of a reader."""
+        plan, model = self._plan, self._folder.model
+        written = Checkpoint.open(model)
+        for tensor in plan.tensors:
+            info = written.tensors.get(tensor.name)
+            if info is None or (info.dtype, info.shape) != (tensor.dtype, tensor.shape):
+                raise VerifyError(f"{model}: tensor {tensor.name} was not written as planned")
+        by_name = {record.name: record for record in records}
+        total = sum(shard.size for shard in plan.shards) if reread else 0
+        with self._phase("verify", total) as tick:
+            for number, shard in enumerate(plan.shards):
+                tensors = [by_name[plan.tensors[i].name] for i in shard.tensors]
+                self._check_shard(number, tensors if reread else [], tick)
+
+    def _check_shard(
+        self, number: int, records: Sequence[TensorRecord], tick: Callable[[int], None]
+    ) -> None:
+        """Size and header of a shard, and the checksums of `records`."""
+        shard, path = self._plan.shards[number], self._shard_path(number)
+        try:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                header = file.read(len(shard.header))
+        except OSError as error:
+            raise VerifyError(f"{path}: cannot be read back: {error.strerror}") from error
+        if size != shard.size or header != shard.header:
+            raise VerifyError(f"{path}: size or header are not as written; is the disk sound?")
+        tensors = {self._plan.tensors[i].name: self._plan.tensors[i] for i in shard.tensors}
+        for record in records:
+            tensor = tensors[record.name]
+            if crc64_of_file(path, tensor.offset, tensor.nbytes) != record.crc64:
+                raise VerifyError(
+                    f"{path}: tensor {record.name} reads back differently from what was written; "
+                    "is the disk sound?"
+                )
+            tick(tensor.nbytes)
+
+    @contextlib.contextmanager
+    def _phase(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        done = 0
+
+        def tick(more: int) -> None:
+            nonlocal done
+            done = min(done + more, total)
+            if self._progress is not None:
+                self._progress(name, done, total)
+
+        if total:
+            tick(0)
+        yield tick
+        if total:
+            tick(total)
+
+
+def _written(plan: Plan, number: int) -> int:
+    return sum(plan.tensors[i].nbytes for i in plan.shards[number].tensors)
+
+
+def _moved(plan: Plan, number: int) -> int:
+    """Bytes of a shard's tensors and of all that they are made from, each once."""
+    return sum(
+        plan.tensors[i].nbytes + sum(source.nbytes for _, source in sources(plan.tensors[i]))
+        for i in plan.shards[number].tensors
+    )
+
+
+def check_output(plan: Plan, *, overwrite: bool) -> None:
+    """The checks on the output that need no writing, as `execute` begins with them."""
+    OutputFolder(plan.output).check(_input_paths(plan), overwrite=overwrite)
+
+
+def read_bandwidth(plan: Plan, seconds: float = 0.25) -> float | None:
+    """Bytes per second at which the inputs can be read now, from a quarter second of reading.
+
+    Pieces from all over the inputs are read, so what the page cache holds and what it does not
+    weigh in as they will in the merge. None where there is nothing to read.
+    """
+    piece = 4 << 20
+    files = {header.path: header.file_size for cp in plan.inputs for header in cp.files}
+    places = [
+        (path, offset) for path, size in files.items() for offset in range(0, size, 8 * piece)
+    ]
+    if not places:
+        return None
+    random.Random(0).shuffle(places)
+    buffer = bytearray(piece)
+    read = 0
+    started = time.perf_counter()
+    for path, offset in places:
+        with Path(path).open("rb", buffering=0) as file:
+            file.seek(offset)
+            read += file.readinto(buffer)
+        if time.perf_counter() - started > seconds:
+            break
+    return read / max(time.perf_counter() - started, 1e-9)

@@ -1,0 +1,541 @@
+"""Two ways to carry out the tensors of a plan, with the same bytes as result.
+
+NativeExecutor hands a whole shard to the C++ core, which streams tiles through its own threads
+while the main thread shows progress and listens for Ctrl-C; memory is bounded by the tiles.
+EagerExecutor takes one whole tensor at a time through plain torch (`combine_reference`): slower,
+memory of the largest tensor times the number of models, but no compiler needed.
+
+Both return one record per tensor with the CRC-64 of what they read and of what they wrote.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from cl_fast.errors import CheckpointError, NonFiniteError, OutputError
+from cl_fast.merging.checksum import crc64
+from cl_fast.merging.journal import TensorRecord
+from cl_fast.merging.output import write_failure
+from cl_fast.merging.plan import bytes_text
+from cl_fast.ops.policy import trim_keep_count
+from cl_fast.ops.streams import keep_threshold
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from cl_fast.merging.plan import Plan, Source, TensorPlan
+
+NOTHING = 0x7FFFFFFF
+"""A threshold code that no number exceeds: a model-wide trim that keeps nothing."""
+
+__all__ = ["IO_MODES", "NAN_POLICIES", "Executor", "Io", "Nan", "make_executor", "model_codes"]
+
+Io = Literal["auto", "mmap", "pread", "direct"]
+Nan = Literal["refuse", "propagate", "zero"]
+IO_MODES: tuple[Io, ...] = ("auto", "mmap", "pread", "direct")
+NAN_POLICIES: tuple[Nan, ...] = ("refuse", "propagate", "zero")
+
+Tick = Callable[[int], None]
+"""Called with the bytes read and written since the last call."""
+
+
+class Executor(Protocol):
+    """Carries out tensors of one plan. `codes` are the model-wide thresholds, or None."""
+
+    name: str
+
+    def model_thresholds(self, plan: Plan, tick: Tick) -> list[int]:
+        """The threshold code of every term position when the trim spans the whole model."""
+        ...
+
+    def write(
+        self, tensors: Sequence[TensorPlan], path: Path, codes: Sequence[int] | None, tick: Tick
+    ) -> list[TensorRecord]:
+        """Computes `tensors` into the existing file `path`, each at its planned offset."""
+        ...
+
+    def compute(
+        self, tensor: TensorPlan, codes: Sequence[int] | None
+    ) -> tuple[bytearray, TensorRecord]:
+        """Computes one tensor into memory."""
+        ...
+
+
+def make_executor(
+    plan: Plan,
+    *,
+    backend: str | None,
+    threads: int | None,
+    memory: int | None,
+    io: Io,
+    nan: Nan,
+) -> Executor:
+    """The executor for `backend`: "native", "eager", or None for the faster one that is there.
+
+    Raises OutputError when the backend is not there or cannot keep within `memory`.
+    """
+    from cl_fast.backends import native, native_or_say
+
+    core = None
+    if backend == "native":
+        core = native.load()
+        if core is None:
+            raise OutputError(f"backend 'native' is not available: {native.reason()}")
+    elif backend is None:
+        core = native_or_say()
+    if core is not None:
+        return NativeExecutor(core, threads=threads, memory=memory, io=io, nan=nan)
+    try:
+        import torch
+    except ImportError as error:
+        raise OutputError(
+            f"nothing can carry out the merge: {native.reason() or 'backend eager was asked for'}; "
+            "and torch, which the eager reference needs, is not installed"
+        ) from error
+    if io not in ("auto", "pread"):
+        raise OutputError(f"--io {io} needs the C++ core; the eager reference reads with pread")
+    if memory is not None:
+        needed, tensor = max((_eager_bytes(t), t.name) for t in plan.tensors)
+        if needed > memory:
+            raise OutputError(
+                f"--memory {bytes_text(memory)} is too little for the eager reference, which "
+                f"holds whole tensors: {tensor} needs about {bytes_text(needed)}; give more, or "
+                "install cl_fast with its C++ core"
+            )
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return EagerExecutor(nan=nan)
+
+
+def model_codes(tensor: TensorPlan, codes: Sequence[int] | None) -> list[int]:
+    """The given threshold of each term: -1 where this tensor selects its own, or none."""
+    if codes is None:
+        return [-1] * len(tensor.terms)
+    return [
+        code if term.density < 1.0 else -1 for term, code in zip(tensor.terms, codes, strict=True)
+    ]
+
+
+def sources(tensor: TensorPlan) -> list[tuple[str, Source]]:
+    """Every input of a tensor with the name of its model, in the order of the records."""
+    listed = [] if tensor.base is None else [("the base", tensor.base)]
+    return listed + [(f"model {term.model}", term.source) for term in tensor.terms]
+
+
+def check_finite(tensor: TensorPlan, record: TensorRecord, nan: Nan) -> None:
+    """Raises NonFiniteError naming model, file, tensor and count, as the policy says."""
+    if nan == "propagate" or not any(record.nonfinite):
+        return
+    *read, written = record.nonfinite
+    if nan == "refuse":
+        for (model, source), count in zip(sources(tensor), read, strict=True):
+            if count:
+                raise NonFiniteError(
+                    f"{source.path}: tensor {tensor.name} of {model} holds {count} NaN or infinite "
+                    "values; repair it, or give --nan zero (they count as 0) or --nan propagate"
+                )
+    if written:
+        raise NonFiniteError(
+            f"tensor {tensor.name}: {written} merged values overflow {tensor.dtype} and would be "
+            "infinite; choose out_dtype: bfloat16 or float32 in the recipe, or --nan propagate"
+        )
+
+
+def _mismatch(tensor: TensorPlan, terms: Sequence[int]) -> CheckpointError:
+    models = ", ".join(tensor.terms[i].model for i in terms)
+    reference = "the base" if tensor.base is not None else f"model {tensor.terms[0].model}"
+    return CheckpointError(
+        f"tensor {tensor.name} is not of a floating type, so it is copied and must be the same "
+        f"everywhere; it differs from that of {reference} in: {models}"
+    )
+
+
+def _truncated(source: Source, got: int) -> CheckpointError:
+    return CheckpointError(
+        f"{source.path}: ended after {got} of {source.nbytes} bytes of a tensor at offset "
+        f"{source.offset}; the file is truncated or was changed while it was read"
+    )
+
+
+# --------------------------------------------------------------------------------------- native
+
+
+class NativeExecutor:
+    """One job of the C++ core for each shard."""
+
+    name = "native"
+
+    def __init__(
+        self, core: ModuleType, *, threads: int | None, memory: int | None, io: Io, nan: Nan
+    ) -> None:
+        from cl_fast.backends import native
+
+        self._core = core
+        self._threads = threads or native.threads()
+        self._memory = memory
+        self._io = "mmap" if io == "auto" else io
+        self._nan = nan
+
+    def model_thresholds(self, plan: Plan, tick: Tick) -> list[int]:
+        """See `Executor`; all tensors of the model in one job, nearly always in one read."""
+        job = self._job(self._nan)
+        files: dict[str, int] = {}
+        size = 0
+        for tensor in plan.tensors:
+            if tensor.kind == "combine":
+                # A selection writes nothing, but a task must name a place.
+                self._add(job, tensor, None, files, out=(1, -1, 0))
+                size += sum(source.nbytes for _, source in sources(tensor))
+        wanted = [max(1, keep) for keep in plan.model_keep]
+        codes: list[int] = []
+        _watch(job, lambda: codes.extend(job.select_model(wanted)), tick, size)
+        return [
+            int(code) if keep else NOTHING
+            for code, keep in zip(codes, plan.model_keep, strict=True)
+        ]
+
+    def write(
+        self, tensors: Sequence[TensorPlan], path: Path, codes: Sequence[int] | None, tick: Tick
+    ) -> list[TensorRecord]:
+        """See `Executor`."""
+        job = self._job(self._nan)
+        files: dict[str, int] = {}
+        output = job.output(str(path))
+        tasks = [
+            self._add(job, tensor, codes, files, out=(0, output, tensor.offset))
+            for tensor in tensors
+        ]
+        size = sum(t.nbytes + sum(source.nbytes for _, source in sources(t)) for t in tensors)
+        try:
+            _watch(job, job.run, tick, size)
+        except OSError as error:
+            if error.filename == str(path):
+                raise write_failure(path, error) from error
+            raise
+        results = [job.result(task) for task in tasks]
+        if self._nan == "refuse":
+            for tensor, result in zip(tensors, results, strict=True):
+                if any(result["nonfinite"]):
+                    # The job stopped at the first tile with NaN: count them all for the message.
+                    # The file is thrown away, so this tensor may as well be written there.
+                    job = self._job("propagate")
+                    output = job.output(str(path))
+                    task = self._add(job, tensor, codes, {}, out=(0, output, tensor.offset))
+                    _watch(job, job.run, lambda _: None, 0)
+                    self._record(job.result(task), tensor)
+        return [self._record(result, t) for result, t in zip(results, tensors, strict=True)]
+
+    def compute(
+        self, tensor: TensorPlan, codes: Sequence[int] | None
+    ) -> tuple[bytearray, TensorRecord]:
+        """See `Executor`."""
+        data = bytearray(max(1, tensor.nbytes))
+        address = ctypes.addressof(ctypes.c_char.from_buffer(data))
+        job = self._job(self._nan)
+        task = self._add(job, tensor, codes, {}, out=(address, -1, 0))
+        _watch(job, job.run, lambda _: None, 0)
+        return data[: tensor.nbytes], self._record(job.result(task), tensor)
+
+    def _job(self, nan: Nan) -> Any:
+        return self._core.Job(
+            threads=self._threads, nan=nan, checksums=True, memory=self._memory or 0
+        )
+
+    def _add(
+        self,
+        job: Any,
+        tensor: TensorPlan,
+        codes: Sequence[int] | None,
+        files: dict[str, int],
+        out: tuple[int, int, int],
+    ) -> int:
+        def place(source: Source) -> tuple[str, int, int, int]:
+            if source.path not in files:
+                files[source.path] = job.file(source.path, self._io)
+            return "BYTES" if copy else source.dtype, 0, files[source.path], source.offset
+
+        # A copy is of bytes, whatever the type.
+        policy, copy = tensor.policy, tensor.kind == "copy"
+        ptr, file, offset = out
+        task = job.add_task(
+            n=tensor.nbytes if copy else tensor.numel,
+            out_dtype="BYTES" if copy else tensor.dtype,
+            out_ptr=ptr,
+            out_file=file,
+            out_offset=offset,
+            base=None if tensor.base is None else place(tensor.base),
+            difference=policy.difference,
+            sparsify=policy.sparsify,
+            trim_ties=policy.trim_ties,
+            rescale=policy.rescale,
+            elect=policy.elect,
+            elect_on=policy.elect_on,
+            reduce=policy.reduce,
+            divisor=policy.divisor,
+            lam=tensor.lam,
+            kind=tensor.kind,
+        )
+        for term, code in zip(tensor.terms, model_codes(tensor, codes), strict=True):
+            dtype, ptr, file, offset = place(term.source)
+            trims = policy.sparsify == "trim" and not copy
+            job.add_term(
+                task,
+                dtype=dtype,
+                ptr=ptr,
+                file=file,
+                offset=offset,
+                weight=term.weight,
+                density=term.density,
+                key=term.key,
+                keep_threshold=keep_threshold(term.density) if term.density < 1.0 else 1 << 32,
+                keep_count=trim_keep_count(term.density, tensor.numel, policy.trim_count)
+                if trims
+                else 0,
+                fixed_code=code,
+            )
+        return int(task)
+
+    def _record(self, result: dict[str, Any], tensor: TensorPlan) -> TensorRecord:
+        if result["mismatch"]:
+            first = 0 if tensor.base is None else 1
+            raise _mismatch(tensor, [source - first for source in result["mismatch"]])
+        bad = tuple(int(count) for count in result["nonfinite"])
+        record = TensorRecord(
+            name=tensor.name,
+            crc64=int(result["crc_out"]),
+            sources=tuple(int(crc) for crc in result["crc_in"]),
+            nonfinite=bad if any(bad) else (),
+        )
+        check_finite(tensor, record, self._nan)
+        return record
+
+
+def _watch(job: Any, work: Callable[[], object], tick: Tick, size: int) -> None:
+    """Runs `work` in a thread while this one shows progress and can be interrupted.
+
+    `tick` hears of `size` bytes in all, in proportion to what the job says of its own passes.
+    Raises CheckpointError for an input that cannot be read to its end.
+    """
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failure.append(error)
+
+    seen = 0
+    thread = threading.Thread(target=run, name="cl_fast job")
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(0.05)
+            done, total = job.progress()
+            now = size * min(done, total) // total if total else 0
+            tick(now - seen)
+            seen = now
+    except BaseException:
+        job.cancel()
+        thread.join()
+        raise
+    if failure:
+        error = failure[0]
+        if isinstance(error, OSError) and "shorter than its header" in str(error.filename):
+            raise CheckpointError(
+                f"{error.filename}: truncated, or changed while it was read"
+            ) from error
+        raise error
+    tick(size - seen)
+
+
+# ---------------------------------------------------------------------------------------- eager
+
+
+class EagerExecutor:
+    """Whole tensors through `cl_fast.ops.combining.combine_reference` in plain torch."""
+
+    name = "eager"
+
+    def __init__(self, *, nan: Nan) -> None:
+        self._nan = nan
+
+    def model_thresholds(self, plan: Plan, tick: Tick) -> list[int]:
+        """See `Executor`; every pass reads each tensor of the model anew."""
+        from cl_fast.ops.magnitude import magnitude_codes, select_code
+
+        combined = [tensor for tensor in plan.tensors if tensor.kind == "combine"]
+
+        def codes_of(position: int) -> Iterator[Tensor]:
+            for tensor in combined:
+                base = None if tensor.base is None else _load(tensor.base)[1]
+                values = _load(tensor.terms[position].source)[1]
+                base, (values,), _ = _finite_inputs(base, [values], tensor, self._nan)
+                delta = values.float()
+                if tensor.policy.difference and base is not None:
+                    delta = delta - base.float()
+                yield magnitude_codes(delta)
+                tick(sum(s.nbytes for s in (tensor.base, tensor.terms[position].source) if s))
+
+        codes = []
+        for position, keep in enumerate(plan.model_keep):
+            densities = [tensor.terms[position].density for tensor in combined]
+            if all(density >= 1.0 for density in densities):
+                codes.append(-1)
+            elif keep == 0:
+                codes.append(NOTHING)
+            else:
+                codes.append(select_code(functools.partial(codes_of, position), keep))
+        return codes
+
+    def write(
+        self, tensors: Sequence[TensorPlan], path: Path, codes: Sequence[int] | None, tick: Tick
+    ) -> list[TensorRecord]:
+        """See `Executor`."""
+        records = []
+        fd = os.open(path, os.O_RDWR)
+        try:
+            for tensor in tensors:
+                data, record = self.compute(tensor, codes)
+                try:
+                    _write_all(fd, data, tensor.offset)
+                except OSError as error:
+                    raise write_failure(path, error) from error
+                tick(sum(source.nbytes for _, source in sources(tensor)) + len(data))
+                records.append(record)
+        finally:
+            os.close(fd)
+        return records
+
+    def compute(
+        self, tensor: TensorPlan, codes: Sequence[int] | None
+    ) -> tuple[bytearray, TensorRecord]:
+        """See `Executor`."""
+        import torch
+
+        from cl_fast.ops.combining import combine_reference
+
+        inputs = [source for _, source in sources(tensor)]
+        if tensor.kind == "copy":
+            read = [_read(source) for source in inputs]
+            differs = [
+                i - (tensor.base is not None) for i, data in enumerate(read) if data != read[0]
+            ]
+            if differs:
+                raise _mismatch(tensor, differs)
+            crcs = tuple(crc64(data) for data in read)
+            return read[0], TensorRecord(name=tensor.name, crc64=crcs[0], sources=crcs)
+
+        loaded = [_load(source) for source in inputs]
+        base = None if tensor.base is None else loaded[0][1]
+        values = [value for _, value in loaded[len(inputs) - len(tensor.terms) :]]
+        crcs = tuple(crc for crc, _ in loaded)
+        base, values, bad = _finite_inputs(base, values, tensor, self._nan)
+        check_finite(
+            tensor,
+            TensorRecord(name=tensor.name, crc64=0, sources=crcs, nonfinite=(*bad, 0)),
+            self._nan,
+        )
+        out = combine_reference(
+            base if tensor.policy.difference else None,
+            values,
+            weights=[term.weight for term in tensor.terms],
+            policy=tensor.policy,
+            density=[term.density for term in tensor.terms],
+            keys=[term.key for term in tensor.terms],
+            thresholds=model_codes(tensor, codes),
+            lam=tensor.lam,
+            out_dtype=torch_dtype(tensor.dtype),
+        )
+        out[torch.isnan(out)] = float("nan")  # one NaN, as the core writes it
+        bad.append(int((~torch.isfinite(out)).sum()))
+        data = bytearray(out.numel() * out.element_size())
+        torch.frombuffer(data, dtype=out.dtype).copy_(out.reshape(-1))
+        record = TensorRecord(
+            name=tensor.name,
+            crc64=crc64(data),
+            sources=crcs,
+            nonfinite=tuple(bad) if any(bad) else (),
+        )
+        check_finite(tensor, record, self._nan)
+        return data, record
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    import torch
+
+    return {
+        "F32": torch.float32,
+        "BF16": torch.bfloat16,
+        "F16": torch.float16,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+    }[name]
+
+
+def _read(source: Source) -> bytearray:
+    data = bytearray(source.nbytes)
+    view, done = memoryview(data), 0
+    with Path(source.path).open("rb", buffering=0) as file:
+        while done < source.nbytes:
+            got = os.preadv(file.fileno(), [view[done : done + (1 << 30)]], source.offset + done)
+            if got == 0:
+                raise _truncated(source, done)
+            done += got
+    return data
+
+
+def _load(source: Source) -> tuple[int, Tensor]:
+    """The CRC of a stored tensor's bytes, and its flat values."""
+    import torch
+
+    data = _read(source)
+    return crc64(data), torch.frombuffer(data, dtype=torch_dtype(source.dtype))
+
+
+def _finite_inputs(
+    base: Tensor | None, values: list[Tensor], tensor: TensorPlan, nan: Nan
+) -> tuple[Tensor | None, list[Tensor], list[int]]:
+    """The inputs after the nan policy, and how many elements were not finite in each.
+
+    "zero" makes a non-finite base element 0 and a non-finite delta +0: that model changes nothing
+    there. As in the core, a model's count is taken on its deltas where there are any.
+    """
+    import torch
+
+    counts = []
+    if base is not None:
+        finite = torch.isfinite(base.float())
+        counts.append(int((~finite).sum()))
+        if nan == "zero" and counts[-1]:
+            base = torch.where(finite, base.float(), 0.0)
+    wide = base.float() if base is not None and tensor.policy.difference else None
+    kept = []
+    for value in values:
+        finite = torch.isfinite(value.float() if wide is None else value.float() - wide)
+        counts.append(int((~finite).sum()))
+        if nan == "zero" and counts[-1]:
+            value = torch.where(finite, value.float(), 0.0 if wide is None else wide)
+        kept.append(value)
+    return base, kept, counts
+
+
+def _write_all(fd: int, data: bytearray, offset: int) -> None:
+    view, done = memoryview(data), 0
+    while done < len(data):
+        done += os.pwrite(fd, view[done : done + (1 << 30)], offset + done)
+
+
+def _eager_bytes(tensor: TensorPlan) -> int:
+    """Rough peak of one tensor in the eager path: the inputs, float32 deltas, values and votes."""
+    stored = sum(source.nbytes for _, source in sources(tensor))
+    if tensor.kind == "copy":
+        return stored
+    return stored + tensor.numel * (4 * (3 * len(tensor.terms) + 4)) + tensor.nbytes

@@ -1,0 +1,385 @@
+"""Checking a merged folder against the record that the merge left in it.
+
+    index, headers, sizes     as a reader needs them, and as they were written
+    checksums, finite values  every tensor is read; its CRC-64 must be the recorded one
+    inputs                    where they still are: headers and checksums of all that was merged
+    recomputation             a sample of tensors is merged again and compared byte by byte
+
+The folder and the inputs are only read. Nothing of the recorded recipe is trusted beyond what a
+recipe from a file would be.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import dataclasses
+import random
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cl_fast.backends import native
+from cl_fast.checkpoints.checkpoint import Checkpoint
+from cl_fast.checkpoints.safetensors import TensorInfo
+from cl_fast.errors import ClFastError
+from cl_fast.merging import manifest as manifests
+from cl_fast.merging.checksum import combine, crc64, crc64_of_file
+from cl_fast.merging.executors import make_executor, torch_dtype
+from cl_fast.merging.journal import TensorRecord
+from cl_fast.merging.plan import bytes_text
+from cl_fast.ops.policy import DTYPES
+from cl_fast.ops.streams import stream_key
+
+if TYPE_CHECKING:
+    from cl_fast.merging.engine import Progress
+    from cl_fast.merging.plan import Plan
+
+__all__ = ["Report", "verify"]
+
+_PIECE = 1 << 20  # elements looked at in one go
+_LARGEST = 1 << 30  # bytes of the largest tensor that is computed again in memory
+
+
+@dataclass(slots=True)
+class Report:
+    """What `verify` found. `problems` is empty for a sound folder; `notes` are no faults.
+
+    tensors, nbytes: read and compared with their checksums. inputs: input checkpoints found and
+    compared. recomputed: names of the tensors that were merged again.
+    """
+
+    folder: Path
+    tensors: int = 0
+    nbytes: int = 0
+    inputs: int = 0
+    recomputed: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was wrong."""
+        return not self.problems
+
+    def lines(self) -> list[str]:
+        """The report for people."""
+        checked = f"{self.tensors} tensors ({bytes_text(self.nbytes)})"
+        state = "sound" if self.ok else f"{len(self.problems)} problem(s), see above"
+        return [
+            f"{self.folder}: {state}",
+            f"  checksums and finite values: {checked}",
+            f"  inputs compared: {self.inputs}",
+            f"  computed again, byte for byte: {', '.join(self.recomputed) or 'none'}",
+            *(f"  note: {note}" for note in self.notes),
+        ]
+
+
+def verify(
+    folder: str | Path,
+    *,
+    sample: int | None = 8,
+    inputs: bool = True,
+    threads: int | None = None,
+    backend: str | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Checks a folder that `execute` wrote.
+
+    Args:
+        folder: the merged folder.
+        sample: how many tensors to compute again from the inputs; None: all of them.
+        inputs: look at the inputs at all; where they are gone a note says so.
+        threads: None: the cores of this process.
+        backend: "native", "eager" or None: who computes the sample again.
+        progress: called as by `execute`.
+
+    Returns:
+        A report; `report.ok` is False when something is not as it was written.
+
+    Raises:
+        VerifyError: the folder has no readable record, so there is nothing to compare with.
+    """
+    folder = Path(folder)
+    manifest = manifests.read(folder)
+    records = manifests.records(manifest)
+    report = Report(folder)
+    workers = threads or native.threads()
+    try:
+        written = Checkpoint.open(folder)
+    except ClFastError as error:
+        report.problems.append(str(error))
+        return report
+    with ThreadPoolExecutor(workers, "cl_fast verify") as pool:
+        _check_files(report, folder, manifest)
+        _check_tensors(report, pool, written, records, manifest, progress)
+        if inputs:
+            present = _check_inputs(report, pool, manifest, records, progress)
+            if present and sample != 0:
+                _recompute(report, written, manifest, sample, threads, backend)
+    return report
+
+
+def _check_files(report: Report, folder: Path, manifest: dict[str, Any]) -> None:
+    for entry in manifest["files"]:
+        path = folder / str(entry["name"])
+        if not path.is_file():
+            report.problems.append(f"{path}: was written by the merge and is missing")
+        elif path.stat().st_size != entry["size"] and "blake2b" not in entry:
+            report.problems.append(
+                f"{path}: has {path.stat().st_size} bytes, {entry['size']} were written"
+            )
+        elif "blake2b" in entry:
+            now = blake2b(path.read_bytes(), digest_size=16).hexdigest()
+            if now != entry["blake2b"]:
+                report.notes.append(f"{path.name} was changed since the merge")
+
+
+def _check_tensors(
+    report: Report,
+    pool: ThreadPoolExecutor,
+    written: Checkpoint,
+    records: dict[str, TensorRecord],
+    manifest: dict[str, Any],
+    progress: Progress | None,
+) -> None:
+    for name in records.keys() - written.tensors.keys():
+        report.problems.append(f"{report.folder}: tensor {name} was written and is missing")
+    for name in written.tensors.keys() - records.keys():
+        report.problems.append(f"{report.folder}: tensor {name} was not written by the merge")
+    both = [info for name, info in written.tensors.items() if name in records]
+    bad = 0
+    done, total = 0, sum(info.nbytes for info in both)
+    for info in both:
+        crc, nonfinite = _scan(pool, info)
+        record = records[info.name]
+        if crc != record.crc64:
+            report.problems.append(
+                f"{info.path}: tensor {info.name} is not what was written (checksum {crc:016x}, "
+                f"recorded {record.crc64:016x})"
+            )
+        if nonfinite:
+            bad += nonfinite
+            if manifest.get("nan") != "propagate":
+                report.problems.append(
+                    f"{info.path}: tensor {info.name} holds {nonfinite} NaN or infinite values"
+                )
+        report.tensors += 1
+        report.nbytes += info.nbytes
+        done += info.nbytes
+        if progress is not None:
+            progress("verify", done, total)
+    if bad and manifest.get("nan") == "propagate":
+        report.notes.append(f"{bad} NaN or infinite values, as --nan propagate allows")
+
+
+def _scan(pool: ThreadPoolExecutor, info: TensorInfo) -> tuple[int, int]:
+    """CRC-64 of a stored tensor and how many of its elements are not finite."""
+    item = DTYPES.get(info.dtype)
+    if item is None:  # integers and the like are always finite
+        return crc64_of_file(info.path, info.offset, info.nbytes), 0
+
+    def piece(start: int) -> tuple[int, int]:
+        n = min(_PIECE, info.nbytes // item - start)
+        with Path(info.path).open("rb", buffering=0) as file:
+            file.seek(info.offset + start * item)
+            data = bytearray(n * item)
+            view = memoryview(data)
+            while view:
+                got = file.readinto(view)
+                if not got:
+                    raise EOFError(info.path)
+                view = view[got:]
+        return crc64(data), _nonfinite(data, info.dtype, n)
+
+    crc = bad = 0
+    starts = range(0, info.nbytes // item, _PIECE)
+    for start, (part, count) in zip(starts, _in_order(pool, piece, starts), strict=True):
+        crc = combine(crc, part, min(_PIECE * item, info.nbytes - start * item))
+        bad += count
+    return crc, bad
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, work: Callable[[int], tuple[int, int]], items: Sequence[int]
+) -> Iterator[tuple[int, int]]:
+    """Results in order; only a few pieces are in memory at a time."""
+    ahead = 16
+    for start in range(0, len(items), ahead):
+        yield from pool.map(work, items[start : start + ahead])
+
+
+def _nonfinite(data: bytearray, dtype: str, n: int) -> int:
+    core = native.load()
+    if core is None:
+        import torch
+
+        return int(
+            (~torch.isfinite(torch.frombuffer(data, dtype=torch_dtype(dtype)).float())).sum()
+        )
+    # The merge kernel with one model and weight 1 counts on the way; its output goes nowhere.
+    out = bytearray(4 * n)
+    job = core.Job(threads=1, nan="propagate", checksums=False)
+    task = job.add_task(n=n, out_dtype="F32", out_ptr=_address(out))
+    job.add_term(task, dtype=dtype, ptr=_address(data))
+    job.run()
+    return int(job.result(task)["nonfinite"][0])
+
+
+def _address(buffer: bytearray) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+
+
+def _check_inputs(
+    report: Report,
+    pool: ThreadPoolExecutor,
+    manifest: dict[str, Any],
+    records: dict[str, TensorRecord],
+    progress: Progress | None,
+) -> bool:
+    """Whether all inputs are there and are what was merged."""
+    sound = True
+    has_base = any(entry["role"] == "base" for entry in manifest["inputs"])
+    opened: list[tuple[int, dict[str, Any], Checkpoint]] = []
+    for position, entry in enumerate(manifest["inputs"]):
+        if not Path(entry["path"]).exists():
+            report.notes.append(f"input {entry['reference']} is not at {entry['path']} any more")
+            sound = False
+            continue
+        try:
+            opened.append((position, entry, Checkpoint.open(entry["path"])))
+        except ClFastError as error:
+            report.problems.append(str(error))
+            sound = False
+    total = sum(checkpoint.nbytes for _, _, checkpoint in opened)
+    done = 0
+    for position, entry, checkpoint in opened:
+        changed = _changed_headers(entry, checkpoint)
+        wanted: list[tuple[TensorInfo, int]] = []
+        for name, record in records.items():
+            # Copies of a method without deltas have no base among their sources.
+            index = position - (has_base and len(record.sources) < len(manifest["inputs"]))
+            info = checkpoint.tensors.get(name)
+            if info is not None and 0 <= index < len(record.sources):
+                wanted.append((info, record.sources[index]))
+
+        def same(item: tuple[TensorInfo, int]) -> bool:
+            info, crc = item
+            return crc64_of_file(info.path, info.offset, info.nbytes) == crc
+
+        if not changed:
+            for (info, _), equal in zip(wanted, pool.map(same, wanted), strict=True):
+                if not equal:
+                    changed = f"tensor {info.name} in {info.path}"
+                    break
+                done += info.nbytes
+                if progress is not None:
+                    progress("inputs", done, total)
+        if changed:
+            report.problems.append(
+                f"input {entry['reference']} ({entry['path']}) is not what was merged: {changed} "
+                "differs; --no-inputs leaves the inputs out"
+            )
+            sound = False
+        report.inputs += 1
+    return sound
+
+
+def _changed_headers(entry: dict[str, Any], checkpoint: Checkpoint) -> str:
+    then = {file["name"]: (file["size"], file["header"]) for file in entry["files"]}
+    now = {Path(h.path).name: (h.file_size, h.digest) for h in checkpoint.files}
+    for name in sorted(then.keys() | now.keys()):
+        if then.get(name) != now.get(name):
+            return f"the header of {name}"
+    return ""
+
+
+def _recompute(
+    report: Report,
+    written: Checkpoint,
+    manifest: dict[str, Any],
+    sample: int | None,
+    threads: int | None,
+    backend: str | None,
+) -> None:
+    from cl_fast.merging.plan import NUMERICS
+
+    if manifest["numerics"] != NUMERICS:
+        report.notes.append(
+            f"written with arithmetic {manifest['numerics']}, this version has {NUMERICS}: no "
+            "tensor was computed again"
+        )
+        return
+    try:
+        plan = _rebuild(manifest, report.folder)
+    except ClFastError as error:
+        report.problems.append(f"{report.folder}: its recorded recipe cannot be planned: {error}")
+        return
+    executor = make_executor(
+        plan, backend=backend, threads=threads, memory=None, io="auto", nan=manifest["nan"]
+    )
+    small = [t for t in plan.tensors if t.nbytes <= _LARGEST and t.name in written.tensors]
+    if len(small) < len(plan.tensors):
+        report.notes.append(
+            f"{len(plan.tensors) - len(small)} tensors above {bytes_text(_LARGEST)} are not "
+            "computed again"
+        )
+    if sample is None or sample >= len(small):
+        chosen = small
+    else:
+        # The largest always; the others by the fingerprint, so that a second look is the same.
+        largest = max(small, key=lambda tensor: tensor.nbytes)
+        rest = [tensor for tensor in small if tensor is not largest]
+        chosen = [largest, *random.Random(plan.fingerprint).sample(rest, sample - 1)]
+    for tensor in chosen:
+        info = written.tensors[tensor.name]
+        with Path(info.path).open("rb") as file:
+            file.seek(info.offset)
+            stored = file.read(info.nbytes)
+        try:
+            again, _ = executor.compute(tensor, manifest.get("thresholds"))
+        except ClFastError as error:
+            report.problems.append(f"tensor {tensor.name} cannot be computed again: {error}")
+            continue
+        if again != stored:
+            where = next(
+                (i for i, (a, b) in enumerate(zip(again, stored, strict=False)) if a != b),
+                min(len(again), len(stored)),
+            )
+            report.problems.append(
+                f"{info.path}: tensor {tensor.name} computed again from the inputs differs from "
+                f"byte {where} on"
+            )
+        report.recomputed.append(tensor.name)
+
+
+def _rebuild(manifest: dict[str, Any], folder: Path) -> Plan:
+    """The plan as it was: the recorded recipe on the recorded paths, with the recorded streams."""
+    from cl_fast.merging.plan import make_plan
+    from cl_fast.merging.recipe import parse_recipe
+
+    paths = {entry["reference"]: entry["path"] for entry in manifest["inputs"]}
+    recipe = copy.deepcopy(manifest["recipe"])
+    for entry in recipe.get("models", []):
+        entry["model"] = paths.get(entry["model"], entry["model"])
+    if recipe.get("base_model") is not None:
+        recipe["base_model"] = paths.get(recipe["base_model"], recipe["base_model"])
+    recipe.pop("tokenizer_source", None)
+    plan = make_plan(parse_recipe(recipe), folder, seed=manifest.get("seed"))
+    streams = manifest["streams"]
+    tensors = tuple(
+        dataclasses.replace(
+            tensor,
+            terms=tuple(
+                dataclasses.replace(term, model=name, key=stream_key(plan.seed, name, tensor.name))
+                if plan.seed is not None
+                else term
+                for term, name in zip(tensor.terms, streams, strict=True)
+            ),
+        )
+        for tensor in plan.tensors
+    )
+    return dataclasses.replace(plan, tensors=tensors)
