@@ -26,6 +26,7 @@ struct TermView {
   int64_t ties_until = 0;  // ... and equal ones at positions below this, relative to this call
   uint64_t key = 0;        // drop: random stream and threshold, position relative to `index0`
   uint32_t threshold = 0;
+  const uint64_t* bits = nullptr;  // drop: the keep bits from element 0 on, where already drawn
   float weight = 1.0f;   // for the divisor
   float scale = 1.0f;    // weight times rescale factor
   float rescale = 1.0f;  // for unweighted votes
@@ -64,9 +65,10 @@ struct Kernels {
                   bool replace_nonfinite, uint32_t lo, uint32_t hi, uint32_t* out, int64_t* above);
   int64_t (*count_equal)(DType tx, const uint8_t* x, DType tb, const uint8_t* base, int64_t n,
                          bool replace_nonfinite, uint32_t code);
-  // Sums of |d| over one statistics chunk (n <= kStatChunk): all, and those kept by the term.
+  // Sums of |d| over one statistics chunk (n <= kStatChunk): all, and those kept by the term (for
+  // trimming: those above the threshold). Drawn keep bits go to `bits`, room for kStatChunk.
   void (*l1)(const TermView& term, DType tb, const uint8_t* base, int64_t n, int64_t index0,
-             bool replace_nonfinite, double* all, double* kept);
+             bool replace_nonfinite, uint64_t* bits, double* all, double* kept);
   // One bit per element, n rounded up to 64 bits; index0 a multiple of 256.
   void (*keep_bits)(uint64_t key, int64_t index0, int64_t n, uint32_t threshold, uint64_t* bits);
   void (*to_f32)(DType t, const uint8_t* x, int64_t n, float* out);

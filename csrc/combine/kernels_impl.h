@@ -155,9 +155,15 @@ void fold_block(const TileView& t, TermView& term, int64_t offset, int64_t n, co
 template <Into I>
 void fold(const TileView& t, TermView& term, int64_t offset, int64_t n, const float* base,
           float* into) {
-  uint64_t bits[kBlock / 64];
-  if (term.sparsify == Sparsify::Drop)
-    keep_bits(term.key, t.index0 + offset, n, term.threshold, bits);
+  uint64_t drawn[kBlock / 64];
+  const uint64_t* bits = drawn;
+  if (term.sparsify == Sparsify::Drop) {
+    if (term.bits) {
+      bits = term.bits + offset / 64;
+    } else {
+      keep_bits(term.key, t.index0 + offset, n, term.threshold, drawn);
+    }
+  }
   dispatch_dtype(term.dtype, [&](auto dtype) {
     constexpr DType T = decltype(dtype)::value;
     switch (term.sparsify) {
@@ -239,12 +245,6 @@ void elect(const TileView& t, int64_t n, const float* deltas, float* sum) {
 
 // ---------------------------------------------------------------- the fused pass
 
-template <DType T>
-inline F load_base(const TileView& t, const uint8_t* p) {
-  const F b = load<T>(p);
-  return t.replace_nonfinite ? keep(mask_not(nonfinite(b)), b) : b;
-}
-
 void widen_base(const TileView& t, int64_t offset, int64_t n, float* out, int64_t* bad) {
   dispatch_dtype(t.base_dtype, [&](auto dtype) {
     constexpr DType T = decltype(dtype)::value;
@@ -254,14 +254,17 @@ void widen_base(const TileView& t, int64_t offset, int64_t n, float* out, int64_
 }
 
 template <DType T>
+constexpr uint32_t finite_limit() {  // the largest float32 that does not round to an infinity
+  return T == DType::F16 ? 0x477fefffu : T == DType::BF16 ? 0x7f7f7fffu : 0x7f7fffffu;
+}
+
+template <DType T>
 void finish_block(TileView& t, int64_t offset, int64_t n, const float* base, const float* sum) {
   constexpr int64_t size = T == DType::F32 ? 4 : 2;
   const F denominator = set1(t.denominator), lambda = set1(t.lambda);
   const bool divide = t.denominator != 1.0f, scale = t.lambda != 1.0f;
   // what rounds to an infinity counts too, so the limit is that of the output type
-  const uint32_t limit = T == DType::F16    ? 0x477fefffu
-                         : T == DType::BF16 ? 0x7f7f7fffu
-                                            : 0x7f7fffffu;
+  const uint32_t limit = finite_limit<T>();
   uint8_t* out = t.out + offset * size;
   Padded tail;
   for (int64_t i = 0; i < n; i += 16) {
@@ -282,10 +285,190 @@ void finish_block(TileView& t, int64_t offset, int64_t n, const float* base, con
   }
 }
 
+// ---------------------------------------------------------------- the fused pass in registers
+//
+// The common case, all tensors of one type and a plain or elected sum, without scratch: the same
+// operations in the same order. A block that turns out to hold anything not finite, or the
+// boundary of a tie, is done again by the general path, which counts and replaces.
+
+// What keeps an element of a term in this block.
+struct Gate {
+  uint32_t at_least;  // trim
+  const uint64_t* bits;
+};
+
+template <DType T, Sparsify S>
+inline P gated_delta(const TermView& term, const Gate& gate, int64_t at, int64_t i, const P* base,
+                     F* poison) {
+  P x = load2<T>(term.x + at * dtype_size(T));
+  prefetch(term.x + at * dtype_size(T) + 2048);
+  if (base) {
+    x.a = sub(x.a, base->a);
+    x.b = sub(x.b, base->b);
+  }
+  if (S == Sparsify::Trim) {
+    x.a = keep(code_ge(x.a, gate.at_least), x.a);
+    x.b = keep(code_ge(x.b, gate.at_least), x.b);
+  } else if (S == Sparsify::Drop) {
+    // a dropped value leaves no trace in the sum: 0 times it does
+    const F zero = set1(0.0f);
+    *poison = add(*poison, add(mul(x.a, zero), mul(x.b, zero)));
+    M a, b;
+    masks2<T>(uint32_t(gate.bits[i >> 6] >> (i & 63)), &a, &b);
+    x.a = keep(a, x.a);
+    x.b = keep(b, x.b);
+  }
+  return x;
+}
+
+// The vote and what follows from it for one lane group; total is the sum of the votes.
+template <bool WEIGHTED>
+inline F agreed(const TileView& t, const float* deltas, F total) {
+  const int K = t.n_terms;
+  const F zero = set1(0.0f), one = set1(1.0f);
+  // +0 and -0 both elect +; NaN does not get here
+  const F majority = select(lt0(total), set1(-1.0f), one);
+  F s = zero, divisor = zero;
+  for (int k = 0; k < K; ++k) {
+    const TermView& term = t.terms[k];
+    const F d = loadf(deltas + 32 * k);
+    const F v = mul(d, set1(term.scale));
+    const M agrees = gt0(flip(WEIGHTED ? v : mul(d, set1(term.rescale)), majority));
+    s = add_if(agrees, s, v);
+    if (t.reduce == Reduce::Mean)
+      divisor = add_if(agrees, divisor, t.divide_by_weights ? set1(term.weight) : one);
+  }
+  if (t.reduce == Reduce::Mean) {
+    const M nonzero = mask_or(gt0(divisor), lt0(divisor));
+    s = div(s, select(nonzero, divisor, one));
+  }
+  return s;
+}
+
+enum class Vote { No, Weighted, Unweighted };
+
+template <DType T, Sparsify S, Vote V>
+bool fused_block(const TileView& t, int64_t offset, int64_t n, const Gate* gates) {
+  const int K = t.n_terms;
+  const F denominator = set1(t.denominator), lambda = set1(t.lambda);
+  const bool divide = V == Vote::No && t.denominator != 1.0f, scale = t.lambda != 1.0f;
+  F poison = set1(0.0f);
+  uint32_t bad = 0;
+  alignas(64) float deltas[V == Vote::No ? 1 : 32 * 16];
+  for (int64_t i = 0; i < n; i += 32) {
+    P b{set1(0.0f), set1(0.0f)};
+    const P* base = nullptr;
+    if (t.difference) {
+      b = load2<T>(t.base + (offset + i) * dtype_size(T));
+      prefetch(t.base + (offset + i) * dtype_size(T) + 2048);
+      base = &b;
+    }
+    P s{set1(0.0f), set1(0.0f)};
+    if (V == Vote::No) {
+      for (int k = 0; k < K; ++k) {
+        const P d = gated_delta<T, S>(t.terms[k], gates[k], offset + i, i, base, &poison);
+        const F c = set1(t.terms[k].scale);
+        if (k == 0) {
+          s = P{mul(d.a, c), mul(d.b, c)};
+        } else {
+          s = P{add(s.a, mul(d.a, c)), add(s.b, mul(d.b, c))};
+        }
+      }
+    } else {
+      P total{set1(0.0f), set1(0.0f)};
+      for (int k = 0; k < K; ++k) {
+        const P d = gated_delta<T, S>(t.terms[k], gates[k], offset + i, i, base, &poison);
+        const F c = set1(V == Vote::Weighted ? t.terms[k].scale : t.terms[k].rescale);
+        total = P{add(total.a, mul(d.a, c)), add(total.b, mul(d.b, c))};
+        storef(deltas + 32 * k, d.a);
+        storef(deltas + 32 * k + 16, d.b);
+      }
+      s = P{agreed<V == Vote::Weighted>(t, deltas, total.a),
+            agreed<V == Vote::Weighted>(t, deltas + 16, total.b)};
+      poison = add(poison, add(mul(total.a, set1(0.0f)), mul(total.b, set1(0.0f))));
+    }
+    if (divide) s = P{div(s.a, denominator), div(s.b, denominator)};
+    if (scale) s = P{mul(s.a, lambda), mul(s.b, lambda)};
+    if (base) s = P{add(b.a, s.a), add(b.b, s.b)};
+    bad |= to_bits(mask_or(code_gt(s.a, finite_limit<T>()), code_gt(s.b, finite_limit<T>())));
+    store2<T>(t.out + (offset + i) * dtype_size(T), s);
+  }
+  return !bad && !any(nonfinite(poison));
+}
+
+template <DType T, Sparsify S>
+bool fused_vote(const TileView& t, int64_t offset, int64_t n, const Gate* gates) {
+  if (t.elect == Elect::None) return fused_block<T, S, Vote::No>(t, offset, n, gates);
+  return t.vote_weighted ? fused_block<T, S, Vote::Weighted>(t, offset, n, gates)
+                         : fused_block<T, S, Vote::Unweighted>(t, offset, n, gates);
+}
+
+template <DType T>
+bool fused_dtype(const TileView& t, Sparsify s, int64_t offset, int64_t n, const Gate* gates) {
+  switch (s) {
+    case Sparsify::None:
+      return fused_vote<T, Sparsify::None>(t, offset, n, gates);
+    case Sparsify::Trim:
+      return fused_vote<T, Sparsify::Trim>(t, offset, n, gates);
+    default:
+      return fused_vote<T, Sparsify::Drop>(t, offset, n, gates);
+  }
+}
+
+constexpr int kFusedTerms = 16;
+
+// Whether the call as a whole qualifies, and how its terms are sparsified.
+bool fusable(const TileView& t, Sparsify* s) {
+  if (t.n_terms > kFusedTerms || t.elect == Elect::Frequency || t.reduce == Reduce::Max)
+    return false;
+  if (t.difference && t.base_dtype != t.out_dtype) return false;
+  *s = Sparsify::None;
+  for (int k = 0; k < t.n_terms; ++k) {
+    if (t.terms[k].dtype != t.out_dtype) return false;
+    if (t.terms[k].sparsify != Sparsify::None) *s = t.terms[k].sparsify;
+  }
+  return true;
+}
+
+bool fused(const TileView& t, Sparsify s, int64_t offset, int64_t n) {
+  if (n % 32) return false;
+  Gate gates[kFusedTerms];
+  uint64_t bits[kFusedTerms][kBlock / 64];
+  for (int k = 0; k < t.n_terms; ++k) {
+    const TermView& term = t.terms[k];
+    gates[k] = Gate{0, bits[k]};
+    if (term.sparsify == Sparsify::Trim) {
+      const int64_t until = term.ties_until - offset;
+      if (until > 0 && until < n) return false;
+      gates[k].at_least = until > 0 ? term.code : term.code >= 0x7fffffffu ? 0x80000000u
+                                                                           : term.code + 1u;
+    } else if (term.sparsify == Sparsify::Drop) {
+      if (term.bits) {
+        gates[k].bits = term.bits + offset / 64;
+      } else {
+        keep_bits(term.key, t.index0 + offset, n, term.threshold, bits[k]);
+      }
+    } else if (s == Sparsify::Drop) {
+      std::memset(bits[k], 0xff, sizeof bits[k]);
+    }
+  }
+  switch (t.out_dtype) {
+    case DType::BF16:
+      return fused_dtype<DType::BF16>(t, s, offset, n, gates);
+    case DType::F16:
+      return fused_dtype<DType::F16>(t, s, offset, n, gates);
+    default:
+      return fused_dtype<DType::F32>(t, s, offset, n, gates);
+  }
+}
+
 void combine(TileView& t) {
+  Sparsify sparsify;
+  const bool common = fusable(t, &sparsify);
   Scratch scratch{t.scratch, t.scratch + kBlock, t.scratch + 2 * kBlock};
   for (int64_t offset = 0; offset < t.n; offset += kBlock) {
     const int64_t n = t.n - offset < kBlock ? t.n - offset : kBlock;
+    if (common && fused(t, sparsify, offset, n)) continue;
     const float* base = nullptr;
     if (t.difference) {
       widen_base(t, offset, n, scratch.base, &t.base_nonfinite);
@@ -383,27 +566,67 @@ int64_t count_equal(DType tx, const uint8_t* x, DType tb, const uint8_t* base, i
   return count;
 }
 
-double lanes_in_order(D s) {
-  double v[16], total = 0.0;
-  dstore(v, s);
-  for (int i = 0; i < 16; ++i) total += v[i];
-  return total;
+template <DType T, DType TB>
+void l1_of(const TermView& term, const uint8_t* base, int64_t n, bool replace,
+           const uint64_t* bits, double* all, double* kept) {
+  D every = dzero(), some = dzero();
+  const auto clean = [replace](F x) { return replace ? keep(mask_not(nonfinite(x)), x) : x; };
+  const bool drop = term.sparsify == Sparsify::Drop;
+  int64_t i = 0;
+  // a pair is only comparable with a pair of the same layout
+  if (T == TB) {
+    for (; i + 32 <= n; i += 32) {
+      P d = load2<T>(term.x + i * dtype_size(T));
+      if (base) {
+        const P b = load2<T>(base + i * dtype_size(T));
+        d = P{sub(d.a, clean(b.a)), sub(d.b, clean(b.b))};
+      }
+      if (replace) d = P{clean(d.a), clean(d.b)};
+      M a, b;
+      if (drop) {
+        masks2<T>(uint32_t(bits[i >> 6] >> (i & 63)), &a, &b);
+      } else {
+        a = code_gt(d.a, term.code);
+        b = code_gt(d.b, term.code);
+      }
+      add_abs2<T>(&every, &some, d, a, b);
+    }
+  }
+  double lane_all[16], lane_kept[16];
+  lanes<T>(lane_all, every);
+  lanes<T>(lane_kept, some);
+  for (; i < n; ++i) {
+    float d = load_f32(T, term.x, i);
+    if (base) {
+      const float b = load_f32(TB, base, i);
+      const bool bad = replace && (f32_bits(b) & 0x7f800000u) == 0x7f800000u;
+      d = d - (bad ? 0.0f : b);
+    }
+    uint32_t code = f32_bits(d) & 0x7fffffffu;
+    if (replace && code >= 0x7f800000u) code = 0;
+    const bool in = drop ? (bits[i >> 6] >> (i & 63)) & 1 : code > term.code;
+    lane_all[i & 15] += double(bits_f32(code));
+    if (in) lane_kept[i & 15] += double(bits_f32(code));
+  }
+  double total = 0.0, total_kept = 0.0;
+  for (int j = 0; j < 16; ++j) {
+    total += lane_all[j];
+    total_kept += lane_kept[j];
+  }
+  *all = total;
+  *kept = total_kept;
 }
 
 void l1(const TermView& term, DType tb, const uint8_t* base, int64_t n, int64_t index0,
-        bool replace, double* all, double* kept) {
-  uint64_t bits[kStatChunk / 64];
+        bool replace, uint64_t* bits, double* all, double* kept) {
   if (term.sparsify == Sparsify::Drop) keep_bits(term.key, index0, n, term.threshold, bits);
-  D a = dzero(), k = dzero();
-  const bool drop = term.sparsify == Sparsify::Drop;
-  for_run(term.dtype, term.x, tb, base, n, replace, [&](int64_t i, F d) {
-    a = dadd_abs(a, d);
-    k = dadd_abs(k, keep(drop ? from_bits(uint32_t(bits[i >> 6] >> (i & 63)) & 0xffffu)
-                              : code_gt(d, term.code),
-                         d));
+  dispatch_dtype(term.dtype, [&](auto dx) {
+    constexpr DType T = decltype(dx)::value;
+    if (!base || tb == T) return l1_of<T, T>(term, base, n, replace, bits, all, kept);
+    dispatch_dtype(tb, [&](auto db) {
+      l1_of<T, decltype(db)::value>(term, base, n, replace, bits, all, kept);
+    });
   });
-  *all = lanes_in_order(a);
-  *kept = lanes_in_order(k);
 }
 
 void to_f32(DType t, const uint8_t* x, int64_t n, float* out) {

@@ -23,7 +23,8 @@ std::vector<Choice> available() {
   __builtin_cpu_init();
   const bool clmul = __builtin_cpu_supports("pclmul");
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("bmi2")) {
     const bool wide = clmul && __builtin_cpu_supports("vpclmulqdq");
     list.push_back({&kKernelsAvx512, wide    ? CrcPath::Clmul512
                                      : clmul ? CrcPath::Clmul128

@@ -81,6 +81,11 @@ inline M code_eq(F x, uint32_t t) {
   const __m256i v = _mm256_set1_epi32(int(t));
   return M{cf(_mm256_cmpeq_epi32(code1(x.a), v)), cf(_mm256_cmpeq_epi32(code1(x.b), v))};
 }
+inline M code_ge(F x, uint32_t t) {
+  if (t > 0x7fffffffu) t = 0x80000000u;  // t - 1 below is compared as a signed number
+  const __m256i v = _mm256_set1_epi32(int(t - 1u));
+  return M{cf(_mm256_cmpgt_epi32(code1(x.a), v)), cf(_mm256_cmpgt_epi32(code1(x.b), v))};
+}
 template <int OP>
 inline M compare0(F x) {
   return M{_mm256_cmp_ps(x.a, _mm256_setzero_ps(), OP),
@@ -93,11 +98,68 @@ inline M abs_gt(F x, F y) {
   return M{cf(_mm256_cmpgt_epi32(code1(x.a), code1(y.a))),
            cf(_mm256_cmpgt_epi32(code1(x.b), code1(y.b)))};
 }
-inline __m256 lanes_of(uint32_t b) {
-  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+inline F flip(F x, F sign_of) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  return F{_mm256_xor_ps(x.a, _mm256_and_ps(sign_of.a, sign)),
+           _mm256_xor_ps(x.b, _mm256_and_ps(sign_of.b, sign))};
+}
+inline F add_if(M m, F s, F x) {  // s never is -0, so that adding +0 changes nothing
+  return F{_mm256_add_ps(s.a, _mm256_and_ps(m.a, x.a)),
+           _mm256_add_ps(s.b, _mm256_and_ps(m.b, x.b))};
+}
+
+// Thirty-two elements: bfloat16 as its even and its odd elements, the other types as two halves.
+struct P {
+  F a, b;
+};
+template <DType T>
+inline P load2(const uint8_t* p) {
+  if (T == DType::BF16) {
+    const __m256i u = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32));
+    const __m256i upper = _mm256_set1_epi32(int(0xffff0000u));
+    return P{F{cf(_mm256_slli_epi32(u, 16)), cf(_mm256_slli_epi32(v, 16))},
+             F{cf(_mm256_and_si256(u, upper)), cf(_mm256_and_si256(v, upper))}};
+  }
+  return P{load<T>(p), load<T>(p + 16 * dtype_size(T))};
+}
+inline __m256i round_bf16(__m256 x) {
+  const __m256i u = ci(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  return _mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd);
+}
+template <DType T>
+inline void store2(uint8_t* p, P x) {
+  if (T == DType::BF16) {
+    const auto join = [](__m256 even, __m256 odd) {
+      return _mm256_blend_epi16(_mm256_srli_epi32(round_bf16(even), 16), round_bf16(odd), 0xAA);
+    };
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), join(x.a.a, x.b.a));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), join(x.a.b, x.b.b));
+  } else {
+    store<T>(p, x.a);
+    store<T>(p + 16 * dtype_size(T), x.b);
+  }
+}
+inline __m256 lanes_at(uint32_t b, __m256i bit) {
   return cf(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(b)), bit), bit));
 }
+inline __m256 lanes_of(uint32_t b) {
+  return lanes_at(b, _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128));
+}
 inline M from_bits(uint32_t b) { return M{lanes_of(b & 255u), lanes_of((b >> 8) & 255u)}; }
+template <DType T>
+inline void masks2(uint32_t bits, M* a, M* b) {
+  if (T == DType::BF16) {
+    const __m256i even = _mm256_setr_epi32(1, 4, 16, 64, 256, 1024, 4096, 16384);
+    const __m256i odd = _mm256_slli_epi32(even, 1);
+    *a = M{lanes_at(bits, even), lanes_at(bits >> 16, even)};
+    *b = M{lanes_at(bits, odd), lanes_at(bits >> 16, odd)};
+  } else {
+    *a = from_bits(bits & 0xffffu);
+    *b = from_bits(bits >> 16);
+  }
+}
 inline uint32_t to_bits(M m) {
   return uint32_t(_mm256_movemask_ps(m.a)) | (uint32_t(_mm256_movemask_ps(m.b)) << 8);
 }
@@ -121,6 +183,7 @@ inline int64_t compress_codes(M m, F x, uint32_t* out) {
   for (uint32_t b = to_bits(m); b; b &= b - 1) out[n++] = c[__builtin_ctz(b)];
   return n;
 }
+// Sixteen float64 sums; a pair of bfloat16 layout has its even lanes in v[0..1], the odd in v[2..3].
 struct D {
   __m256d v[4];
 };
@@ -128,16 +191,27 @@ inline D dzero() {
   const __m256d z = _mm256_setzero_pd();
   return D{{z, z, z, z}};
 }
-inline D dadd_abs(D s, F x) {
-  const __m256 a = cf(code1(x.a)), b = cf(code1(x.b));
-  s.v[0] = _mm256_add_pd(s.v[0], _mm256_cvtps_pd(_mm256_castps256_ps128(a)));
-  s.v[1] = _mm256_add_pd(s.v[1], _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1)));
-  s.v[2] = _mm256_add_pd(s.v[2], _mm256_cvtps_pd(_mm256_castps256_ps128(b)));
-  s.v[3] = _mm256_add_pd(s.v[3], _mm256_cvtps_pd(_mm256_extractf128_ps(b, 1)));
-  return s;
+inline void add_abs(__m256d* all, __m256d* kept, __m256 x, __m256 m) {  // eight lanes
+  const __m256 y = cf(code1(x));
+  const __m256 z = _mm256_and_ps(m, y);  // sums of magnitudes never are -0: +0 changes nothing
+  all[0] = _mm256_add_pd(all[0], _mm256_cvtps_pd(_mm256_castps256_ps128(y)));
+  all[1] = _mm256_add_pd(all[1], _mm256_cvtps_pd(_mm256_extractf128_ps(y, 1)));
+  kept[0] = _mm256_add_pd(kept[0], _mm256_cvtps_pd(_mm256_castps256_ps128(z)));
+  kept[1] = _mm256_add_pd(kept[1], _mm256_cvtps_pd(_mm256_extractf128_ps(z, 1)));
 }
-inline void dstore(double* p, D s) {
-  for (int i = 0; i < 4; ++i) _mm256_storeu_pd(p + 4 * i, s.v[i]);
+template <DType T>
+inline void add_abs2(D* all, D* kept, P x, M a, M b) {
+  constexpr int second = T == DType::BF16 ? 0 : 2, third = T == DType::BF16 ? 2 : 0;
+  add_abs(all->v, kept->v, x.a.a, a.a);
+  add_abs(all->v + second, kept->v + second, x.a.b, a.b);
+  add_abs(all->v + third, kept->v + third, x.b.a, b.a);
+  add_abs(all->v + 2, kept->v + 2, x.b.b, b.b);
+}
+template <DType T>
+inline void lanes(double* p, D s) {
+  double v[16];
+  for (int i = 0; i < 4; ++i) _mm256_storeu_pd(v + 4 * i, s.v[i]);
+  for (int i = 0; i < 16; ++i) p[i] = T == DType::BF16 ? v[(i >> 1) + 8 * (i & 1)] : v[i];
 }
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
@@ -148,8 +222,10 @@ template <int CHAINS>
 inline void philox_rounds(Philox4* s, uint64_t key) {
   const __m256i m0 = _mm256_set1_epi64x(kPhiloxM0), m1 = _mm256_set1_epi64x(kPhiloxM1);
   uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+#pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
     const __m256i r0 = _mm256_set1_epi64x(k0), r1 = _mm256_set1_epi64x(k1);
+#pragma GCC unroll 4
     for (int c = 0; c < CHAINS; ++c) {
       const __m256i p0 = _mm256_mul_epu32(s[c].c0, m0), p1 = _mm256_mul_epu32(s[c].c2, m1);
       s[c].c0 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p1, 32), s[c].c1), r0);

@@ -1,4 +1,4 @@
-// Sixteen lanes as one AVX-512 register (F, BW, DQ, VL).
+// Sixteen lanes as one AVX-512 register (F, BW, DQ, VL; BMI2 for mask layouts).
 #pragma once
 
 #include <immintrin.h>
@@ -62,6 +62,9 @@ inline M nonfinite(F x) {
 inline M code_gt(F x, uint32_t t) {
   return _mm512_cmpgt_epu32_mask(code(x), _mm512_set1_epi32(int(t)));
 }
+inline M code_ge(F x, uint32_t t) {
+  return _mm512_cmpge_epu32_mask(code(x), _mm512_set1_epi32(int(t)));
+}
 inline M code_eq(F x, uint32_t t) {
   return _mm512_cmpeq_epu32_mask(code(x), _mm512_set1_epi32(int(t)));
 }
@@ -69,6 +72,46 @@ inline M lt0(F x) { return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ
 inline M ge0(F x) { return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GE_OQ); }
 inline M gt0(F x) { return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ); }
 inline M abs_gt(F x, F y) { return _mm512_cmpgt_epu32_mask(code(x), code(y)); }
+inline F flip(F x, F sign_of) {
+  return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(
+      bits(x), bits(sign_of), _mm512_set1_epi32(int(0x80000000u)), 0x78));  // x ^ (s & mask)
+}
+inline F add_if(M m, F s, F x) { return _mm512_mask_add_ps(s, m, s, x); }
+
+// Thirty-two elements: bfloat16 as its even and its odd elements, which costs one operation each
+// way; the other types as two halves.
+struct P {
+  F a, b;
+};
+template <DType T>
+inline P load2(const uint8_t* p) {
+  if (T == DType::BF16) {
+    const __m512i u = _mm512_loadu_si512(p);
+    return P{_mm512_castsi512_ps(_mm512_slli_epi32(u, 16)),
+             _mm512_castsi512_ps(_mm512_and_si512(u, _mm512_set1_epi32(int(0xffff0000u))))};
+  }
+  return P{load<T>(p), load<T>(p + 16 * dtype_size(T))};
+}
+inline __m512i round_bf16(F x) {  // the upper half of each lane is the rounded value
+  const __m512i u = bits(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  return _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+}
+template <DType T>
+inline void store2(uint8_t* p, P x) {
+  if (T == DType::BF16) {
+    _mm512_storeu_si512(p, _mm512_mask_mov_epi16(_mm512_srli_epi32(round_bf16(x.a), 16),
+                                                 0xAAAAAAAAu, round_bf16(x.b)));
+  } else {
+    store<T>(p, x.a);
+    store<T>(p + 16 * dtype_size(T), x.b);
+  }
+}
+template <DType T>
+inline void masks2(uint32_t bits, M* a, M* b) {
+  *a = M(T == DType::BF16 ? _pext_u32(bits, 0x55555555u) : bits);
+  *b = M(T == DType::BF16 ? _pext_u32(bits, 0xAAAAAAAAu) : bits >> 16);
+}
 inline M from_bits(uint32_t b) { return M(b); }
 inline uint32_t to_bits(M m) { return m; }
 inline M mask_and(M a, M b) { return M(a & b); }
@@ -83,19 +126,33 @@ inline int64_t compress_codes(M m, F x, uint32_t* out) {
   _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(m, code(x)));
   return popcount(m);
 }
+// Sixteen float64 sums; a pair of bfloat16 layout has its even lanes in `a`, the odd ones in `b`.
 struct D {
   __m512d a, b;
 };
 inline D dzero() { return D{_mm512_setzero_pd(), _mm512_setzero_pd()}; }
-inline D dadd_abs(D s, F x) {
-  const F y = _mm512_castsi512_ps(code(x));
-  s.a = _mm512_add_pd(s.a, _mm512_cvtps_pd(_mm512_castps512_ps256(y)));
-  s.b = _mm512_add_pd(s.b, _mm512_cvtps_pd(_mm512_extractf32x8_ps(y, 1)));
-  return s;
+inline void add_abs(__m512d* all, __m512d* kept, __m256 x, __mmask8 m) {
+  const __m512d y = _mm512_cvtps_pd(x);
+  *all = _mm512_add_pd(*all, y);
+  *kept = _mm512_mask_add_pd(*kept, m, *kept, y);
 }
-inline void dstore(double* p, D s) {
-  _mm512_storeu_pd(p, s.a);
-  _mm512_storeu_pd(p + 8, s.b);
+template <DType T>
+inline void add_abs2(D* all, D* kept, P x, M a, M b) {
+  const F xa = _mm512_castsi512_ps(code(x.a)), xb = _mm512_castsi512_ps(code(x.b));
+  constexpr bool split = T == DType::BF16;
+  add_abs(&all->a, &kept->a, _mm512_castps512_ps256(xa), __mmask8(a));
+  add_abs(split ? &all->a : &all->b, split ? &kept->a : &kept->b, _mm512_extractf32x8_ps(xa, 1),
+          __mmask8(a >> 8));
+  add_abs(split ? &all->b : &all->a, split ? &kept->b : &kept->a, _mm512_castps512_ps256(xb),
+          __mmask8(b));
+  add_abs(&all->b, &kept->b, _mm512_extractf32x8_ps(xb, 1), __mmask8(b >> 8));
+}
+template <DType T>
+inline void lanes(double* p, D s) {
+  alignas(64) double v[16];
+  _mm512_store_pd(v, s.a);
+  _mm512_store_pd(v + 8, s.b);
+  for (int i = 0; i < 16; ++i) p[i] = T == DType::BF16 ? v[(i >> 1) + 8 * (i & 1)] : v[i];
 }
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
@@ -108,8 +165,10 @@ template <int CHAINS>
 inline void philox_rounds(Philox8* s, uint64_t key) {
   const __m512i m0 = _mm512_set1_epi64(kPhiloxM0), m1 = _mm512_set1_epi64(kPhiloxM1);
   uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+#pragma GCC unroll 10
   for (int round = 0; round < 10; ++round) {
     const __m512i r0 = _mm512_set1_epi64(k0), r1 = _mm512_set1_epi64(k1);
+#pragma GCC unroll 4
     for (int c = 0; c < CHAINS; ++c) {
       const __m512i p0 = _mm512_mul_epu32(s[c].c0, m0), p1 = _mm512_mul_epu32(s[c].c2, m1);
       s[c].c0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), s[c].c1, r0, 0x96);
@@ -129,12 +188,14 @@ inline void first_bytes(uint64_t key, uint64_t index, uint32_t want, uint64_t* b
   const __m512i lane = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
   const uint64_t group = index >> 4;
   Philox8 s[4];
+#pragma GCC unroll 4
   for (int c = 0; c < 4; ++c) {
     const __m512i g = _mm512_add_epi64(_mm512_set1_epi64(int64_t(group) + 8 * c), lane);
     s[c] = Philox8{g, _mm512_srli_epi64(g, 32), _mm512_setzero_si512(), _mm512_setzero_si512()};
   }
   philox_rounds<4>(s, key);
   const __m512i t = _mm512_set1_epi8(char(want));
+#pragma GCC unroll 4
   for (int c = 0; c < 4; ++c) {
     const __m512i lo = _mm512_mask_mov_epi32(s[c].c0, 0xAAAA, _mm512_slli_epi64(s[c].c1, 32));
     const __m512i hi = _mm512_mask_mov_epi32(s[c].c2, 0xAAAA, _mm512_slli_epi64(s[c].c3, 32));

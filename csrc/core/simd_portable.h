@@ -68,12 +68,21 @@ inline F div(F a, F b) {
   }
 CLF_TEST(nonfinite(F x), (f32_bits(x.v[i]) & 0x7f800000u) == 0x7f800000u)
 CLF_TEST(code_gt(F x, uint32_t t), (f32_bits(x.v[i]) & 0x7fffffffu) > t)
+CLF_TEST(code_ge(F x, uint32_t t), (f32_bits(x.v[i]) & 0x7fffffffu) >= t)
 CLF_TEST(code_eq(F x, uint32_t t), (f32_bits(x.v[i]) & 0x7fffffffu) == t)
 CLF_TEST(lt0(F x), x.v[i] < 0.0f)
 CLF_TEST(ge0(F x), x.v[i] >= 0.0f)
 CLF_TEST(gt0(F x), x.v[i] > 0.0f)
 CLF_TEST(abs_gt(F x, F y), (f32_bits(x.v[i]) & 0x7fffffffu) > (f32_bits(y.v[i]) & 0x7fffffffu))
 #undef CLF_TEST
+inline F flip(F x, F sign_of) {  // x with its sign flipped where sign_of is negative
+  CLF_LANES x.v[i] = bits_f32(f32_bits(x.v[i]) ^ (f32_bits(sign_of.v[i]) & 0x80000000u));
+  return x;
+}
+inline F add_if(M m, F s, F x) {
+  CLF_LANES s.v[i] = (m >> i) & 1 ? s.v[i] + x.v[i] : s.v[i];
+  return s;
+}
 inline M from_bits(uint32_t b) { return M(b); }
 inline uint32_t to_bits(M m) { return m; }
 inline M mask_and(M a, M b) { return M(a & b); }
@@ -81,6 +90,25 @@ inline M mask_or(M a, M b) { return M(a | b); }
 inline M mask_not(M a) { return M(~a); }
 inline bool any(M m) { return m != 0; }
 inline int popcount(M m) { return __builtin_popcount(m); }
+// Thirty-two elements. Wider instruction sets hold them in whatever order is cheap to unpack; only
+// elementwise work is done on a pair. store2 may assume that the values are finite.
+struct P {
+  F a, b;
+};
+template <DType T>
+inline P load2(const uint8_t* p) {
+  return P{load<T>(p), load<T>(p + 16 * dtype_size(T))};
+}
+template <DType T>
+inline void store2(uint8_t* p, P x) {
+  store<T>(p, x.a);
+  store<T>(p + 16 * dtype_size(T), x.b);
+}
+template <DType T>
+inline void masks2(uint32_t bits, M* a, M* b) {
+  *a = M(bits);
+  *b = M(bits >> 16);
+}
 inline F keep(M m, F x) {
   CLF_LANES x.v[i] = (m >> i) & 1 ? x.v[i] : 0.0f;
   return x;
@@ -94,6 +122,7 @@ inline int64_t compress_codes(M m, F x, uint32_t* out) {
   CLF_LANES if ((m >> i) & 1) out[n++] = f32_bits(x.v[i]) & 0x7fffffffu;
   return n;
 }
+// Sixteen float64 sums, lane = index mod 16: of |x|, and of |x| where the masks are set.
 struct D {
   double v[16];
 };
@@ -102,11 +131,23 @@ inline D dzero() {
   CLF_LANES r.v[i] = 0.0;
   return r;
 }
-inline D dadd_abs(D a, F x) {
-  CLF_LANES a.v[i] += double(bits_f32(f32_bits(x.v[i]) & 0x7fffffffu));
-  return a;
+template <DType T>
+inline void add_abs2(D* all, D* kept, P x, M a, M b) {
+  CLF_LANES {
+    const double y = bits_f32(f32_bits(x.a.v[i]) & 0x7fffffffu);
+    all->v[i] += y;
+    if ((a >> i) & 1) kept->v[i] += y;
+  }
+  CLF_LANES {
+    const double y = bits_f32(f32_bits(x.b.v[i]) & 0x7fffffffu);
+    all->v[i] += y;
+    if ((b >> i) & 1) kept->v[i] += y;
+  }
 }
-inline void dstore(double* p, D a) { std::memcpy(p, a.v, 128); }
+template <DType T>
+inline void lanes(double* p, D s) {
+  std::memcpy(p, s.v, 128);
+}
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
 #undef CLF_LANES

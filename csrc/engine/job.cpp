@@ -79,6 +79,7 @@ struct Job::Task {
   std::vector<int64_t> ties_kept;      // per term: how many of the tied; -1 all
   std::deque<std::atomic<int64_t>> tied_until;  // [term][tile] inclusive prefix of ties, -1 unknown
   std::vector<double> l1_all, l1_kept;  // [term][chunk]
+  std::vector<uint64_t> bits;  // [term][chunk]: keep bits drawn for the sums, used again after
   std::vector<double> rescale;
   std::vector<uint64_t> crc;  // [base?, terms..., out][tile]
   std::vector<int64_t> nonfinite;
@@ -439,9 +440,11 @@ void Job::l1_tile(Task& t, int64_t tile, Worker& w) {
     for (int64_t o = 0; o < n; o += kStatChunk) {
       const size_t at = k * size_t(chunks) + size_t((first + o) / kStatChunk);
       view.x = x + o * dtype_size(view.dtype);
+      uint64_t* bits = t.bits.empty() ? reinterpret_cast<uint64_t*>(w.codes.reserve(kStatChunk / 8))
+                                      : &t.bits[at * (kStatChunk / 64)];
       kernels().l1(view, tb, base ? base + o * dtype_size(tb) : nullptr,
-                   std::min(kStatChunk, n - o), first + o, nan_ == NanPolicy::Zero, &t.l1_all[at],
-                   &t.l1_kept[at]);
+                   std::min(kStatChunk, n - o), first + o, nan_ == NanPolicy::Zero, bits,
+                   &t.l1_all[at], &t.l1_kept[at]);
     }
   }
 }
@@ -545,6 +548,7 @@ void Job::combine_tile(Task& t, int64_t tile, Worker& w) {
   view.terms = terms.data();
   const int sources = t.sources();
   const int b = spec.base ? 1 : 0;
+  const int64_t chunks = (spec.n + kStatChunk - 1) / kStatChunk;
   uint64_t crc[kMaxTerms + 2] = {};
   for (int64_t o = 0; o < n; o += kSubTile) {
     const int64_t m = std::min(kSubTile, n - o);
@@ -555,6 +559,8 @@ void Job::combine_tile(Task& t, int64_t tile, Worker& w) {
     for (size_t k = 0; k < K; ++k) {
       terms[k].x = w.views[k].x + o * dtype_size(terms[k].dtype);
       terms[k].ties_until = w.views[k].ties_until - o;
+      if (!t.bits.empty() && terms[k].sparsify == Sparsify::Drop)
+        terms[k].bits = &t.bits[(k * size_t(chunks) * kStatChunk + size_t(first + o)) / 64];
     }
     kernels().combine(view);
     if (checksums_) {
@@ -675,6 +681,8 @@ void Job::prepare(Task& t) {
     const size_t chunks = size_t((spec.n + kStatChunk - 1) / kStatChunk);
     t.l1_all.assign(K * chunks, 0.0);
     t.l1_kept.assign(K * chunks, 0.0);
+    if (spec.sparsify == Sparsify::Drop && int64_t(K * chunks) * (kStatChunk / 8) <= memory_ / 8)
+      t.bits.resize(K * chunks * (kStatChunk / 64));
   }
   if (n_tiles == 1 && (select || sums)) {
     t.phases = {Phase::Whole};
