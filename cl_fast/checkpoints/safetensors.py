@@ -71,6 +71,8 @@ MAX_HEADER_BYTES = 100_000_000
 _MAX_DIMENSIONS = 64
 _MAX_EXTENT = 2**63
 
+_FIELDS = frozenset(("dtype", "shape", "data_offsets"))
+
 #: The data of files written by cl_fast starts at a multiple of this, so that tensors do too and
 #: a memory-mapped reader gets aligned rows.
 DATA_ALIGNMENT = 64
@@ -225,53 +227,58 @@ def parse_header(
     return tensors, metadata, data_start
 
 
+class _Wrong(Exception):
+    """What is wrong with one entry; the caller knows whose it is."""
+
+
 def _tensor(path: str, name: str, entry: Any, data_start: int) -> TensorInfo:
+    try:
+        dtype, shape, begin, end = _entry(name, entry)
+    except _Wrong as error:
+        raise CheckpointError(f"{path}: tensor {_q(name)}: {error}") from None
+    return TensorInfo(name, dtype, shape, path, data_start + begin, end - begin)
+
+
+def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise CheckpointError(f"{path}: tensor {_q(name)}: the name is not valid Unicode") from None
+        raise _Wrong("the name is not valid Unicode") from None
     if "\0" in name:
-        raise CheckpointError(f"{path}: tensor {_q(name)}: the name holds a NUL character")
-    where = f"{path}: tensor {_q(name)}"
+        raise _Wrong("the name holds a NUL character")
     if not isinstance(entry, dict):
-        raise CheckpointError(f"{where}: must be described by a JSON object; got {_kind(entry)}")
-    if entry.keys() != {"dtype", "shape", "data_offsets"}:
-        missing = {"dtype", "shape", "data_offsets"} - entry.keys()
+        raise _Wrong(f"must be described by a JSON object; got {_kind(entry)}")
+    if entry.keys() != _FIELDS:
+        missing = sorted(_FIELDS - entry.keys())
         if missing:
-            raise CheckpointError(f"{where}: the header does not tell its {sorted(missing)[0]}")
-        extra = sorted(entry.keys() - {"dtype", "shape", "data_offsets"})[0]
-        raise CheckpointError(f"{where}: unknown header field {_q(extra)}")
+            raise _Wrong(f"the header does not tell its {missing[0]}")
+        raise _Wrong(f"unknown header field {_q(min(entry.keys() - _FIELDS))}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise CheckpointError(
-            f"{where}: unknown dtype {_q(dtype)}; known are {', '.join(DTYPE_BITS)}"
-        )
+        raise _Wrong(f"unknown dtype {_q(dtype)}; known are {', '.join(DTYPE_BITS)}")
     if (
         not isinstance(shape, list)
         or len(shape) > _MAX_DIMENSIONS
         or not all(type(extent) is int and 0 <= extent < _MAX_EXTENT for extent in shape)
     ):
-        raise CheckpointError(
-            f"{where}: shape must be a list of sizes of at least 0; got {_q(shape)}"
-        )
+        raise _Wrong(f"shape must be a list of sizes of at least 0; got {_q(shape)}")
     if (
         not isinstance(offsets, list)
         or len(offsets) != 2
         or not all(type(x) is int and abs(x) < _MAX_EXTENT for x in offsets)
     ):
-        raise CheckpointError(f"{where}: data_offsets must be two integers; got {_q(offsets)}")
+        raise _Wrong(f"data_offsets must be two integers; got {_q(offsets)}")
     begin, end = offsets
     if begin < 0 or end < begin:
-        raise CheckpointError(f"{where}: data_offsets {begin}..{end} are negative or run backwards")
-    count = prod(shape)
-    if count * DTYPE_BITS[dtype] % 8:
-        raise CheckpointError(f"{where}: {count} elements of {dtype} do not fill whole bytes")
-    if end - begin != count * DTYPE_BITS[dtype] // 8:
-        raise CheckpointError(
-            f"{where}: data_offsets span {end - begin} bytes, but {dtype} of shape "
-            f"{shape} takes {count * DTYPE_BITS[dtype] // 8}"
+        raise _Wrong(f"data_offsets {begin}..{end} are negative or run backwards")
+    bits = prod(shape) * DTYPE_BITS[dtype]
+    if bits % 8:
+        raise _Wrong(f"{prod(shape)} elements of {dtype} do not fill whole bytes")
+    if end - begin != bits // 8:
+        raise _Wrong(
+            f"data_offsets span {end - begin} bytes, but {dtype} of shape {shape} takes {bits // 8}"
         )
-    return TensorInfo(name, dtype, tuple(shape), path, data_start + begin, end - begin)
+    return dtype, tuple(shape), begin, end
 
 
 def _check_tiling(

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from cl_fast.checkpoints.checkpoint import SINGLE_NAME, Checkpoint
 from cl_fast.checkpoints.safetensors import (
@@ -62,8 +62,7 @@ __all__ = [
 NUMERICS = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(NamedTuple):
     """One stored tensor of an input: ``nbytes`` bytes at absolute ``offset`` of file ``path``.
 
     ``dtype`` is the safetensors name (``BF16``, ``F32``, ...).
@@ -75,8 +74,7 @@ class Source:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Term:
+class Term(NamedTuple):
     """One model's part in one tensor.
 
     ``model`` is the name that keys its random stream, ``key`` the 64-bit key of this tensor
@@ -217,7 +215,7 @@ def make_plan(
         raise RecipeError(f"out_shard_size: must be at least 1 byte; got {out_shard_size}")
     target = Path(os.path.abspath(Path(output).expanduser()))  # noqa: PTH100 (keeps links)
     method, policy, notes = recipe.method, recipe.policy, list[str]()
-    if seed is not None and (isinstance(seed, bool) or not 0 <= seed < 2**64):
+    if seed is not None and (type(seed) is not int or not 0 <= seed < 2**64):
         raise RecipeError(f"seed: must be a whole number of at least 0 and below 2**64; got {seed}")
     if seed is not None and not method.random:
         notes.append(f"{method.name} draws nothing at random; the seed has no effect")
