@@ -17,6 +17,8 @@ S = sum |x|, S_k = sum |x kept|, s = sum_i g_i keep_i x_i.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -142,72 +144,100 @@ def round_float32(value: float) -> float:
     return float(torch.tensor(value, dtype=torch.float64).to(torch.float32))
 
 
-def _check(delta: Tensor, density: float, rescale: str) -> None:
-    if not isinstance(delta, Tensor):
-        raise TypeError(f"delta must be a torch.Tensor, got {type(delta).__name__}")
-    if delta.dtype not in READABLE[:3] and delta.dtype != torch.float64:
-        raise TypeError(
-            "delta must have one of the dtypes bfloat16, float16, float32, float64; "
-            f"got {delta.dtype}"
-        )
-    if not 0.0 < density <= 1.0:
-        raise ValueError(f"density must be in (0, 1]; got {density}")
-    if rescale not in _RESCALE:
-        raise ValueError(f"rescale must be one of 'none', 'keep_rate', 'l1'; got {rescale!r}")
+@dataclass(frozen=True, slots=True)
+class _Drop:
+    """The arguments of the op after its tensor."""
+
+    density: float
+    seed: int
+    model: str
+    tensor: str
+    rescale: str
+
+    def check(self, delta: Tensor) -> None:
+        if delta.dtype not in READABLE[:3] and delta.dtype != torch.float64:
+            raise TypeError(
+                "delta must have one of the dtypes bfloat16, float16, float32, float64; "
+                f"got {delta.dtype}"
+            )
+        if not 0.0 < self.density <= 1.0:
+            raise ValueError(f"density must be in (0, 1]; got {self.density}")
+        if self.rescale not in _RESCALE:
+            raise ValueError(
+                f"rescale must be one of 'none', 'keep_rate', 'l1'; got {self.rescale!r}"
+            )
+
+    @property
+    def key(self) -> int:
+        return stream_key(self.seed, self.model, self.tensor)
+
+    def eager(self, delta: Tensor) -> Tensor:
+        """The op in plain torch, on any device."""
+        if self.density >= 1.0:
+            return delta.clone(memory_format=torch.contiguous_format)
+        wide = delta.dtype if delta.dtype == torch.float64 else torch.float32
+        values = delta.reshape(-1).to(wide)
+        threshold = keep_threshold(self.density)
+        keep = keep_mask(self.key, values.numel(), threshold, device=delta.device)
+        kept = torch.where(keep, values, 0.0)
+        factor = drop_factor(self.rescale, threshold, values, kept)
+        if wide == torch.float32:
+            factor = round_float32(factor)
+        return (kept * factor).to(delta.dtype).reshape(delta.shape)
+
+    def native(self, core: ModuleType, delta: Tensor) -> Tensor:
+        threshold = keep_threshold(self.density)
+        return native_ops.dare(core, delta, self.key, self.density, threshold, self.rescale)
 
 
-def dare_reference(delta: Tensor, key: int, density: float, rescale: Rescale) -> Tensor:
-    """The op in plain torch, on any device."""
-    if density >= 1.0:
-        return delta.contiguous().clone()
-    wide = delta.dtype if delta.dtype == torch.float64 else torch.float32
-    values = delta.reshape(-1).to(wide)
-    threshold = keep_threshold(density)
-    keep = keep_mask(key, values.numel(), threshold, device=delta.device)
-    kept = torch.where(keep, values, 0.0)
-    factor = drop_factor(rescale, threshold, values, kept)
-    if wide == torch.float32:
-        factor = round_float32(factor)
-    return (kept * factor).to(delta.dtype).reshape(delta.shape)
+def _generic(
+    delta: Tensor, density: float, seed: int, model: str, tensor: str, rescale: str
+) -> Tensor:
+    drop = _Drop(density, seed, model, tensor, rescale)
+    drop.check(delta)
+    return drop.eager(delta)
 
 
-def _generic(delta: Tensor, key: int, density: float, rescale: str) -> Tensor:
-    _check(delta, density, rescale)
-    return dare_reference(delta, key, density, rescale)  # type: ignore[arg-type]
-
-
-def _cpu(delta: Tensor, key: int, density: float, rescale: str) -> Tensor:
-    _check(delta, density, rescale)
+def _cpu(
+    delta: Tensor, density: float, seed: int, model: str, tensor: str, rescale: str
+) -> Tensor:
+    drop = _Drop(density, seed, model, tensor, rescale)
+    drop.check(delta)
     core = native_or_say()
     if core is not None and native_ops.reads(delta):
-        return native_ops.dare(core, delta, key, density, keep_threshold(density), rescale)
-    return dare_reference(delta, key, density, rescale)  # type: ignore[arg-type]
+        return drop.native(core, delta)
+    return drop.eager(delta)
 
 
-def _fake(delta: Tensor, key: int, density: float, rescale: str) -> Tensor:
-    _check(delta, density, rescale)
+def _fake(
+    delta: Tensor, density: float, seed: int, model: str, tensor: str, rescale: str
+) -> Tensor:
+    _Drop(density, seed, model, tensor, rescale).check(delta)
     return torch.empty(delta.shape, dtype=delta.dtype, device=delta.device)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    delta, ctx.key, ctx.density, ctx.rescale = inputs
-    ctx.save_for_backward(*([delta] if ctx.rescale == "l1" else []))
+    delta, *ctx.arguments = inputs
+    density, rescale = ctx.arguments[0], ctx.arguments[-1]
+    ctx.factor_moves = rescale == "l1" and density < 1.0
+    ctx.save_for_backward(*([delta] if ctx.factor_moves else []))
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
-    if ctx.rescale != "l1" or ctx.density >= 1.0:
-        return _op(grad, ctx.key, ctx.density, ctx.rescale), None, None, None
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * 5
+    if not ctx.factor_moves:
+        return _op(grad, *ctx.arguments), *nothing
     (delta,) = ctx.saved_tensors
     wide = delta.dtype if delta.dtype == torch.float64 else torch.float32
     x, g = delta.to(wide), grad.to(wide)
-    keep = _op(torch.ones_like(x), ctx.key, ctx.density, "none")
+    keep = _op(torch.ones_like(x), *ctx.arguments[:-1], "none")
     total, kept = x.abs().sum(), (x.abs() * keep).sum()
     rescaled = (total >= L1_SMALLEST) & (kept >= L1_SMALLEST)
     safe = torch.where(rescaled, kept, 1.0)
     factor = torch.where(rescaled, total / safe, 1.0)
     pull = torch.where(rescaled, (g * keep * x).sum() / safe, 0.0)
     out = keep * factor * g + x.sign() * pull * (1.0 - keep * factor)
-    return out.to(delta.dtype), None, None, None
+    return out.to(delta.dtype), *nothing
 
 
 _op = torch.library.custom_op("cl_fast::dare", _generic, mutates_args=())
@@ -249,6 +279,8 @@ def dare(
 
     Source: Yu et al. 2024, arXiv 2311.03099.
     """
+    if not isinstance(delta, Tensor):
+        raise TypeError(f"delta must be a torch.Tensor, got {type(delta).__name__}")
     if (density is None) == (drop_rate is None):
         raise ValueError("give exactly one of density and drop_rate")
     if drop_rate is not None:
@@ -256,11 +288,17 @@ def dare(
             raise ValueError(f"drop_rate must be in [0, 1); got {drop_rate}")
         density = 1.0 - drop_rate
     assert density is not None
-    key = signed_key(stream_key(seed, model, tensor))
+    for argument, name in (("model", model), ("tensor", tensor)):
+        if not isinstance(name, str):
+            raise TypeError(f"{argument} must be a str, got {type(name).__name__}")
+    if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
+        raise TypeError(f"seed must be an int, got {type(seed).__name__}")
+    if not -(1 << 63) <= seed < 1 << 63:
+        raise ValueError(f"seed must fit into 64 bits, got {seed}")
     if backend is None:
-        return cast(Tensor, _op(delta, key, density, rescale))
-    _check(delta, density, rescale)
+        return cast(Tensor, _op(delta, density, seed, model, tensor, rescale))
+    drop = _Drop(density, seed, model, tensor, rescale)
+    drop.check(delta)
     if backend == "eager":
-        return dare_reference(delta, key, density, rescale)
-    core = require_native(backend, delta.device.type)
-    return native_ops.dare(core, delta, key, density, keep_threshold(density), rescale)
+        return drop.eager(delta)
+    return drop.native(require_native(backend, delta.device.type), delta)

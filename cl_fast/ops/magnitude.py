@@ -212,6 +212,9 @@ def magnitude_threshold(
         TypeError: a dtype that is not readable.
         ValueError: shapes or devices differ, `density` or `k` out of range, unknown `ties`.
     """
+    check_readable("x", x)
+    if base is not None:
+        check_readable("base", base)
     if (density is None) == (k is None):
         raise ValueError("give exactly one of density and k")
     if density is not None:
