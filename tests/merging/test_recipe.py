@@ -641,3 +641,29 @@ def test_unreadable_files(tmp_path: Path, make: Any, words: str) -> None:
     make(path)
     with pytest.raises(RecipeError, match=words):
         load_recipe(path)
+
+
+# The page that documents all this.
+
+PAGE = Path(__file__).parents[2] / "docs" / "merge-recipes.md"
+
+
+def test_every_recipe_on_the_page_is_valid() -> None:
+    blocks = PAGE.read_text().split("```yaml\n")[1:]
+    assert len(blocks) >= 2
+    for block in blocks:
+        parse_recipe(block.split("```")[0])
+
+
+def test_the_page_names_every_key_and_choice() -> None:
+    text = PAGE.read_text()
+    names = {*Recipe.model_fields, "tokenizer", "int8_mask", *METHODS}
+    names |= {name for method in METHODS.values() for name in method.parameters}
+    words = {word for choice in CHOICES.values() for word in choice}
+    words |= {variant for method in METHODS.values() for variant in method.variants}
+    missing = [name for name in sorted(names | words) if f"`{name}`" not in text]
+    assert missing == []
+    assert (
+        sum(line.startswith(tuple(f"| {i} |" for i in range(1, 15))) for line in text.splitlines())
+        == 14
+    )
