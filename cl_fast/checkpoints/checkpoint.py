@@ -8,6 +8,7 @@ that are not downloaded.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 from cl_fast.checkpoints.safetensors import Header, TensorInfo, read_header, strict_json
 from cl_fast.errors import CheckpointError
 
-__all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint"]
+__all__ = ["INDEX_NAME", "SINGLE_NAME", "Checkpoint", "absolute"]
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -79,7 +80,7 @@ class Checkpoint:
         prefix = f"{key}: " if key else ""
         if not isinstance(written, str) or not written.strip() or "\0" in written:
             raise CheckpointError(f"{prefix}{written!r} is not a path")
-        path = Path(os.path.abspath(Path(written).expanduser()))  # noqa: PTH100 (keeps links)
+        path = absolute(written)
         try:
             if path.is_dir():
                 files = _weight_files(path, prefix)
@@ -156,6 +157,14 @@ class Checkpoint:
         config = self.config or {}
         nested = config.get("text_config")
         return [config, nested] if isinstance(nested, dict) else [config]
+
+
+def absolute(reference: str) -> Path:
+    """The absolute path that a reference means: ``~`` expanded, symbolic links kept."""
+    path = Path(reference)
+    with contextlib.suppress(RuntimeError):  # "~name" of nobody is a folder of that name
+        path = path.expanduser()
+    return Path(os.path.abspath(path))  # noqa: PTH100 (resolve would follow links)
 
 
 _NARROW = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8")
@@ -328,7 +337,7 @@ def _pickle_words(folder: Path, name: str) -> str:
 
 
 def _why_missing(written: str, path: Path) -> str:
-    if "+" in written and Path(written.split("+", 1)[0]).expanduser().exists():
+    if "+" in written and absolute(written.split("+", 1)[0]).exists():
         return (
             f"{written!r} asks for a base with an adapter, which this version does not merge on "
             "the fly; merge the adapter into its base first and name the result"

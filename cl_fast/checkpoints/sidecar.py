@@ -84,6 +84,17 @@ def plan_sidecars(
     Raises:
         CheckpointError: a file cannot be read.
     """
+    try:
+        return _plan(donor, tokenizer_folder, dtype)
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or donor.folder}: cannot be read ({error.strerror or error})"
+        ) from error
+
+
+def _plan(
+    donor: Checkpoint, tokenizer_folder: Path, dtype: str | None
+) -> tuple[tuple[Sidecar, ...], list[str]]:
     found: dict[str, Sidecar] = {}
     notes: list[str] = []
     folder = donor.folder

@@ -23,7 +23,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cl_fast.checkpoints.checkpoint import SINGLE_NAME, Checkpoint
+from cl_fast.checkpoints.checkpoint import SINGLE_NAME, Checkpoint, absolute
 from cl_fast.checkpoints.safetensors import (
     DTYPE_BITS,
     TensorInfo,
@@ -243,7 +243,10 @@ def _plan(
     threads: int | None,
     memory: int | None,
 ) -> Plan:
-    target = Path(os.path.abspath(Path(output).expanduser()))  # noqa: PTH100 (keeps links)
+    folder = os.fspath(output)
+    if not folder.strip() or "\0" in folder:
+        raise RecipeError(f"output: {folder!r} is not a path; name the folder to write")
+    target = absolute(folder)
     method, policy, notes = recipe.method, recipe.policy, list[str]()
     if seed is not None and not method.random:
         notes.append(f"{method.name} draws nothing at random; the seed has no effect")
@@ -381,7 +384,7 @@ def _check_output(recipe: Recipe, target: Path) -> None:
     if recipe.tokenizer_reference is not None:
         listed.append(("tokenizer_source", recipe.tokenizer_reference))
     for key, reference in listed:
-        folder = _resolve(Path(reference).expanduser())
+        folder = _resolve(absolute(reference))
         if folder.is_file() and folder.parent == real:
             folder = folder.parent
         if folder == real:
@@ -405,7 +408,7 @@ def _resolve(path: Path) -> Path:
     try:
         return path.resolve()
     except (OSError, RuntimeError):  # a loop of links: opening it will say so
-        return path.absolute()
+        return path
 
 
 def _open_inputs(recipe: Recipe) -> tuple[Checkpoint, ...]:
@@ -434,7 +437,7 @@ def _open_inputs(recipe: Recipe) -> tuple[Checkpoint, ...]:
 def _donor(recipe: Recipe, inputs: tuple[Checkpoint, ...]) -> Checkpoint:
     """The base; without one the model that ``base_model`` names, else the first."""
     if not recipe.method.needs_base and recipe.base_model is not None:
-        wanted = _resolve(Path(recipe.base_model).expanduser())
+        wanted = _resolve(absolute(recipe.base_model))
         for checkpoint in inputs:
             if _resolve(checkpoint.path) == wanted:
                 return checkpoint
@@ -445,7 +448,7 @@ def _tokenizer_folder(recipe: Recipe, inputs: tuple[Checkpoint, ...], donor: Che
     reference = recipe.tokenizer_reference
     if reference is None:
         return donor.folder
-    path = Path(reference).expanduser()
+    path = absolute(reference)
     for checkpoint in inputs:
         if checkpoint.reference == reference or _resolve(checkpoint.path) == _resolve(path):
             return checkpoint.folder
@@ -462,7 +465,7 @@ def _tokenizer_folder(recipe: Recipe, inputs: tuple[Checkpoint, ...], donor: Che
             f"tokenizer_source: the tokenizer of {folder} has {count} tokens, but the merged "
             f"embeddings have {rows} rows; use the tokenizer of one of the models"
         )
-    return Path(os.path.abspath(folder))  # noqa: PTH100 (keeps links)
+    return folder
 
 
 def _embedding_rows(checkpoint: Checkpoint) -> int | None:
@@ -526,7 +529,7 @@ def _head_is_tied(inputs: tuple[Checkpoint, ...], name: str) -> bool:
     nothing either and has no head shows that this default is to tie.
     """
     default_ties = {
-        (checkpoint.config or {}).get("model_type")
+        str((checkpoint.config or {}).get("model_type"))
         for checkpoint in inputs
         if name not in checkpoint.tensors and checkpoint.config and checkpoint.tied is None
     }
@@ -535,7 +538,7 @@ def _head_is_tied(inputs: tuple[Checkpoint, ...], name: str) -> bool:
         or (
             checkpoint.tied is None
             and checkpoint.config is not None
-            and checkpoint.config.get("model_type") in default_ties
+            and str(checkpoint.config.get("model_type")) in default_ties
         )
         for checkpoint in inputs
         if name in checkpoint.tensors

@@ -226,6 +226,7 @@ def test_refused(
         ("Qwen/Qwen2.5-0.5B", "hf download Qwen/Qwen2.5-0.5B --local-dir Qwen2.5-0.5B"),
         ("Qwen/Qwen2.5-0.5B@main", "hf download Qwen/Qwen2.5-0.5B "),
         ("nonsense", "does not exist"),
+        ("~nobody-of-that-name/x", "does not exist"),
         ("", "not a path"),
         ("a\0b", "not a path"),
     ],

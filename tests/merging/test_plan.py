@@ -696,6 +696,36 @@ def test_describe(world: World) -> None:
     assert "time" not in "\n".join(describe(plan))
 
 
+@pytest.mark.parametrize("output", ["", "  ", "a\0b"])
+def test_outputs_that_are_no_path(world: World, output: str) -> None:
+    with pytest.raises(RecipeError, match=r"^output: "):
+        world.plan(output=output)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {
+            "model_type": ["x"],
+            "vocab_size": "10",
+            "num_hidden_layers": 2.5,
+            "tie_word_embeddings": 1,
+        },
+        {"text_config": [], "rope_scaling": {"a": [1]}, "quantization_config": {}},
+        {"text_config": {"model_type": None}, "torch_dtype": 3},
+        {},
+    ],
+)
+def test_any_config(world: World, config: dict[str, Any]) -> None:
+    world.write("base", config=config)
+    world.write("a", TINY | HEAD, config=config)
+    world.write("b", config=CONFIG)
+    try:
+        world.plan(parameters={"weight": [0, 1]})
+    except CheckpointError as error:
+        assert "lm_head" in str(error)  # noqa: PT017 (whether it is tied is not the point here)
+
+
 @pytest.mark.parametrize("size", [0, -1, 1.5, True, "5GB"])
 def test_bad_shard_size(world: World, size: Any) -> None:
     with pytest.raises(RecipeError, match="out_shard_size"):
