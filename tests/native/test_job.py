@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -232,7 +231,8 @@ def test_files_give_the_bits_of_memory(core: ModuleType, mode: str, tmp_path: Pa
         )
     job.run()
     written = (tmp_path / "out").read_bytes()
-    assert written[:10] == bytes(10) and written[-5:] == bytes(5)
+    assert written[:10] == bytes(10)
+    assert written[-5:] == bytes(5)
     assert written[10:-5] == want.view(torch.uint8).numpy().tobytes()
     info = job.result(task)
     assert info["crc_out"] == core.crc64(written[10:-5])
@@ -326,7 +326,7 @@ def test_file_errors_name_the_file(core: ModuleType, tmp_path: Path) -> None:
 
 
 def test_a_failing_write_reaches_the_caller(core: ModuleType) -> None:
-    if not os.path.exists("/dev/full"):
+    if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
     _, models = inputs(4 * SPACE, torch.bfloat16)
     job = core.Job(threads=3, tile_elements=SPACE)
@@ -364,7 +364,7 @@ def test_more_than_two_to_the_31_elements(tmp_path: Path) -> None:
     if core is None:
         pytest.skip(native.reason())
     n = 2**31 + 70_000
-    with open(tmp_path / "huge", "wb") as f:
+    with (tmp_path / "huge").open("wb") as f:
         f.truncate(2 * n)
         for i, value in enumerate((3.0, -2.0, 1.0, 1.0)):
             f.seek(2 * (n - 10 + i))
