@@ -667,3 +667,20 @@ def test_the_page_names_every_key_and_choice() -> None:
         sum(line.startswith(tuple(f"| {i} |" for i in range(1, 15))) for line in text.splitlines())
         == 14
     )
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"difference": 1}, "difference must be one of True, False"),
+        ({"sparsify": "prune"}, "sparsify must be one of 'none', 'trim', 'drop'"),
+        ({"elect": ["mass"]}, "elect must be one of"),
+        ({"sparsify": "trim", "trim_scope": "model"}, "trim_ties='first' needs"),
+        ({"rescale": "l1"}, "no effect with sparsify='none'"),
+        ({"reduce": "max"}, "needs an elected sign"),
+    ],
+)
+def test_policies_without_meaning(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match="Policy") as caught:
+        Policy(**values)
+    assert words in str(caught.value)
