@@ -198,9 +198,7 @@ def _generic(
     return drop.eager(delta)
 
 
-def _cpu(
-    delta: Tensor, density: float, seed: int, model: str, tensor: str, rescale: str
-) -> Tensor:
+def _cpu(delta: Tensor, density: float, seed: int, model: str, tensor: str, rescale: str) -> Tensor:
     drop = _Drop(density, seed, model, tensor, rescale)
     drop.check(delta)
     core = native_or_say()

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cl_fast.ops import Policy, keep_threshold
-from cl_fast.ops import streams
+from cl_fast.ops import Policy, keep_threshold, streams
 
 
 @dataclass

@@ -323,6 +323,7 @@ def test_trim_keeps_exactly_k_and_the_first_of_ties(backend: str) -> None:
     base = torch.zeros(10)
     x = torch.tensor([1.0, -3.0, 2.0, -2.0, 2.0, 0.5, -2.0, 3.0, 2.0, 0.0])
     plain = Policy(sparsify="trim")
+
     def kept(density: float, policy: Policy) -> list[int]:
         out = combine(base, [x], weights=1.0, policy=policy, density=density, backend=backend)
         return out.nonzero().reshape(-1).tolist()
@@ -430,9 +431,7 @@ def test_whole_model_trim_is_the_trim_of_one_long_tensor(backend: str) -> None:
     )  # fmt: skip
     assert torch.equal(torch.cat(many), one)
     # and the thresholds found alone, given to each tensor, are the same thing
-    codes = model_thresholds(
-        bases, rows, policy=POLICIES["ties_paper"], density=[0.2, 0.3, 1.0]
-    )
+    codes = model_thresholds(bases, rows, policy=POLICIES["ties_paper"], density=[0.2, 0.3, 1.0])
     assert codes[2] == -1
     for i, out in enumerate(many):
         again = combine(
@@ -445,9 +444,7 @@ def test_whole_model_trim_is_the_trim_of_one_long_tensor(backend: str) -> None:
 def test_whole_model_trim_that_keeps_nothing(backend: str) -> None:
     policy = Policy(sparsify="trim", trim_scope="model", trim_count="floor", trim_ties="all")
     bases, rows = [torch.zeros(3)], [[torch.ones(3)]]
-    (out,) = combine_many(
-        bases, rows, weights=1.0, policy=policy, density=0.1, backend=backend
-    )
+    (out,) = combine_many(bases, rows, weights=1.0, policy=policy, density=0.1, backend=backend)
     assert torch.equal(out, bases[0])
 
 

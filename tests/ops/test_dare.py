@@ -29,7 +29,9 @@ def test_formula(n: int, rescale: str, dtype: torch.dtype, backend: str) -> None
     assert out.dtype == dtype
     assert not out[~mask].any()
     error = (out.double() - want).abs().numpy()
-    assert (error <= 0.5 * oracle.spacing(want.numpy(), dtype) + 2.0**-22 * want.abs().numpy()).all()
+    assert (
+        error <= 0.5 * oracle.spacing(want.numpy(), dtype) + 2.0**-22 * want.abs().numpy()
+    ).all()
 
 
 def test_backends_agree_bit_for_bit(backend: str) -> None:

@@ -51,7 +51,7 @@ def test_opcheck_dare(dtype: torch.dtype, rescale: str) -> None:
     x = torch.randn(5, 8).to(dtype).t()
     for requires_grad in (False, True):
         delta = x.detach().requires_grad_(requires_grad)
-        torch.library.opcheck(torch.ops.cl_fast.dare, (delta, 0.5, -3, 'm', 't', rescale))
+        torch.library.opcheck(torch.ops.cl_fast.dare, (delta, 0.5, -3, "m", "t", rescale))
 
 
 @pytest.mark.parametrize("ties", ["first", "all", "none"])

@@ -10,8 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cl_fast.ops import keep_mask, keep_threshold, stream_key
-from cl_fast.ops import streams
+from cl_fast.ops import keep_mask, keep_threshold, stream_key, streams
 
 PAGE = Path(__file__).parents[2] / "docs" / "random-stream.md"
 

@@ -1,0 +1,540 @@
+"""Merge models that are in memory: state dicts or nn.Modules in, a state dict out.
+
+    merged = ties(base, [math, code], weight=[1.0, 0.5], density=0.2)
+    base_model.load_state_dict(merged)                      # or: ties(..., into=base_model)
+
+The methods, their parameters and their defaults are those of a recipe (docs/merge-recipes.md), and
+so are the bits of the result: given the same model names, seed and settings, a recipe on the saved
+checkpoints writes exactly these tensors.
+
+Every tensor of the models is one row of one `cl_fast.ops.combine_many`. Integer and boolean
+tensors must be equal in all models and are passed on. Names that share storage in all of the models
+(tied weights) are merged once, under the first of the names, and share storage in the result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from cl_fast.errors import CheckpointError, NonFiniteError, RecipeError
+from cl_fast.merging.methods import find_method, make_policy
+from cl_fast.ops import combine_many, stream_key
+from cl_fast.ops.magnitude import READABLE
+from cl_fast.ops.policy import (
+    Divisor,
+    Elect,
+    ElectOn,
+    Policy,
+    Reduce,
+    TrimCount,
+    TrimScope,
+    TrimTies,
+)
+
+__all__ = ["dare_linear", "dare_ties", "linear", "task_arithmetic", "ties"]
+
+StateDict: TypeAlias = Mapping[str, Tensor]
+Model: TypeAlias = StateDict | nn.Module
+Models: TypeAlias = Sequence[Model] | Mapping[str, Model]
+"""A list, whose models are called "0", "1", ..., or a mapping from names to models."""
+
+PerTensor: TypeAlias = float | Mapping[str, float] | Callable[[str], float]
+"""A number, or one for each tensor's name."""
+PerModel: TypeAlias = PerTensor | Sequence[PerTensor]
+"""One for all models, or a list with one per model."""
+
+Nan: TypeAlias = Literal["refuse", "propagate"]
+RescaleBy: TypeAlias = Literal["l1", "keep_rate"]
+Variant: TypeAlias = Literal["mergekit", "peft", "paper"]
+
+
+def linear(
+    models: Models,
+    *,
+    weight: PerModel = 1.0,
+    normalize: bool | None = None,
+    divisor: Divisor | None = None,
+    out_dtype: torch.dtype | None = None,
+    into: nn.Module | None = None,
+    nan: Nan = "refuse",
+    backend: str | None = None,
+) -> dict[str, Tensor]:
+    """Weighted mean of the models (model soup; Wortsman et al. 2022): sum w x / sum w.
+
+    Args:
+        models: see `ties`. There is no base.
+        weight: see `ties`.
+        normalize: divide by the sum of the weights; true unless said otherwise.
+        divisor: "weights", or "count" to divide by the number of models instead.
+        out_dtype, into, nan, backend: see `ties`.
+
+    Raises:
+        As `ties`; RecipeError too for weights that sum to zero under `normalize`.
+    """
+    settings = {"normalize": normalize, "divisor": divisor}
+    return _merge(
+        "linear", None, models, weight, 1.0, 1.0, None, settings, out_dtype, into, nan, backend
+    )
+
+
+def task_arithmetic(
+    base: Model,
+    models: Models,
+    *,
+    weight: PerModel = 1.0,
+    lam: float = 1.0,
+    normalize: bool | None = None,
+    divisor: Divisor | None = None,
+    out_dtype: torch.dtype | None = None,
+    into: nn.Module | None = None,
+    nan: Nan = "refuse",
+    backend: str | None = None,
+) -> dict[str, Tensor]:
+    """base + lam * sum w (x - base) (Task Arithmetic; Ilharco et al. 2023).
+
+    A negative weight forgets what a model learned. Arguments and errors: see `ties`; normalize is
+    false unless said otherwise.
+    """
+    settings = {"normalize": normalize, "divisor": divisor}
+    return _merge(
+        "task_arithmetic",
+        base, models, weight, 1.0, lam, None, settings, out_dtype, into, nan, backend,
+    )  # fmt: skip
+
+
+def ties(
+    base: Model,
+    models: Models,
+    *,
+    density: PerModel,
+    weight: PerModel = 1.0,
+    lam: float = 1.0,
+    variant: Variant | None = None,
+    normalize: bool | None = None,
+    rescale: bool | None = None,
+    rescale_by: RescaleBy | None = None,
+    trim_scope: TrimScope | None = None,
+    trim_count: TrimCount | None = None,
+    trim_ties: TrimTies | None = None,
+    elect: Elect | None = None,
+    elect_on: ElectOn | None = None,
+    reduce: Reduce | None = None,
+    divisor: Divisor | None = None,
+    out_dtype: torch.dtype | None = None,
+    into: nn.Module | None = None,
+    nan: Nan = "refuse",
+    backend: str | None = None,
+) -> dict[str, Tensor]:
+    """Trim each delta, elect a sign per element, average what agrees (Yadav et al. 2023).
+
+    Args:
+        base: state dict or module that the models were finetuned from.
+        models: the finetuned ones: a list, or a mapping from names to models. The names key the
+            random stream of the dare methods and stand in messages; in a list they are "0", "1"...
+        density: the fraction of each delta that is kept, in (0, 1].
+        weight: the factor on each delta. `weight` and `density` are one value for all models, or a
+            list with one value per model, where a value is a number, a mapping from the names of
+            the tensors to numbers, or a function of the name.
+        lam: the factor on the combined delta.
+        variant: sets what follows as "mergekit" (the default), "peft" or the "paper" has it;
+            each can also be set alone. docs/merge-recipes.md tells what they mean.
+        normalize, rescale, rescale_by, trim_scope, trim_count, trim_ties, elect, elect_on, reduce,
+            divisor: the parameters of a recipe of this method.
+        out_dtype: bfloat16, float16 or float32; the default is each tensor's dtype in `base`.
+        into: a module that the result is loaded into as well.
+        nan: "refuse" raises on NaN or infinity in a model, "propagate" lets it through.
+        backend: "native" or "eager", for tests and benchmarks; otherwise the fastest there is.
+
+    Returns:
+        A new state dict with the names of `base` in its order. The arithmetic is float32.
+
+    Raises:
+        RecipeError: settings that are unknown, contradict, or have no effect.
+        CheckpointError: models whose tensors differ in names, shapes, devices or kind, or integer
+            tensors that are not equal; the message names the tensor.
+        NonFiniteError: NaN or infinity in a model, or an overflow of the output type.
+        TypeError, ValueError: an argument of the wrong type or out of its range.
+    """
+    settings = {
+        "variant": variant,
+        "normalize": normalize,
+        "rescale": rescale,
+        "rescale_by": rescale_by,
+        "trim_scope": trim_scope,
+        "trim_count": trim_count,
+        "trim_ties": trim_ties,
+        "elect": elect,
+        "elect_on": elect_on,
+        "reduce": reduce,
+        "divisor": divisor,
+    }
+    return _merge(
+        "ties", base, models, weight, density, lam, None, settings, out_dtype, into, nan, backend
+    )
+
+
+def dare_linear(
+    base: Model,
+    models: Models,
+    *,
+    density: PerModel,
+    weight: PerModel = 1.0,
+    lam: float = 1.0,
+    seed: int = 0,
+    variant: Variant | None = None,
+    normalize: bool | None = None,
+    rescale: bool | None = None,
+    rescale_by: RescaleBy | None = None,
+    divisor: Divisor | None = None,
+    out_dtype: torch.dtype | None = None,
+    into: nn.Module | None = None,
+    nan: Nan = "refuse",
+    backend: str | None = None,
+) -> dict[str, Tensor]:
+    """Drop elements of each delta at random, rescale the others, add the sum (Yu et al. 2024).
+
+    `density` is the fraction kept, 1 - the drop rate. The masks follow from `seed` and the names of
+    models and tensors alone (docs/random-stream.md). Other arguments and errors: see `ties`.
+    """
+    settings = {
+        "variant": variant,
+        "normalize": normalize,
+        "rescale": rescale,
+        "rescale_by": rescale_by,
+        "divisor": divisor,
+    }
+    return _merge(
+        "dare_linear",
+        base, models, weight, density, lam, seed, settings, out_dtype, into, nan, backend,
+    )  # fmt: skip
+
+
+def dare_ties(
+    base: Model,
+    models: Models,
+    *,
+    density: PerModel,
+    weight: PerModel = 1.0,
+    lam: float = 1.0,
+    seed: int = 0,
+    variant: Variant | None = None,
+    normalize: bool | None = None,
+    rescale: bool | None = None,
+    rescale_by: RescaleBy | None = None,
+    elect: Elect | None = None,
+    elect_on: ElectOn | None = None,
+    reduce: Reduce | None = None,
+    divisor: Divisor | None = None,
+    out_dtype: torch.dtype | None = None,
+    into: nn.Module | None = None,
+    nan: Nan = "refuse",
+    backend: str | None = None,
+) -> dict[str, Tensor]:
+    """`dare_linear` with the sign election of `ties`. Arguments and errors: see those."""
+    settings = {
+        "variant": variant,
+        "normalize": normalize,
+        "rescale": rescale,
+        "rescale_by": rescale_by,
+        "elect": elect,
+        "elect_on": elect_on,
+        "reduce": reduce,
+        "divisor": divisor,
+    }
+    return _merge(
+        "dare_ties",
+        base, models, weight, density, lam, seed, settings, out_dtype, into, nan, backend,
+    )  # fmt: skip
+
+
+def _merge(
+    method: str,
+    base: Model | None,
+    models: Models,
+    weight: PerModel,
+    density: PerModel,
+    lam: float,
+    seed: int | None,
+    settings: Mapping[str, Any],
+    out_dtype: torch.dtype | None,
+    into: nn.Module | None,
+    nan: Nan,
+    backend: str | None,
+) -> dict[str, Tensor]:
+    policy = make_policy(find_method(method), settings, where=method)
+    if nan not in ("refuse", "propagate"):
+        raise ValueError(f"nan must be 'refuse' or 'propagate'; got {nan!r}")
+    if into is not None and not isinstance(into, nn.Module):
+        raise TypeError(f"into must be an nn.Module, got {type(into).__name__}")
+    inputs = Inputs.of(base, models)
+    with torch.no_grad():
+        names = inputs.check()
+        if nan == "refuse":
+            inputs.refuse_nonfinite(names)
+        weights = _PerModel("weight", weight, inputs.names).rows(names)
+        densities = _PerModel("density", density, inputs.names).rows(names)
+        _check_rows(policy, names, weights, densities)
+        if all(entry >= 1.0 for row in densities for entry in row):
+            policy = _unsparsified(policy)
+        rows = [[model[name] for model in inputs.models] for name in names]
+        keys = None
+        if policy.sparsify == "drop":
+            keys = [[stream_key(seed or 0, m, name) for m in inputs.names] for name in names]
+        merged = (
+            combine_many(
+                [inputs.base[name] for name in names] if inputs.base is not None else None,
+                rows,
+                weights=weights,
+                policy=policy,
+                density=densities,
+                keys=keys,
+                lam=lam,
+                out_dtype=out_dtype,
+                backend=backend,
+            )
+            if rows
+            else []
+        )
+        if nan == "refuse":
+            for name, tensor in zip(names, merged, strict=True):
+                if not is_finite(tensor):
+                    raise NonFiniteError(
+                        f"tensor {name!r}: the merge overflows {tensor.dtype}; lower the weights "
+                        "or lam, or set out_dtype=torch.float32"
+                    )
+        result = inputs.result(dict(zip(names, merged, strict=True)))
+    if into is not None:
+        into.load_state_dict(result)
+    return result
+
+
+def _unsparsified(policy: Policy) -> Policy:
+    kept = {name: getattr(policy, name) for name in ("difference", "elect", "elect_on", "reduce")}
+    return Policy(**kept, divisor=policy.divisor)
+
+
+def _check_rows(
+    policy: Policy, names: list[str], weights: list[list[float]], densities: list[list[float]]
+) -> None:
+    for name, row in zip(names, weights, strict=True):
+        normalized = not policy.difference and policy.reduce == "mean"
+        if normalized and policy.divisor == "weights" and abs(sum(row)) < 1e-8:
+            raise RecipeError(
+                f"weight: the weights of tensor {name!r} sum to {sum(row):g}, which cannot be "
+                "normalized to a mean; set normalize=False or change the weights"
+            )
+    if policy.sparsify == "trim" and policy.trim_scope == "model":
+        for row in densities[1:]:
+            if row != densities[0]:
+                raise RecipeError(
+                    "density: trim_scope='model' has one density for a whole model; give a number "
+                    "per model"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """The models as state dicts, checked against the first of them: the base, if there is one."""
+
+    base: StateDict | None
+    names: list[str]
+    models: list[StateDict]
+
+    @classmethod
+    def of(cls, base: Model | None, models: Models) -> Inputs:
+        if isinstance(models, nn.Module) or not isinstance(models, (Mapping, Sequence)):
+            raise TypeError(
+                "models must be a list of models or a mapping from names to models, got "
+                f"{type(models).__name__}"
+            )
+        if isinstance(models, Mapping):
+            named = {str(name): model for name, model in models.items()}
+            if any(isinstance(model, Tensor) for model in named.values()):
+                raise TypeError(
+                    "models must be a list of models or a mapping from names to models, got one "
+                    "state dict; put it into a list"
+                )
+        else:
+            named = {str(number): model for number, model in enumerate(models)}
+        if not named:
+            raise ValueError("models must hold at least one model")
+        return cls(
+            None if base is None else as_state_dict("base", base),
+            list(named),
+            [as_state_dict(f"models[{name!r}]", model) for name, model in named.items()],
+        )
+
+    def _all(self) -> Iterator[tuple[str, StateDict]]:
+        if self.base is not None:
+            yield "base", self.base
+        for name, model in zip(self.names, self.models, strict=True):
+            yield f"models[{name!r}]", model
+
+    @property
+    def reference(self) -> tuple[str, StateDict]:
+        return next(self._all())
+
+    def check(self) -> list[str]:
+        """The names to combine. Raises CheckpointError where the models do not fit."""
+        reference_name, reference = self.reference
+        for where, model in self._all():
+            missing = [name for name in reference if name not in model]
+            extra = [name for name in model if name not in reference]
+            for problem, keys in (("lacks", missing), ("has, beyond those of the base,", extra)):
+                if keys:
+                    more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+                    raise CheckpointError(
+                        f"{where} {problem} tensor {keys[0]!r}{more}; all must have the tensors of "
+                        f"{reference_name}"
+                    )
+            for name, tensor in model.items():
+                _check_tensor(name, where, tensor, reference_name, reference[name])
+        tied = self._tied()
+        names = []
+        for name, tensor in reference.items():
+            if kind_of(tensor) == "copy":
+                self._check_equal(name)
+            elif tied[name] == name:
+                names.append(name)
+        return names
+
+    def _check_equal(self, name: str) -> None:
+        reference_name, reference = self.reference
+        for where, model in self._all():
+            if not torch.equal(model[name], reference[name]):
+                raise CheckpointError(
+                    f"tensor {name!r} holds integers or booleans that differ between "
+                    f"{reference_name} and {where}; they must be equal, since they cannot be merged"
+                )
+
+    def _tied(self) -> dict[str, str]:
+        """For each name the first one that means the same storage in all of the models."""
+        firsts: dict[Any, str] = {}
+        return {
+            name: firsts.setdefault(tuple(_address(model[name]) for _, model in self._all()), name)
+            if tensor.numel() and tensor.device.type != "meta"
+            else name
+            for name, tensor in self.reference[1].items()
+        }
+
+    def refuse_nonfinite(self, names: list[str]) -> None:
+        for name in names:
+            for where, model in self._all():
+                if not is_finite(model[name]):
+                    raise NonFiniteError(
+                        f"tensor {name!r} of {where} holds NaN or infinity; repair the model, or "
+                        "set nan='propagate'"
+                    )
+
+    def result(self, merged: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All tensors of the reference in its order: merged, tied to a merged one, or copied."""
+        tied = self._tied()
+        return {
+            name: merged[tied[name]] if kind_of(tensor) == "combine" else tensor.detach().clone()
+            for name, tensor in self.reference[1].items()
+        }
+
+
+def as_state_dict(where: str, model: Model) -> StateDict:
+    if isinstance(model, nn.Module):
+        return dict(model.state_dict())
+    if not isinstance(model, Mapping):
+        raise TypeError(f"{where} must be a state dict or an nn.Module, got {type(model).__name__}")
+    return model
+
+
+def kind_of(tensor: Tensor) -> Literal["combine", "copy"]:
+    return "combine" if tensor.is_floating_point() else "copy"
+
+
+def _address(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _check_tensor(name: str, where: str, tensor: Tensor, ref: str, reference: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{where}[{name!r}] must be a tensor, got {type(tensor).__name__}")
+    if tensor.is_floating_point() and tensor.dtype not in READABLE:
+        raise CheckpointError(
+            f"tensor {name!r} of {where} is {tensor.dtype}, which is not supported; convert the "
+            "model to float32 or bfloat16"
+        )
+    if tensor.is_complex() or kind_of(tensor) != kind_of(reference):
+        raise CheckpointError(
+            f"tensor {name!r} is {reference.dtype} in {ref} and {tensor.dtype} in {where}; both "
+            "must be floating, or equal integers"
+        )
+    if tensor.shape != reference.shape:
+        raise CheckpointError(
+            f"tensor {name!r} has shape {list(reference.shape)} in {ref} and {list(tensor.shape)} "
+            f"in {where}; only models of one architecture and size can be merged"
+        )
+    if tensor.device != reference.device:
+        raise CheckpointError(
+            f"tensor {name!r} is on {reference.device} in {ref} and on {tensor.device} in {where}; "
+            "move the models to one device"
+        )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    if not tensor.numel() or tensor.device.type == "meta":
+        return True
+    wide = tensor if tensor.element_size() > 1 else tensor.float()
+    low, high = torch.aminmax(wide)  # one pass, and NaN comes through
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+class _PerModel:
+    """`weight` or `density`: the numbers of each tensor, one per model."""
+
+    def __init__(self, argument: str, value: PerModel, models: list[str]) -> None:
+        self.argument = argument
+        self.models = models
+        listed = isinstance(value, Sequence) and not isinstance(value, str)
+        self.values: list[PerTensor] = list(value) if listed else [value] * len(models)  # type: ignore[arg-type, list-item]
+        if len(self.values) != len(models):
+            raise ValueError(
+                f"{argument} must have one entry per model, {len(models)}; got {len(self.values)}"
+            )
+
+    def rows(self, names: list[str]) -> list[list[float]]:
+        return [
+            [
+                self._number(value, model, name)
+                for value, model in zip(self.values, self.models, strict=True)
+            ]
+            for name in names
+        ]
+
+    def _number(self, value: PerTensor, model: str, name: str) -> float:
+        if isinstance(value, Mapping):
+            if name not in value:
+                raise ValueError(
+                    f"{self.argument} of models[{model!r}] has no entry for tensor {name!r}"
+                )
+            number: Any = value[name]
+        elif callable(value):
+            number = value(name)
+        else:
+            number = value
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            raise TypeError(
+                f"{self.argument} of models[{model!r}] must be a number for tensor {name!r}, got "
+                f"{type(number).__name__}"
+            )
+        if not math.isfinite(number):
+            raise ValueError(
+                f"{self.argument} of models[{model!r}] must be finite for tensor {name!r}, got "
+                f"{number}"
+            )
+        if self.argument == "density" and not 0.0 < number <= 1.0:
+            raise ValueError(
+                f"density of models[{model!r}] must be in (0, 1] for tensor {name!r}; got {number}"
+            )
+        return float(number)

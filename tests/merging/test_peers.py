@@ -1,0 +1,208 @@
+"""Where other libraries mean the same by a method, their own output is ours within rounding.
+
+Needs them: pip install 'cl_fast[peers]'. The random tensors have no equal magnitudes, because which
+of equals a sort keeps is an accident there. Random masks are compared through the formula: the
+peer's generator is made to draw ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cl_fast.merging import dare_linear, dare_ties, linear, task_arithmetic, ties
+from cl_fast.ops import Policy, combine, keep_mask, keep_threshold, stream_key
+
+pytestmark = pytest.mark.peers
+
+NAMES = ("math", "code", "chat")
+WEIGHTS = [1.0, 0.5, 0.25]
+
+
+def family(dtype: torch.dtype = torch.float32) -> tuple[dict, dict[str, dict[str, Tensor]]]:
+    g = torch.Generator().manual_seed(0)
+    shapes = {"layers.0.up.weight": (300, 70), "layers.0.norm.weight": (300,), "head": (50, 300)}
+    base = {key: (0.05 * torch.randn(s, generator=g)).to(dtype) for key, s in shapes.items()}
+    models = {
+        name: {
+            key: (value.float() + 0.005 * torch.randn(value.shape, generator=g)).to(dtype)
+            for key, value in base.items()
+        }
+        for name in NAMES
+    }
+    return base, models
+
+
+def assert_equal_within_rounding(
+    ours: dict[str, Tensor], theirs: dict[str, Tensor], base: dict, models: dict[str, dict]
+) -> None:
+    """Sixteen float32 roundings of the largest sum that the methods form, at most."""
+    assert ours.keys() == theirs.keys()
+    for key, mine in ours.items():
+        size = base[key].double().abs() + 25 * sum(
+            (m[key].double() - base[key].double()).abs() for m in models.values()
+        )
+        error = (mine.double() - theirs[key].double()).abs()
+        assert (error <= 16 * 2.0**-24 * size).all(), (key, (error / size).max())
+
+
+# mergekit, in float32: the accurate one of its settings.
+
+
+@pytest.fixture
+def mergekit() -> Any:
+    return pytest.importorskip("mergekit.merge_methods.api", reason="mergekit is not installed")
+
+
+def by_mergekit(mergekit: Any, method: str, base: dict | None, models: dict, **parameters: Any):
+    inputs = dict(models) if base is None else {"base": base, **models}
+    return mergekit.merge_state_dicts(
+        inputs,
+        method,
+        parameters=parameters,
+        base=None if base is None else "base",
+        dtype=torch.float32,
+        out_dtype=torch.float32,
+    )
+
+
+def per_model(*values: float) -> dict[str, float]:
+    return dict(zip(NAMES, values, strict=True))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mergekit_linear(mergekit: Any, dtype: torch.dtype, normalize: bool, backend: str) -> None:
+    base, models = family(dtype)
+    theirs = by_mergekit(
+        mergekit, "linear", None, models, weight=per_model(*WEIGHTS), normalize=normalize
+    )
+    ours = linear(
+        models, weight=WEIGHTS, normalize=normalize, out_dtype=torch.float32, backend=backend
+    )
+    assert_equal_within_rounding(ours, theirs, base, models)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mergekit_task_arithmetic(mergekit: Any, dtype: torch.dtype, backend: str) -> None:
+    base, models = family(dtype)
+    weights = [1.0, -0.5, 0.3]
+    theirs = by_mergekit(
+        mergekit, "task_arithmetic", base, models, weight=per_model(*weights), **{"lambda": 0.7}
+    )
+    ours = task_arithmetic(
+        base, models, weight=weights, lam=0.7, out_dtype=torch.float32, backend=backend
+    )
+    assert_equal_within_rounding(ours, theirs, base, models)
+
+
+@pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
+@pytest.mark.parametrize("normalize", [None, False])
+def test_mergekit_ties(mergekit: Any, density: float, normalize: bool | None, backend: str) -> None:
+    base, models = family()
+    parameters: dict[str, Any] = {"weight": per_model(*WEIGHTS), "density": density}
+    if normalize is not None:
+        parameters["normalize"] = normalize
+    theirs = by_mergekit(mergekit, "ties", base, models, **parameters)
+    ours = ties(base, models, weight=WEIGHTS, density=density, normalize=normalize, backend=backend)
+    assert_equal_within_rounding(ours, theirs, base, models)
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
+    """Masks that torch.bernoulli gives out, in order."""
+    masks: list[Tensor] = []
+
+    def bernoulli(p: Any = None, *_: Any, input: Any = None, **__: Any) -> Tensor:
+        like = p if p is not None else input
+        return masks.pop(0).reshape(like.shape).to(like.dtype)
+
+    monkeypatch.setattr(torch, "bernoulli", bernoulli)
+    yield masks
+    assert not masks
+
+
+def masks_of(key: str, n: int, density: float, seed: int = 0) -> list[Tensor]:
+    return [keep_mask(stream_key(seed, name, key), n, keep_threshold(density)) for name in NAMES]
+
+
+@pytest.mark.parametrize("method", [dare_linear, dare_ties])
+@pytest.mark.parametrize("rescale", [True, False])
+def test_mergekit_dare(
+    mergekit: Any, drawn: list[Tensor], method: Any, rescale: bool, backend: str
+) -> None:
+    whole, all_models = family()
+    for key in whole:
+        base = {key: whole[key]}
+        models = {name: {key: state[key]} for name, state in all_models.items()}
+        drawn += masks_of(key, whole[key].numel(), 0.3)
+        theirs = by_mergekit(
+            mergekit, method.__name__, base, models,
+            weight=per_model(*WEIGHTS), density=0.3, rescale=rescale,
+        )  # fmt: skip
+        ours = method(base, models, weight=WEIGHTS, density=0.3, rescale=rescale, backend=backend)
+        assert_equal_within_rounding(ours, theirs, base, models)
+
+
+# PEFT works on task tensors: deltas, here on a base of zeros.
+
+
+@pytest.fixture
+def peft() -> Any:
+    return pytest.importorskip("peft.utils.merge_utils", reason="peft is not installed")
+
+
+def deltas(n: int = 20_000) -> tuple[dict, dict[str, dict[str, Tensor]]]:
+    g = torch.Generator().manual_seed(1)
+    models = {name: {"w": 0.01 * torch.randn(n, generator=g)} for name in NAMES}
+    return {"w": torch.zeros(n)}, models
+
+
+def tensors_of(models: dict[str, dict[str, Tensor]]) -> list[Tensor]:
+    return [state["w"].clone() for state in models.values()]
+
+
+def test_peft_task_arithmetic(peft: Any, backend: str) -> None:
+    base, models = deltas()
+    theirs = peft.task_arithmetic(tensors_of(models), torch.tensor(WEIGHTS))
+    ours = task_arithmetic(base, models, weight=WEIGHTS, backend=backend)
+    assert_equal_within_rounding(ours, {"w": theirs}, base, models)
+
+
+@pytest.mark.parametrize("density", [0.2, 0.5, 1e-5])
+def test_peft_magnitude_prune(peft: Any, density: float, backend: str) -> None:
+    base, models = deltas()
+    theirs = peft.magnitude_prune(tensors_of(models), torch.tensor(WEIGHTS), density)
+    policy = Policy(sparsify="trim", trim_count="floor")
+    ours = combine(
+        base["w"], tensors_of(models), weights=WEIGHTS, policy=policy, density=density,
+        backend=backend,
+    )  # fmt: skip
+    assert_equal_within_rounding({"w": ours}, {"w": theirs}, base, models)
+
+
+@pytest.mark.parametrize("rule", ["mass", "frequency"])
+@pytest.mark.parametrize("density", [0.2, 0.5])
+def test_peft_ties(peft: Any, density: float, rule: str, backend: str) -> None:
+    base, models = deltas()
+    theirs = peft.ties(
+        tensors_of(models), torch.tensor(WEIGHTS), density,
+        majority_sign_method={"mass": "total", "frequency": "frequency"}[rule],
+    )  # fmt: skip
+    ours = ties(
+        base, models, weight=WEIGHTS, density=density, variant="peft", elect=rule, backend=backend
+    )
+    assert_equal_within_rounding(ours, {"w": theirs}, base, models)
+
+
+@pytest.mark.parametrize("method", [dare_linear, dare_ties])
+def test_peft_dare(peft: Any, drawn: list[Tensor], method: Any, backend: str) -> None:
+    base, models = deltas()
+    drawn += masks_of("w", 20_000, 0.3)
+    theirs = getattr(peft, method.__name__)(tensors_of(models), torch.tensor(WEIGHTS), 0.3)
+    ours = method(base, models, weight=WEIGHTS, density=0.3, variant="peft", backend=backend)
+    assert_equal_within_rounding(ours, {"w": theirs}, base, models)
