@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import sys
 import time
 import warnings
@@ -127,6 +128,31 @@ def _parser() -> argparse.ArgumentParser:
     _talk(verify)
     verify.set_defaults(run=_verify)
 
+    soup = commands.add_parser(
+        "soup",
+        help="greedy soup: the mean of those models that raise a score",
+        description="Greedy soup: scores every model, starts with the best, and adds the others "
+        "one after the other, best first, as long as the mean with them scores higher.",
+    )
+    soup.add_argument("output", type=Path, help="folder to make; must not exist")
+    soup.add_argument("models", nargs="+", metavar="MODEL", help="checkpoint folders")
+    soup.add_argument(
+        "--evaluate",
+        required=True,
+        type=_command,
+        metavar="COMMAND",
+        help="a command that scores the checkpoint folder {} on held-out data: the last number "
+        "that it prints, higher is better; run without a shell",
+    )
+    soup.add_argument(
+        "--accept",
+        choices=("rise", "no_fall"),
+        default="rise",
+        help="keep a model if the score rises, or also if it stays the same (default: rise)",
+    )
+    _talk(soup)
+    soup.set_defaults(run=_soup)
+
     env = commands.add_parser(
         "env",
         help="what runs where on this machine, and why not faster",
@@ -215,6 +241,16 @@ def _sample(text: str) -> int | None:
     return int(text)
 
 
+def _command(text: str) -> list[str]:
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+    if not any("{}" in word for word in words):
+        raise argparse.ArgumentTypeError(f"{text!r} does not say {{}} where the folder goes")
+    return words
+
+
 # ------------------------------------------------------------------------------------- commands
 
 
@@ -296,6 +332,42 @@ def _verify(arguments: argparse.Namespace) -> int:
         for line in report.lines():
             print(line)
     return 0 if report.ok else 1
+
+
+def _soup(arguments: argparse.Namespace) -> int:
+    from cl_fast.merging.soup import greedy_soup
+
+    def evaluate(folder: Path) -> float:
+        score = _score(arguments.evaluate, folder)
+        if not arguments.quiet:
+            print(f"{score:<12g} {folder}", flush=True)
+        return score
+
+    soup = greedy_soup(arguments.models, evaluate, accept=arguments.accept, output=arguments.output)
+    if not arguments.quiet:
+        for trial in soup.history:
+            print(f"{trial.score:<12g} {'+' if trial.accepted else '-'} {trial.name}")
+        print(f"{soup.path}: {len(soup.chosen)} of {len(arguments.models)} models, {soup.score:g}")
+    return 0
+
+
+def _score(command: Sequence[str], folder: Path) -> float:
+    """The last number on the standard output of the user's command for `folder`."""
+    import subprocess
+
+    filled = [word.replace("{}", str(folder)) for word in command]
+    try:
+        done = subprocess.run(filled, stdout=subprocess.PIPE, text=True, check=False)
+    except OSError as error:
+        raise ClFastError(f"--evaluate: {filled[0]} does not start: {error.strerror}") from error
+    if done.returncode != 0:
+        raise ClFastError(f"--evaluate: {shlex.join(filled)} ended with code {done.returncode}")
+    numbers = re.findall(
+        r"(?<![\w.])[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?![\w.]*\w)", done.stdout
+    )
+    if not numbers:
+        raise ClFastError(f"--evaluate: {shlex.join(filled)} printed no number")
+    return float(numbers[-1])
 
 
 def _env(arguments: argparse.Namespace) -> int:

@@ -141,25 +141,29 @@ def execute(
         found: _Unfinished | None = None
         if folder.work.is_dir():
             lock.acquire()
-            found = _Unfinished.read(folder, journal.read() if not restart else [])
+            found = _Unfinished.read(journal, ignore_damage=restart)
             if found is not None and found.published(folder):
                 # The rename was done, and the process ended before it could tidy up.
                 folder.discard()
                 return found.result(folder, time.perf_counter() - started)
             folder.recover()
+            if found is None:
+                folder.discard()
+                lock.release()
         folder.check(_input_paths(plan), overwrite=overwrite)
         check_inputs(plan)
         executor = make_executor(
             plan, backend=backend, threads=threads, memory=memory, io=io, nan=nan
         )
-        if found is not None:
-            found.check(plan, folder, nan, resume=resume)
         run = _Run(plan, folder, journal, executor, nan, fsync, progress)
-        if folder.work.is_dir() and found is None:
-            folder.clear()
-        elif not folder.work.is_dir():
+        if found is None:
             folder.create()
             lock.acquire()
+        elif restart:
+            folder.clear()
+            found = None
+        else:
+            found.check(plan, folder, nan, resume=resume)
         with run.cleanup():
             run.start(found)
             run.merge()
@@ -248,11 +252,16 @@ class _Unfinished:
     publish: dict[str, Any] | None
 
     @classmethod
-    def read(cls, folder: OutputFolder, events: Sequence[dict[str, Any]]) -> _Unfinished | None:
+    def read(cls, journal: Journal, *, ignore_damage: bool) -> _Unfinished | None:
         """None when nothing was finished, so that there is nothing to lose or to continue."""
         by_kind: dict[str, list[dict[str, Any]]] = {}
-        for event in events:
-            by_kind.setdefault(event["event"], []).append(event)
+        try:
+            for event in journal.read():
+                by_kind.setdefault(event.pop("event"), []).append(event)
+        except OutputError:
+            if not ignore_damage:
+                raise
+            return None
         shards = {event["shard"]: event for event in by_kind.get("shard", [])}
         if not shards or "start" not in by_kind:
             return None
@@ -452,6 +461,7 @@ class _Run:
             if isinstance(error, KeyboardInterrupt):
                 failure = Interrupted("interrupted")
             useful = isinstance(error, OSError | NonFiniteError | KeyboardInterrupt)
+            self._folder.recover()
             if self._finished and useful:
                 for number in range(len(self._plan.shards)):
                     if number not in self._finished:

@@ -187,7 +187,7 @@ class NativeExecutor:
     def model_thresholds(self, plan: Plan, tick: Tick) -> list[int]:
         """See `Executor`; all tensors of the model in one job, nearly always in one read."""
         job = self._job(self._nan)
-        files: dict[str, int] = {}
+        files: dict[str, tuple[int, int]] = {}
         size = 0
         for tensor in plan.tensors:
             if tensor.kind == "combine":
@@ -207,7 +207,7 @@ class NativeExecutor:
     ) -> list[TensorRecord]:
         """See `Executor`."""
         job = self._job(self._nan)
-        files: dict[str, int] = {}
+        files: dict[str, tuple[int, int]] = {}
         output = job.output(str(path))
         tasks = [
             self._add(job, tensor, codes, files, out=(0, output, tensor.offset))
@@ -254,13 +254,17 @@ class NativeExecutor:
         job: Any,
         tensor: TensorPlan,
         codes: Sequence[int] | None,
-        files: dict[str, int],
+        files: dict[str, tuple[int, int]],
         out: tuple[int, int, int],
     ) -> int:
         def place(source: Source) -> tuple[str, int, int, int]:
             if source.path not in files:
-                files[source.path] = job.file(source.path, self._io)
-            return "BYTES" if copy else source.dtype, 0, files[source.path], source.offset
+                handle = job.file(source.path, self._io)
+                files[source.path] = handle, Path(source.path).stat().st_size
+            handle, size = files[source.path]
+            if source.offset + source.nbytes > size:
+                raise _truncated(source, max(0, size - source.offset))
+            return "BYTES" if copy else source.dtype, 0, handle, source.offset
 
         # A copy is of bytes, whatever the type.
         policy, copy = tensor.policy, tensor.kind == "copy"

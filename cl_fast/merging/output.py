@@ -137,7 +137,10 @@ class OutputFolder:
             self.replaced.rename(self.path)
 
     def discard(self) -> None:
-        """Removes the working folder and all that is in it."""
+        """Removes the working folder and all that is in it; the journal last, so that whoever
+        finds the rest after a crash still knows what it was."""
+        for folder in (self.model, self.replaced):
+            shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(self.work, ignore_errors=True)
 
 

@@ -358,7 +358,7 @@ def _recompute(
 
 def _rebuild(manifest: dict[str, Any], folder: Path) -> Plan:
     """The plan as it was: the recorded recipe on the recorded paths, with the recorded streams."""
-    from cl_fast.merging.plan import make_plan
+    from cl_fast.merging.plan import Term, make_plan
     from cl_fast.merging.recipe import parse_recipe
 
     paths = {entry["reference"]: entry["path"] for entry in manifest["inputs"]}
@@ -369,15 +369,21 @@ def _rebuild(manifest: dict[str, Any], folder: Path) -> Plan:
         recipe["base_model"] = paths.get(recipe["base_model"], recipe["base_model"])
     recipe.pop("tokenizer_source", None)
     plan = make_plan(parse_recipe(recipe), folder, seed=manifest.get("seed"))
-    streams = manifest["streams"]
+    if plan.seed is None:
+        return plan
+    # The recorded names, not those of the paths, key the random streams.
     tensors = tuple(
         dataclasses.replace(
             tensor,
             terms=tuple(
-                dataclasses.replace(term, model=name, key=stream_key(plan.seed, name, tensor.name))
-                if plan.seed is not None
-                else term
-                for term, name in zip(tensor.terms, streams, strict=True)
+                Term(
+                    name,
+                    term.source,
+                    term.weight,
+                    term.density,
+                    stream_key(plan.seed, name, tensor.name),
+                )
+                for term, name in zip(tensor.terms, manifest["streams"], strict=True)
             ),
         )
         for tensor in plan.tensors
