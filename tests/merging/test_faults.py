@@ -635,6 +635,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_killed_at_any_moment(root: Path, tmp_path: Path, overwrite: bool) -> None:
     """Twenty moments of the whole run, each killed, and killed once more while resuming.
@@ -675,6 +676,7 @@ def test_killed_at_any_moment(root: Path, tmp_path: Path, overwrite: bool) -> No
         assert list(out.parent.iterdir()) == [out]
 
 
+@pytest.mark.slow
 def test_killed_inside_the_native_job(tmp_path: Path) -> None:
     """By the clock, so that it also happens while the core is at work on a larger merge."""
     if native.load() is None:

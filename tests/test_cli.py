@@ -1,0 +1,325 @@
+"""The command: its exit codes, its words, what it imports, how fast it starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import merge_cases as cases
+import pytest
+
+import cl_fast
+from cl_fast import cli
+from cl_fast.backends import native
+from cl_fast.cli import main
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return cases.family(tmp_path_factory.mktemp("family"))
+
+
+@pytest.fixture
+def recipe(root: Path, tmp_path: Path) -> Path:
+    return cases.write_recipe(tmp_path / "recipe.yml", cases.recipe(root))
+
+
+def command(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "cl_fast", *map(str, words)],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        **options,
+    )
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(HERE.parent)}
+
+
+def test_merge_then_verify(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["merge", str(recipe), str(out), "--out-shard-size", "200KB", "--verify"]) == 0
+    told = capsys.readouterr().out
+    assert f"{out}: 7 tensors in " in told
+    assert "read and written" in told
+    assert main(["verify", str(out)]) == 0
+    assert f"{out}: sound" in capsys.readouterr().out
+    cases.poison(out, "model.norm.weight", 0, 1.0)
+    assert main(["verify", str(out), "--no-inputs"]) == 1
+    assert "tensor model.norm.weight is not what was written" in capsys.readouterr().err
+
+
+def test_quiet_says_nothing(
+    recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["merge", str(recipe), str(tmp_path / "out"), "--quiet"]) == 0
+    assert main(["verify", str(tmp_path / "out"), "--quiet"]) == 0
+    assert capfd.readouterr() == ("", "")
+
+
+def test_dry_run_tells_and_writes_nothing(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["merge", str(recipe), str(tmp_path / "out"), "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    for words in ("tensors", "read", "written", "memory", "/s", "free"):
+        assert words in told
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yml"]
+
+
+def test_dry_run_finds_what_the_run_would(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    assert main(["merge", str(recipe), str(tmp_path / "out"), "--dry-run"]) == 1
+    assert "exists and is not empty" in capsys.readouterr().err
+
+
+def test_options_reach_the_engine(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def execute(plan: Any, **options: Any) -> Any:
+        seen.update(options, plan=plan)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cl_fast.merging.engine.execute", execute)
+    words = "--threads 3 --memory 256MB --io pread --nan zero --resume --overwrite --no-fsync"
+    words += " --backend eager --verify --out-shard-size 1MiB --quiet"
+    assert main(["merge", str(recipe), str(tmp_path / "out"), *words.split()]) == 130
+    assert seen.pop("plan").output == tmp_path / "out"
+    assert callable(seen.pop("progress"))
+    assert seen == {
+        "threads": 3,
+        "memory": 256_000_000,
+        "io": "pread",
+        "nan": "zero",
+        "resume": True,
+        "restart": False,
+        "overwrite": True,
+        "fsync": False,
+        "backend": "eager",
+        "reread": True,
+    }
+
+
+def test_seed_overrides_the_recipe(root: Path, tmp_path: Path) -> None:
+    content = cases.recipe(root, "dare_linear", seed=1)
+    path = cases.write_recipe(tmp_path / "recipe.yml", content)
+    assert main(["merge", str(path), str(tmp_path / "a")]) == 0
+    assert main(["merge", str(path), str(tmp_path / "b"), "--seed", "2"]) == 0
+    seeds = [
+        json.loads((tmp_path / name / "cl_fast_merge.json").read_text())["seed"] for name in "ab"
+    ]
+    assert seeds == [1, 2]
+    assert cases.raw(tmp_path / "a") != cases.raw(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1", 1), ("256MB", 256_000_000), ("1.5gb", 1_500_000_000), ("2 GiB", 2 << 30), ("3K", 3000)],
+)
+def test_sizes(text: str, value: int) -> None:
+    assert cli._size(text) == value
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["frobnicate"],
+        ["merge", "recipe.yml"],
+        ["merge", "r", "o", "--threads", "0"],
+        ["merge", "r", "o", "--memory", "lots"],
+        ["merge", "r", "o", "--memory", "0"],
+        ["merge", "r", "o", "--seed", "-1"],
+        ["merge", "r", "o", "--io", "fast"],
+        ["merge", "r", "o", "--resume", "--restart"],
+        ["merge", "r", "o", "--quiet", "--verbose"],
+        ["verify", "x", "--sample", "some"],
+        ["soup", "o", "m", "--evaluate", "python score.py"],
+        ["soup", "o", "m"],
+    ],
+)
+def test_wrong_usage_is_two(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    assert "usage: cl-fast" in capsys.readouterr().err
+
+
+def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "merge" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"cl-fast {cl_fast.__version__}\n"
+
+
+def test_an_error_is_one_in_words(tmp_path: Path) -> None:
+    done = command("merge", tmp_path / "none.yml", tmp_path / "out")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("cl-fast: error: ")
+    assert "none.yml" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Traceback" in command("merge", tmp_path / "none.yml", "out", "--verbose").stderr
+
+
+def test_env_says_what_serves_and_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = command("env")
+    assert done.returncode == 0
+    assert "cl_fast::combine" in done.stdout
+    assert cl_fast.__version__ in done.stdout
+    monkeypatch.setenv("CL_FAST_NATIVE", "0")
+    assert "CL_FAST_NATIVE=0 switches the C++ core off" in command("env").stdout
+
+
+def test_help_is_there_at_once() -> None:
+    """Best of several: a loaded machine must not fail it, a heavy import must."""
+    best = 9.0
+    for _ in range(7):
+        started = time.perf_counter()
+        assert command("--help").returncode == 0
+        best = min(best, time.perf_counter() - started)
+    assert best < 0.3
+
+
+LOADED = """
+import sys
+from cl_fast.cli import main
+code = main(sys.argv[1:])
+heavy = [m for m in ("torch", "numpy", "transformers", "safetensors") if m in sys.modules]
+print(code, heavy)
+"""
+
+
+@pytest.mark.parametrize("what", ["merge", "dry-run", "verify"])
+def test_a_merge_loads_neither_torch_nor_numpy(recipe: Path, tmp_path: Path, what: str) -> None:
+    if native.load() is None:
+        pytest.skip(native.reason())
+    words = ["merge", str(recipe), str(tmp_path / "out"), "--quiet"]
+    if what == "dry-run":
+        words.append("--dry-run")
+    elif what == "verify":
+        assert main(words) == 0
+        words = ["verify", str(tmp_path / "out"), "--quiet"]
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED, *words], capture_output=True, text=True, env=environment()
+    )
+    assert done.stdout.splitlines()[-1] == "0 []", done.stderr
+
+
+def test_interrupt_signal_is_130(root: Path, recipe: Path, tmp_path: Path) -> None:
+    """Whenever it comes; nothing at the output, no traceback, and the run can go on."""
+    out = tmp_path / "out"
+    words = ["merge", str(recipe), str(out), "--out-shard-size", "1KB", "--resume"]
+    interrupted = 0
+    for delay in (0.0, 0.005, 0.02, 0.05):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cl_fast", *words],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        while not cases.partial(out).exists() and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        told = process.communicate()[1]
+        assert "Traceback" not in told
+        if process.returncode == 0:  # it was faster
+            break
+        assert process.returncode == 130
+        assert "cl-fast: interrupted" in told
+        assert not out.exists()
+        interrupted += 1
+    assert interrupted
+    if not out.exists():
+        assert main(words) == 0
+    assert main(["verify", str(out)]) == 0
+
+
+def test_progress_without_a_terminal_is_plain_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_EVERY", 0.0)
+    with cli._Progress(quiet=False) as progress:
+        progress("merge", 0, 4_000_000_000)
+        time.sleep(0.01)
+        progress("merge", 1_000_000_000, 4_000_000_000)
+    told = capsys.readouterr().err
+    assert told.startswith("merge: 25 % of 4.0 GB, ")
+    assert told.endswith(" s left\n")
+    assert "\r" not in told
+
+
+def test_progress_on_a_terminal_is_a_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with cli._Progress(quiet=False) as progress:
+        for done in (0, 1_000_000, 2_000_000):
+            progress("merge", done, 2_000_000)
+            time.sleep(0.11)
+    told = capsys.readouterr().err
+    assert "merge" in told
+    assert "2.00M" in told
+    assert "B/s" in told
+
+
+SCORE = """
+import sys
+from safetensors.torch import load_file
+value = float(load_file(sys.argv[1] + "/model.safetensors")["w"])
+print("loss of 3 batches: 0.25")
+print(f"score {-abs(value - 2.0):.6f} (model of 1 tensor)" if value == 99 else -abs(value - 2.0))
+"""
+
+
+def test_greedy_soup_keeps_what_helps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The best is at distance 0.5 of the target; one other helps, one does not."""
+    import torch
+
+    for name, value in (("a", 2.5), ("b", 1.25), ("c", 9.0)):
+        cases.save(tmp_path / name, {"w": torch.tensor([value])})
+    script = tmp_path / "score.py"
+    script.write_text(SCORE)
+    models = [str(tmp_path / name) for name in "abc"]
+    evaluate = f"{sys.executable} {script} {{}}"
+    assert main(["soup", str(tmp_path / "out"), *models, "--evaluate", evaluate]) == 0
+    assert cases.load(tmp_path / "out")["w"].item() == 1.875
+    assert "2 of 3 models, -0.125" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "words"),
+    [
+        ("false {}", "ended with code 1"),
+        ("true {}", "printed no number"),
+        ("no-such-command-here {}", "does not start"),
+    ],
+)
+def test_soup_whose_score_fails(
+    root: Path, tmp_path: Path, evaluate: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(["soup", str(tmp_path / "out"), str(root / "one"), "--evaluate", evaluate])
+    assert code == 1
+    assert words in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
