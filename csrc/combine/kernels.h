@@ -59,7 +59,7 @@ constexpr int64_t scratch_floats(int64_t n_terms) { return (n_terms + 3) * kBloc
 struct Kernels {
   const char* name;
   void (*combine)(TileView& t);
-  // Codes |x - base| of the elements with lo <= code <= hi, in order; returns their number and
+  // Codes |x - base| of the elements with lo <= code <= hi, in any order; returns their number and
   // adds the number of codes above hi to *above. `out` has room for n + 16.
   int64_t (*scan)(DType tx, const uint8_t* x, DType tb, const uint8_t* base, int64_t n,
                   bool replace_nonfinite, uint32_t lo, uint32_t hi, uint32_t* out, int64_t* above);
