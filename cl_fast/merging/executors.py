@@ -80,15 +80,25 @@ def make_executor(
 ) -> Executor:
     """The executor for `backend`: "native", "eager", or None for the faster one that is there.
 
-    Raises OutputError when the backend is not there or cannot keep within `memory`.
+    Raises OutputError when the backend is not there, has not this policy, or cannot keep within
+    `memory`.
     """
-    from cl_fast.backends import native, native_or_say
+    from cl_fast.backends import native, native_or_say, say_once
 
     core = None
+    needs_eager = any(
+        tensor.policy.trim_scope == "model" and tensor.policy.rescale == "l1"
+        for tensor in plan.tensors
+    )
+    words = "rescale_by: l1 together with trim_scope: model is served by the eager reference only"
     if backend == "native":
         core = native.load()
         if core is None:
             raise OutputError(f"backend 'native' is not available: {native.reason()}")
+        if needs_eager:
+            raise OutputError(f"backend 'native' is not available: {words}")
+    elif backend is None and needs_eager:
+        say_once(f"{words}, which is slower")
     elif backend is None:
         core = native_or_say()
     if core is not None:

@@ -334,6 +334,19 @@ def test_the_eager_reference_says_what_it_cannot_keep(root: Path, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
+def test_a_policy_that_the_core_has_not(root: Path, tmp_path: Path) -> None:
+    """Told, and served by the eager reference; `--backend native` refuses."""
+    content = cases.recipe(root, "ties paper")
+    content["parameters"] |= {"rescale": True, "rescale_by": "l1"}
+    plan = make_plan(parse_recipe(content), tmp_path / "out")
+    with pytest.warns(RuntimeWarning, match="served by the eager reference only"):
+        assert execute(plan).backend == "eager"
+    if native.load() is not None:
+        plan = make_plan(parse_recipe(content), tmp_path / "again")
+        with pytest.raises(OutputError, match="'native' is not available: rescale_by: l1"):
+            execute(plan, backend="native")
+
+
 @pytest.mark.parametrize("n", [0, 1, 9, 4095, 4096, 16_391, 600_001, 5_000_011])
 def test_checksums_agree(n: int, tmp_path: Path) -> None:
     """The published check value, and the eager lanes against a bit-by-bit definition by pieces."""
