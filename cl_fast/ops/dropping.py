@@ -185,6 +185,19 @@ class _Drop:
             factor = round_float32(factor)
         return (kept * factor).to(delta.dtype).reshape(delta.shape)
 
+    def cuda(self, delta: Tensor) -> Tensor:
+        """One Triton kernel; eager where the factor is a sum, or the input is float64."""
+        threshold = keep_threshold(self.density)
+        plain = self.rescale != "l1" and self.density < 1.0 and delta.dtype != torch.float64
+        if plain and threshold < 1 << 32:
+            from cl_fast.backends import triton
+
+            factor = round_float32(drop_factor(self.rescale, threshold, delta, delta))
+            out = triton.dare(delta, self.key, threshold, factor)
+            if out is not None:
+                return out
+        return self.eager(delta)
+
     def native(self, core: ModuleType, delta: Tensor) -> Tensor:
         threshold = keep_threshold(self.density)
         return native_ops.dare(core, delta, self.key, self.density, threshold, self.rescale)
@@ -205,6 +218,14 @@ def _cpu(delta: Tensor, density: float, seed: int, model: str, tensor: str, resc
     if core is not None and native_ops.reads(delta):
         return drop.native(core, delta)
     return drop.eager(delta)
+
+
+def _cuda(
+    delta: Tensor, density: float, seed: int, model: str, tensor: str, rescale: str
+) -> Tensor:
+    drop = _Drop(density, seed, model, tensor, rescale)
+    drop.check(delta)
+    return drop.cuda(delta)
 
 
 def _fake(
@@ -240,6 +261,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 _op = torch.library.custom_op("cl_fast::dare", _generic, mutates_args=())
 _op.register_kernel("cpu")(_cpu)
+_op.register_kernel("cuda")(_cuda)
 _op.register_fake(_fake)
 _op.register_autograd(_backward, setup_context=_setup)
 

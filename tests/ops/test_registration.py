@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cl_fast import backends
 from cl_fast.backends import native
 from cl_fast.ops import Policy, combine, combine_many, dare, magnitude_threshold, stream_key
+from cl_fast.ops.dropping import _Drop
 
 TIES = Policy(sparsify="trim", elect="mass", reduce="mean")
 DARE = Policy(sparsify="drop", rescale="l1")
@@ -155,6 +156,15 @@ def test_a_core_switched_off_is_not_mentioned(monkeypatch: pytest.MonkeyPatch) -
         dare(torch.zeros(3), density=0.5)
     assert native.load() is None
     assert native.reason() == "CL_FAST_NATIVE=0 switches the C++ core off"
+
+
+def test_cuda_without_triton_is_eager_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cl_fast.triton_kernels.dare", None)
+    monkeypatch.setattr(backends, "_said", set())
+    x = torch.randn(100)
+    with pytest.warns(RuntimeWarning, match=r"eager reference on CUDA tensors.*cl_fast\[triton\]"):
+        out = _Drop(0.5, 0, "", "", "none").cuda(x)
+    assert torch.equal(out, dare(x, density=0.5, rescale="none"))
 
 
 def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
