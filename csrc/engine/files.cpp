@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -18,6 +19,8 @@ namespace clf {
 namespace {
 
 constexpr int64_t kPage = 4096;  // alignment of direct reads; a multiple of every sector size
+
+constexpr int64_t kWindow = int64_t(1) << 20;
 
 int64_t down(int64_t x) { return x / kPage * kPage; }
 int64_t up(int64_t x) { return (x + kPage - 1) / kPage * kPage; }
@@ -83,6 +86,9 @@ InputFile::InputFile(const std::string& path, IoMode mode) : path_(path), mode_(
       mode_ = IoMode::Pread;  // a filesystem without mappings
     } else {
       map_ = static_cast<const uint8_t*>(m);
+      const size_t windows = size_t(size_ / kWindow + 1);
+      populated_ = std::make_unique<std::atomic<bool>[]>(windows);
+      for (size_t i = 0; i < windows; ++i) populated_[i] = false;
     }
   }
 }
@@ -97,10 +103,14 @@ const uint8_t* InputFile::bytes(int64_t offset, int64_t n, AlignedBuffer& buffer
     throw FileError(EIO, path_ + " (shorter than its header says)");
   if (map_) {
 #ifdef MADV_POPULATE_READ
-    // map a whole run at once instead of one page fault after the other; a kernel that does not
+    // map a whole window at once instead of one page fault after the other; a kernel that does not
     // know the call faults the pages in one by one, with the same result
-    const int64_t from = down(offset);
-    madvise(const_cast<uint8_t*>(map_) + from, size_t(up(offset + n) - from), MADV_POPULATE_READ);
+    for (int64_t w = offset / kWindow; w * kWindow < offset + n; ++w) {
+      if (populated_[size_t(w)].exchange(true, std::memory_order_relaxed)) continue;
+      const int64_t end = up(size_) < (w + 1) * kWindow ? up(size_) : (w + 1) * kWindow;
+      madvise(const_cast<uint8_t*>(map_) + w * kWindow, size_t(end - w * kWindow),
+              MADV_POPULATE_READ);
+    }
 #endif
     return map_ + offset;
   }
@@ -118,8 +128,13 @@ const uint8_t* InputFile::bytes(int64_t offset, int64_t n, AlignedBuffer& buffer
 
 void InputFile::prefetch(int64_t offset, int64_t n) const {
 #ifdef POSIX_FADV_WILLNEED
-  if (mode_ != IoMode::Direct && offset < size_)
-    posix_fadvise(fd_, off_t(offset), off_t(n), POSIX_FADV_WILLNEED);
+  if (mode_ == IoMode::Direct || offset >= size_) return;
+#ifdef RWF_NOWAIT
+  uint8_t byte;
+  iovec v{&byte, 1};
+  if (preadv2(fd_, &v, 1, off_t(offset), RWF_NOWAIT) == 1) return;  // cached: asking costs time
+#endif
+  posix_fadvise(fd_, off_t(offset), off_t(n), POSIX_FADV_WILLNEED);
 #else
   (void)offset;
   (void)n;

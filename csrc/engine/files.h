@@ -1,6 +1,7 @@
 // Input files (mapped, read, or read past the page cache) and output files.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <stdexcept>
@@ -41,7 +42,7 @@ class InputFile {
   InputFile& operator=(const InputFile&) = delete;
   // The bytes [offset, offset + n): in place, or copied into `buffer`.
   const uint8_t* bytes(int64_t offset, int64_t n, AlignedBuffer& buffer) const;
-  // Tells the kernel that the run will be read soon.
+  // Starts reading a run that is not in the page cache yet.
   void prefetch(int64_t offset, int64_t n) const;
   int64_t size() const { return size_; }
   const std::string& path() const { return path_; }
@@ -52,6 +53,8 @@ class InputFile {
   int fd_ = -1;
   int64_t size_ = 0;
   const uint8_t* map_ = nullptr;
+  // one flag per window of the mapping: whether its pages were mapped in already
+  mutable std::unique_ptr<std::atomic<bool>[]> populated_;
 };
 
 class OutputFile {
