@@ -204,8 +204,8 @@ void elect_block(const TileView& t, int64_t n, const float* deltas, float* sum) 
       const F d = loadf(deltas + k * kBlock + i);
       const F v = mul(d, set1(term.scale));
       const F vote = WEIGHTED ? v : mul(d, set1(term.rescale));
-      const M agrees = mask_or(mask_and(positive, gt0(vote)),
-                               mask_and(mask_not(positive), lt0(vote)));
+      M agrees = mask_or(mask_and(positive, gt0(vote)), mask_and(mask_not(positive), lt0(vote)));
+      agrees = mask_or(agrees, code_gt(vote, 0x7f800000u));  // NaN always does, to be seen
       if (R == Reduce::Max) {
         s = select(mask_and(agrees, abs_gt(v, s)), v, s);
       } else {
