@@ -79,7 +79,8 @@ struct Job::Task {
   std::vector<int64_t> ties_kept;      // per term: how many of the tied; -1 all
   std::deque<std::atomic<int64_t>> tied_until;  // [term][tile] inclusive prefix of ties, -1 unknown
   std::vector<double> l1_all, l1_kept;  // [term][chunk]
-  std::vector<uint64_t> bits;  // [term][chunk]: keep bits drawn for the sums, used again after
+  bool keep_bits = false;      // whether the bits drawn for the sums are small enough to keep
+  std::vector<uint64_t> bits;  // [term][chunk], while the task is worked on
   std::vector<double> rescale;
   std::vector<uint64_t> crc;  // [base?, terms..., out][tile]
   std::vector<int64_t> nonfinite;
@@ -431,6 +432,10 @@ std::vector<int64_t> Job::select_model(const std::vector<int64_t>& counts) {
 void Job::l1_tile(Task& t, int64_t tile, Worker& w) {
   const int64_t first = tile * tile_, n = std::min(tile_, t.spec.n - first);
   const int64_t chunks = (t.spec.n + kStatChunk - 1) / kStatChunk;
+  if (t.keep_bits) {
+    std::lock_guard<std::mutex> lock(t.mutex);
+    t.bits.resize(t.l1_all.size() * size_t(kStatChunk / 64));
+  }
   const uint8_t* base = t.spec.difference ? fetch(w, *t.spec.base, 0, first, n) : nullptr;
   const DType tb = base ? t.spec.base->dtype : DType::F32;
   for (size_t k = 0; k < t.terms.size(); ++k) {
@@ -681,8 +686,8 @@ void Job::prepare(Task& t) {
     const size_t chunks = size_t((spec.n + kStatChunk - 1) / kStatChunk);
     t.l1_all.assign(K * chunks, 0.0);
     t.l1_kept.assign(K * chunks, 0.0);
-    if (spec.sparsify == Sparsify::Drop && int64_t(K * chunks) * (kStatChunk / 8) <= memory_ / 8)
-      t.bits.resize(K * chunks * (kStatChunk / 64));
+    t.keep_bits = spec.sparsify == Sparsify::Drop &&
+                  int64_t(K * chunks) * (kStatChunk / 8) <= memory_ / 4;
   }
   if (n_tiles == 1 && (select || sums)) {
     t.phases = {Phase::Whole};
@@ -754,6 +759,7 @@ void Job::finish_phase(Task& t, Phase phase, Worker& w) {
   } else if (phase == Phase::L1) {
     finish_l1(t);
   }
+  if (size_t(t.completed) + 1 == t.phases.size()) std::vector<uint64_t>().swap(t.bits);
   {
     std::lock_guard<std::mutex> lock(mutex_);
     ++t.completed;
