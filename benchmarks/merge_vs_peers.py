@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Time whole merges: cl_fast, mergekit, PEFT's functions, and the floor of moving the bytes.
 
-    python benchmarks/merge_vs_peers.py --shape 0.5b --work DIR [--mergekit PATH/mergekit-yaml]
+    python benchmarks/merge_vs_peers.py --shape 0.5b [--work DIR] [--mergekit PATH/mergekit-yaml]
         [--peft PATH/python] [--reps 3] [--methods linear,ties] [--readme]
 
 Every provider is a fresh process (start-up is part of what a user waits for), run in turn within
@@ -34,6 +34,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -312,10 +313,13 @@ def update_readme(shape: str, text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="0.5b")
-    parser.add_argument("--work", type=Path, required=True, help="a folder with much free space")
+    parser.add_argument("--work", type=Path, default=Path("build/bench"), help="much free space")
     parser.add_argument("--checkpoints", type=Path, help="default: WORK/checkpoints-SHAPE")
-    parser.add_argument("--mergekit", help="mergekit-yaml; left out if not given")
-    parser.add_argument("--peft", help="a python with peft; left out if not given")
+    kit = Path(sys.executable).with_name("mergekit-yaml")
+    parser.add_argument("--mergekit", default=str(kit) if kit.exists() else "",
+                        help="mergekit-yaml; an empty string leaves it out")  # fmt: skip
+    parser.add_argument("--peft", default=sys.executable if find_spec("peft") else "",
+                        help="a python with peft; an empty string leaves it out")  # fmt: skip
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--reps", type=int, default=3)
     parser.add_argument("--peer-reps", type=int, default=None, help="default: as --reps")
