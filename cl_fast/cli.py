@@ -8,6 +8,7 @@ loads neither torch nor numpy.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import sys
@@ -35,23 +36,27 @@ _EPILOG = "docs: docs/engine.md (how a merge runs), docs/merge-recipes.md (recip
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (None: that of the process) and returns its exit code."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
-    if arguments.command is None:
-        parser.print_help()
-        return 2
-    warnings.showwarning = _show_warning
+    verbose = False
     try:
-        return int(arguments.run(arguments))
+        parser = _parser()
+        arguments = parser.parse_args(argv)
+        if arguments.command is None:
+            parser.print_help()
+            return 2
+        verbose = getattr(arguments, "verbose", False)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return int(arguments.run(arguments))
     except (KeyboardInterrupt, Interrupted) as error:
         _complain("interrupted", error)
         return 130
     except BrokenPipeError:
-        # Whoever read our output has gone; say nothing more into the closed pipe.
-        sys.stderr.close()
+        # Whoever read our output has gone: nothing more may go into the closed pipe, not even
+        # what Python flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        if getattr(arguments, "verbose", False):
+        if verbose:
             raise
         if isinstance(error, ClFastError | OSError | ValueError | MemoryError):
             _complain(f"error: {error or type(error).__name__}", error)

@@ -11,11 +11,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_checkpoints import CONFIG, TOKENIZER
 
+from cl_fast.backends import native
 from cl_fast.merging import Plan, make_plan, parse_recipe
 
 # The tensors here are tiny: starting threads for them takes longer than the work.
@@ -178,6 +180,14 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", str(folder)], check=True, capture_output=True)
+
+
+def need_native() -> None:
+    """Skips a test that is about the core where there is none, unless there must be one."""
+    if native.load() is None:
+        if os.environ.get("CL_FAST_REQUIRE_NATIVE") == "1":
+            pytest.fail(f"CL_FAST_REQUIRE_NATIVE=1, but {native.reason()}")
+        pytest.skip(native.reason())
 
 
 def may_mount() -> bool:

@@ -150,7 +150,7 @@ def execute(
             if found is None:
                 folder.discard()
                 lock.release()
-        folder.check(_input_paths(plan), overwrite=overwrite)
+        _check_output(plan, folder, overwrite=overwrite)
         check_inputs(plan)
         executor = make_executor(
             plan, backend=backend, threads=threads, memory=memory, io=io, nan=nan
@@ -223,13 +223,14 @@ def _check_arguments(
         raise ValueError("resume and restart contradict each other; give one of them")
 
 
-def _input_paths(plan: Plan) -> list[Path]:
-    """Every folder and file that is read: none of them may be touched by the output."""
-    paths = [plan.tokenizer_donor]
-    for checkpoint in (*plan.inputs, plan.donor):
-        paths += [checkpoint.path, checkpoint.folder]
-        paths += [Path(header.path) for header in checkpoint.files]
-    return list(dict.fromkeys(paths))
+def _check_output(plan: Plan, folder: OutputFolder, *, overwrite: bool) -> None:
+    files = [header.path for checkpoint in plan.inputs for header in checkpoint.files]
+    checkpoints = [*plan.inputs, plan.donor]
+    folder.check(
+        dict.fromkeys([*(checkpoint.path for checkpoint in checkpoints), *map(Path, files)]),
+        dict.fromkeys([*(checkpoint.folder for checkpoint in checkpoints), plan.tokenizer_donor]),
+        overwrite=overwrite,
+    )
 
 
 def _stamps(plan: Plan) -> list[list[Any]]:
@@ -600,7 +601,7 @@ def _moved(plan: Plan, number: int) -> int:
 
 def check_output(plan: Plan, *, overwrite: bool) -> None:
     """The checks on the output that need no writing, as `execute` begins with them."""
-    OutputFolder(plan.output).check(_input_paths(plan), overwrite=overwrite)
+    _check_output(plan, OutputFolder(plan.output), overwrite=overwrite)
 
 
 def read_bandwidth(plan: Plan, seconds: float = 0.25) -> float | None:

@@ -10,6 +10,7 @@ Both return one record per tensor with the CRC-64 of what they read and of what 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -339,26 +340,36 @@ def _watch(job: Any, work: Callable[[], object], tick: Tick, size: int) -> None:
     Raises CheckpointError for an input that cannot be read to its end.
     """
     failure: list[BaseException] = []
+    entered, done = threading.Event(), threading.Event()
+    abandoned = False
 
     def run() -> None:
+        entered.set()
         try:
-            work()
+            if not abandoned:
+                work()
         except BaseException as error:
             failure.append(error)
+        finally:
+            done.set()
 
     seen = 0
-    thread = threading.Thread(target=run, name="cl_fast job")
-    thread.start()
     try:
-        while thread.is_alive():
-            thread.join(0.05)
-            done, total = job.progress()
-            now = size * min(done, total) // total if total else 0
+        threading.Thread(target=run, name="cl_fast job").start()
+        while not done.wait(0.05):
+            moved, total = job.progress()
+            now = size * min(moved, total) // total if total else 0
             tick(now - seen)
             seen = now
     except BaseException:
+        # Ctrl-C may come at any point of the lines above, also while the thread starts: either it
+        # sees `abandoned` and does nothing, or it has entered and is waited for. A core that is
+        # still at work when Python ends would abort the process, so more Ctrl-C must wait as well.
+        abandoned = True
         job.cancel()
-        thread.join()
+        while entered.is_set() and not done.is_set():
+            with contextlib.suppress(KeyboardInterrupt):
+                done.wait()
         raise
     if failure:
         error = failure[0]

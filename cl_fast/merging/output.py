@@ -44,17 +44,30 @@ class OutputFolder:
         self.model = self.work / "model"
         self.replaced = self.work / "replaced"
 
-    def check(self, inputs: Iterable[str | os.PathLike[str]], *, overwrite: bool) -> None:
-        """Everything that can be known before the first byte. `inputs`: folders and files read.
+    def check(
+        self,
+        inputs: Iterable[str | os.PathLike[str]],
+        beside: Iterable[str | os.PathLike[str]] = (),
+        *,
+        overwrite: bool,
+    ) -> None:
+        """Everything that can be known before the first byte.
 
-        Raises OutputError: the output exists (and not `overwrite`), is a file or a link, is an
-        input, lies inside one or holds one, or cannot be created where it is asked for.
+        Args:
+            inputs: checkpoint folders and files that are read; the output may not be one, lie in
+                one or hold one.
+            beside: folders in which single inputs lie among other things; the output may not be
+                or hold one, but it may lie there.
+            overwrite: an existing folder may be replaced.
+
+        Raises OutputError: the output is or touches an input, exists (and not `overwrite`), is a
+        file or a link, or cannot be created where it is asked for.
         """
         if self.path.is_symlink():
             raise OutputError(f"{self.path}: is a symbolic link; give the folder it points to")
         if self.path.exists() and not self.path.is_dir():
             raise OutputError(f"{self.path}: is a file; give a folder that does not exist yet")
-        for asked in inputs:
+        for asked, whole in [*((path, True) for path in inputs), *((p, False) for p in beside)]:
             # Both as named and resolved: in a download cache the files of a checkpoint folder are
             # links into another folder, and neither may be written or replaced.
             for source in {Path(asked).absolute(), Path(asked).resolve()}:
@@ -62,7 +75,7 @@ class OutputFolder:
                     what = "is one of the inputs"
                 elif self.path in source.parents:
                     what = f"contains the input {asked}"
-                elif source.is_dir() and source in self.path.parents:
+                elif whole and source.is_dir() and source in self.path.parents:
                     what = f"lies inside the input {asked}"
                 else:
                     continue

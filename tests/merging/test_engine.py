@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_checkpoints import write_file
 
+from cl_fast import backends
 from cl_fast.backends import native
 from cl_fast.errors import OutputError
 from cl_fast.merging import execute, load_recipe, make_plan, parse_recipe
@@ -339,6 +340,7 @@ def test_a_policy_that_the_core_has_not(root: Path, tmp_path: Path) -> None:
     content = cases.recipe(root, "ties paper")
     content["parameters"] |= {"rescale": True, "rescale_by": "l1"}
     plan = make_plan(parse_recipe(content), tmp_path / "out")
+    backends._said.clear()
     with pytest.warns(RuntimeWarning, match="served by the eager reference only"):
         assert execute(plan).backend == "eager"
     if native.load() is not None:

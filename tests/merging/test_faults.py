@@ -25,7 +25,6 @@ import merge_cases as cases
 import pytest
 import torch
 
-from cl_fast.backends import native
 from cl_fast.cli import main
 from cl_fast.errors import CheckpointError, ClFastError, Interrupted, NonFiniteError, OutputError
 from cl_fast.merging import engine, execute, make_plan, output, parse_recipe
@@ -122,6 +121,22 @@ def test_files_of_a_download_cache_are_inputs_too(root: Path, tmp_path: Path) ->
     with pytest.raises(OutputError, match="contains the input"):
         run(root, blobs, overwrite=True)
     assert cases.snapshot(blobs) == before
+
+
+def test_single_files_may_lie_beside_the_output(root: Path, tmp_path: Path) -> None:
+    """A folder of .safetensors files is no checkpoint: only the files in it are inputs."""
+    models = []
+    for name in ("one", "two"):
+        cases.save(tmp_path / "made" / name, cases.load(root / name))
+        (tmp_path / "made" / name / "model.safetensors").rename(tmp_path / f"{name}.safetensors")
+        path = str(tmp_path / f"{name}.safetensors")
+        models.append({"model": path, "parameters": {"weight": 1.0}})
+    recipe = parse_recipe({"merge_method": "linear", "models": models})
+    execute(make_plan(recipe, tmp_path / "out"))
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    plan = dataclasses.replace(make_plan(recipe, tmp_path / "again"), output=tmp_path)
+    with pytest.raises(OutputError, match=r"is one of the inputs|contains the input"):
+        execute(plan, overwrite=True)
 
 
 @needs_mount
@@ -390,8 +405,7 @@ def test_nan_propagates_where_it_is(root: Path, tmp_path: Path, backend: str) ->
 
 
 def test_bad_base_zero_and_propagate_agree_between_backends(root: Path, tmp_path: Path) -> None:
-    if native.load() is None:
-        pytest.skip(native.reason())
+    cases.need_native()
     cases.poison(root / "base", TENSOR, 5, float("nan"))
     cases.poison(root / "base", TENSOR, 6, float("inf"))
     cases.poison(root / "one", TENSOR, 6, float("inf"))
@@ -643,8 +657,7 @@ def test_killed_at_any_moment(root: Path, tmp_path: Path, overwrite: bool) -> No
     The output path always holds nothing (or the whole old folder), or the whole new one; what
     comes out at last is what an uninterrupted run writes.
     """
-    if native.load() is None:
-        pytest.skip(native.reason())
+    cases.need_native()
     whole = tmp_path / "whole" / "out"
     recipe = cases.write_recipe(tmp_path / "recipe.yml", cases.recipe(root))
     done = python(KILLED, recipe, whole, 0, 0)
@@ -679,8 +692,7 @@ def test_killed_at_any_moment(root: Path, tmp_path: Path, overwrite: bool) -> No
 @pytest.mark.slow
 def test_killed_inside_the_native_job(tmp_path: Path) -> None:
     """By the clock, so that it also happens while the core is at work on a larger merge."""
-    if native.load() is None:
-        pytest.skip(native.reason())
+    cases.need_native()
     root = tmp_path / "inputs"
     generator = torch.Generator().manual_seed(0)
     for name in ("base", "one", "two", "three"):
