@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ import torch
 
 from cl_fast.cli import main
 from cl_fast.errors import CheckpointError, ClFastError, Interrupted, NonFiniteError, OutputError
-from cl_fast.merging import engine, execute, make_plan, output, parse_recipe
+from cl_fast.merging import engine, execute, executors, make_plan, output, parse_recipe
 
 needs_mount = pytest.mark.skipif(
     not cases.may_mount(), reason="needs root with the right to mount a tmpfs"
@@ -487,6 +488,36 @@ def test_interrupt_before_anything_is_finished_leaves_nothing(
     )
     assert notes == ["nothing was kept; the output path is as it was"]
     assert [path.name for path in tmp_path.iterdir()] == ["inputs"]
+
+
+def test_interrupt_while_the_job_starts_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A core that is still at work when Python ends aborts the process."""
+    working, stop, ended = threading.Event(), threading.Event(), []
+
+    class Job:
+        def progress(self) -> tuple[int, int]:
+            return 0, 0
+
+        def cancel(self) -> None:
+            stop.set()
+
+    def work() -> None:
+        working.set()
+        stop.wait(10)
+        time.sleep(0.05)
+        ended.append("work")
+
+    real = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        real(thread)
+        working.wait(10)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(KeyboardInterrupt):
+        executors._watch(Job(), work, lambda _: None, 0)
+    assert ended == ["work"]
 
 
 @pytest.fixture
