@@ -238,19 +238,19 @@ inline void philox_rounds(Philox4* s, uint64_t key) {
   }
 }
 
-constexpr int64_t kFirstBytes = 256;
+constexpr int64_t kFirstBytes = 128;
 inline void first_bytes(uint64_t key, uint64_t index, uint32_t want, uint64_t* below,
                         uint64_t* equal) {
   const __m256i lane = _mm256_setr_epi64x(0, 2, 1, 3);
   const uint64_t group = index >> 4;
-  Philox4 s[4];
-  for (int c = 0; c < 4; ++c) {
+  Philox4 s[2];
+  for (int c = 0; c < 2; ++c) {
     const __m256i g = _mm256_add_epi64(_mm256_set1_epi64x(int64_t(group) + 4 * c), lane);
     s[c] = Philox4{g, _mm256_srli_epi64(g, 32), _mm256_setzero_si256(), _mm256_setzero_si256()};
   }
-  philox_rounds<4>(s, key);
+  philox_rounds<2>(s, key);
   const __m256i t = _mm256_set1_epi8(char(want));
-  for (int c = 0; c < 4; ++c) {
+  for (int c = 0; c < 2; ++c) {
     const __m256i lo = _mm256_blend_epi32(s[c].c0, _mm256_slli_epi64(s[c].c1, 32), 0xAA);
     const __m256i hi = _mm256_blend_epi32(s[c].c2, _mm256_slli_epi64(s[c].c3, 32), 0xAA);
     const __m256i a = _mm256_unpacklo_epi64(lo, hi), b = _mm256_unpackhi_epi64(lo, hi);

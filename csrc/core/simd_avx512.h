@@ -181,22 +181,22 @@ inline void philox_rounds(Philox8* s, uint64_t key) {
   }
 }
 
-constexpr int64_t kFirstBytes = 512;
+constexpr int64_t kFirstBytes = 256;
 inline void first_bytes(uint64_t key, uint64_t index, uint32_t want, uint64_t* below,
                         uint64_t* equal) {
   // lane order such that the unpacks below leave the groups in sequence
   const __m512i lane = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
   const uint64_t group = index >> 4;
-  Philox8 s[4];
+  Philox8 s[2];
 #pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
+  for (int c = 0; c < 2; ++c) {
     const __m512i g = _mm512_add_epi64(_mm512_set1_epi64(int64_t(group) + 8 * c), lane);
     s[c] = Philox8{g, _mm512_srli_epi64(g, 32), _mm512_setzero_si512(), _mm512_setzero_si512()};
   }
-  philox_rounds<4>(s, key);
+  philox_rounds<2>(s, key);
   const __m512i t = _mm512_set1_epi8(char(want));
 #pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
+  for (int c = 0; c < 2; ++c) {
     const __m512i lo = _mm512_mask_mov_epi32(s[c].c0, 0xAAAA, _mm512_slli_epi64(s[c].c1, 32));
     const __m512i hi = _mm512_mask_mov_epi32(s[c].c2, 0xAAAA, _mm512_slli_epi64(s[c].c3, 32));
     const __m512i a = _mm512_unpacklo_epi64(lo, hi), b = _mm512_unpackhi_epi64(lo, hi);
