@@ -30,7 +30,7 @@ INSTALL := CL_FAST_NATIVE=0 $(PY) -m pip install --quiet --disable-pip-version-c
 $(VENV)/.made: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		setuptools wheel pybind11 cmake
+		setuptools pybind11 cmake
 	touch $@
 
 # The Python part is installed editable; the native part is built in place by `native`.
@@ -58,8 +58,7 @@ test: $(VENV)/.installed-dev $(if $(filter 1,$(PEERS)),$(VENV)/.installed-peers)
 	CL_FAST_REQUIRE_NATIVE=$(HAVE_CXX) $(PY) -m pytest $(PYTEST_ARGS)
 
 sanitize: $(VENV)/.installed-dev
-	CL_FAST_REQUIRE_NATIVE=$(HAVE_CXX) $(PY) -m pytest tests/test_packaging.py -k sanitizers \
-		$(PYTEST_ARGS)
+	CL_FAST_REQUIRE_NATIVE=$(HAVE_CXX) $(PY) -m pytest tests/native/test_sanitizers.py $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed-dev $(VENV)/.installed-peers native
 	$(PY) benchmarks/merge_vs_peers.py $(BENCH_ARGS)

@@ -34,8 +34,9 @@ MARK = ".cl_fast_demo"
 
 def main() -> None:
     arguments = parse_arguments()
-    out: Path = arguments.out
+    out: Path = arguments.out.resolve()
     began = time.perf_counter()
+    sys.stdout.reconfigure(line_buffering=True)
     # Plain prints for the lines, so that pipes and logs get them unwrapped.
     say = Console(soft_wrap=True, highlight=False).print
     empty_folder(out)
