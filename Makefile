@@ -17,6 +17,8 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 DEMO_ARGS ?=
 
+MAKEFLAGS += --no-print-directory
+
 BIN := $(abspath $(VENV))/bin
 PY := $(BIN)/python
 NATIVE_BUILD := build/native

@@ -92,7 +92,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder to make anew")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--base-steps", type=int, default=220)
-    parser.add_argument("--finetune-steps", type=int, default=45)
+    parser.add_argument("--finetune-steps", type=int, default=60)
     parser.add_argument("--questions", type=int, default=200, help="asked per task, at most 200")
     return parser.parse_args()
 

@@ -115,7 +115,7 @@ def train_base(
     )
     reader = Reader(corpus, tokenizer, schedule, seed)
     kinds: list[Task | None] = [None, COPY, TASKS["upper"], TASKS["roman"], TASKS["words"]]
-    shares = (0.48, 0.30, 0.08, 0.06, 0.08)
+    shares = (0.54, 0.30, 0.07, 0.04, 0.05)
 
     def draw() -> Sample:
         (task,) = reader.random.choices(kinds, shares)
