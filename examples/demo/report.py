@@ -58,7 +58,7 @@ def draw_picture(groups: Groups, path: Path) -> None:
             axes.add_patch(plt.Rectangle((at, y), 0.96, 0.92, color=colours(0.05 + 0.8 * value)))
             axes.text(
                 at + 0.48, y + 0.47, f"{value:.0%}", ha="center", va="center",
-                color="white" if value > 0.55 else "black",
+                color="white" if value > 0.65 else "black",
                 weight="bold" if columns[x] == "mean" else "normal",
             )  # fmt: skip
         axes.text(len(columns) + 0.6, y + 0.47, f"{score.perplexity:.2f}", ha="center", va="center")
