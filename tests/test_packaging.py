@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -76,9 +77,20 @@ def install(wheel: Path, target: Path) -> Path:
     return target
 
 
+def isolated(site: Path) -> tuple[list[str], dict[str, str]]:
+    """An interpreter that finds cl_fast in `site` only, and the libraries of this environment.
+
+    -S leaves .pth files out: the import hook of an editable cl_fast would lend its own modules.
+    """
+    libraries = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    path = os.pathsep.join([str(site), *sorted(libraries)])
+    return [sys.executable, "-S"], {"PYTHONPATH": path}
+
+
 def python(code: str, site: Path, *, cwd: Path) -> str:
-    """What a fresh interpreter, that finds cl_fast in `site` first, prints."""
-    return run([sys.executable, "-c", code], cwd=cwd, PYTHONPATH=str(site)).stdout.strip()
+    """What a fresh interpreter, that finds cl_fast in `site`, prints."""
+    command, variables = isolated(site)
+    return run([*command, "-c", code], cwd=cwd, **variables).stdout.strip()
 
 
 def has_compiler() -> bool:
@@ -138,13 +150,14 @@ def test_without_the_module_a_merge_works_and_says_so_once(
         write_file(tmp_path / model / "model.safetensors", TINY)
         (tmp_path / model / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
     (tmp_path / "recipe.yml").write_text(RECIPE, encoding="utf-8")
-    merge = [sys.executable, "-m", "cl_fast", "merge", "recipe.yml", "out"]
-    done = run(merge, cwd=tmp_path, PYTHONPATH=str(site))
+    command, variables = isolated(site)
+    merge = [*command, "-m", "cl_fast", "merge", "recipe.yml"]
+    done = run([*merge, "out"], cwd=tmp_path, **variables)
     assert (tmp_path / "out" / "model.safetensors").exists()
     assert done.stderr.count("slower eager reference") == 1, done.stderr
     assert "C++ core is not built" in done.stderr
 
-    declined = run([*merge[:-1], "again"], cwd=tmp_path, PYTHONPATH=str(site), CL_FAST_NATIVE="0")
+    declined = run([*merge, "again"], cwd=tmp_path, CL_FAST_NATIVE="0", **variables)
     assert "eager reference" not in declined.stderr
     first, second = (tmp_path / name / "model.safetensors" for name in ("out", "again"))
     assert first.read_bytes() == second.read_bytes()
