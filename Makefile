@@ -8,11 +8,11 @@
 #   make bench    compare with other libraries and with the machine's floor; kernels in GB/s
 #   make clean    remove what the commands above made
 #
-# Variables: PYTHON (3.11 or newer), VENV, CXX, PYTEST_ARGS, BENCH_ARGS, DEMO_ARGS, PEERS=1 (also
-# install the other merging libraries, so that the tests that compare with them run).
+# Variables: PYTHON (3.11 or newer), VENV, CXX, PYTEST_ARGS, BENCH_ARGS, DEMO_ARGS, PEERS=0 (leave
+# out the other merging libraries, and with them the tests that compare with them).
 PYTHON ?= python3
 VENV ?= .venv
-PEERS ?= 0
+PEERS ?= 1
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 DEMO_ARGS ?=
