@@ -268,12 +268,19 @@ def table(rows: list[dict[str, Any]], about: dict[str, Any], shape: str) -> str:
         values = [r[key] for r in rows if r["method"] == method and r["provider"] == provider]
         return statistics.median(values) if values else None
 
+    def seconds(method: str, provider: str) -> str:
+        v = [r["wall_s"] for r in rows if r["method"] == method and r["provider"] == provider]
+        if len(v) < 2:
+            return f"{v[0]:.2f}" if v else ""
+        return f"{statistics.median(v):.2f} [{min(v):.2f}-{max(v):.2f}]"
+
     def ratio(a: float | None, b: float | None) -> str:
         return "" if a is None or b is None else f"{a / b:.1f}x"
 
     lines = [
         f"Qwen2.5-{shape.upper()} shapes, base and three finetuned models, bfloat16, page cache "
-        f"warm; medians of {about['reps']} interleaved runs on {about['cores']} cores "
+        f"warm; medians of {about['reps']} interleaved runs (other libraries: "
+        f"{about['peer_reps']}), lowest and highest in brackets, on {about['cores']} cores "
         f"({about['cpu']}, {about['isa']}), {about['date']}, commit {about['commit']}. The floor "
         "moves the same bytes with two threads and does nothing else.",
         "",
@@ -283,17 +290,16 @@ def table(rows: list[dict[str, Any]], about: dict[str, Any], shape: str) -> str:
     ]
     for method in dict.fromkeys(r["method"] for r in rows):
         ours = median(method, "cl_fast", "wall_s")
-        synced = median(method, "cl_fast fsync", "wall_s")
         low = median(method, "floor", "wall_s")
         kit, peft = (median(method, p, "wall_s") for p in ("mergekit", "peft"))
         memory = [median(method, p, "peak_anonymous_mb") for p in ("cl_fast", "mergekit")]
         cells = [
             method,
-            *("" if v is None else f"{v:.2f}" for v in (ours, synced, low)),
+            *(seconds(method, p) for p in ("cl_fast", "cl_fast fsync", "floor")),
             ratio(ours, low),
-            "" if kit is None else f"{kit:.1f}",
+            seconds(method, "mergekit"),
             ratio(kit, ours),
-            "" if peft is None else f"{peft:.1f}",
+            seconds(method, "peft"),
             ratio(peft, ours),
             " / ".join("-" if v is None else f"{v:.0f}" for v in memory),
         ]
@@ -306,8 +312,13 @@ def update_readme(shape: str, text: str) -> None:
     begin, end = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
     content = readme.read_text()
     head, rest = content.split(begin)
-    _, tail = rest.split(end)
-    readme.write_text(f"{head}{begin}\n{text}{end}{tail}")
+    blocks, tail = rest.split(end)
+    start = f"Qwen2.5-{shape.upper()} shapes"
+    kept = [b for b in blocks.strip().split("\n\nQwen2.5-") if b]
+    kept = [b if b.startswith("Qwen2.5-") else f"Qwen2.5-{b}" for b in kept]
+    kept = [b for b in kept if not b.startswith(start)]
+    body = "\n\n".join(sorted([*kept, text.strip()]))
+    readme.write_text(f"{head}{begin}\n{body}\n{end}{tail}")
 
 
 def main() -> None:
@@ -330,7 +341,8 @@ def main() -> None:
     checkpoints = a.checkpoints or work / f"checkpoints-{a.shape}"
     make(checkpoints, a.shape, 3, 1_000_000_000, 20240601)
     base, models = checkpoints / "base", [checkpoints / f"ft{k}" for k in range(3)]
-    about = machine() | {"reps": a.reps, "shape": a.shape}
+    peer_reps = a.reps if a.peer_reps is None else a.peer_reps
+    about = machine() | {"reps": a.reps, "peer_reps": peer_reps, "shape": a.shape}
     rows: list[dict[str, Any]] = []
     target = HERE / "results" / f"merge-{a.shape}.json"
     target.parent.mkdir(exist_ok=True)
@@ -359,7 +371,6 @@ def main() -> None:
             runs["peft"] = lambda log, c=command: process(c, log)
         for rep in range(a.reps):
             for provider, run in runs.items():
-                peer_reps = a.reps if a.peer_reps is None else a.peer_reps
                 if provider in PEERS and rep >= peer_reps:
                     continue
                 shutil.rmtree(out, ignore_errors=True)
