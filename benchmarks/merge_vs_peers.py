@@ -18,7 +18,7 @@ Before timing counts, each provider's output is compared with the formula in flo
 tensors, in units of the spacing of bfloat16. Random masks of DARE are those of cl_fast's
 documented stream; another program's masks cannot be reproduced, and its column says so.
 
-Writes benchmarks/results/merge-<shape>.json; --readme puts the table into README.md.
+Writes benchmarks/results/merge-<shape>[-<label>].json; --readme puts the table into README.md.
 """
 
 from __future__ import annotations
@@ -334,6 +334,7 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--reps", type=int, default=3)
     parser.add_argument("--peer-reps", type=int, default=None, help="default: as --reps")
+    parser.add_argument("--label", default="", help="added to the name of the result file")
     parser.add_argument("--readme", action="store_true", help="put the table into README.md")
     a = parser.parse_args()
     work = a.work.resolve()
@@ -344,7 +345,8 @@ def main() -> None:
     peer_reps = a.reps if a.peer_reps is None else a.peer_reps
     about = machine() | {"reps": a.reps, "peer_reps": peer_reps, "shape": a.shape}
     rows: list[dict[str, Any]] = []
-    target = HERE / "results" / f"merge-{a.shape}.json"
+    name = "-".join(filter(None, ("merge", a.shape, a.label)))
+    target = HERE / "results" / f"{name}.json"
     target.parent.mkdir(exist_ok=True)
     checked: dict[tuple[str, str], dict[str, Any]] = {}
     out = work / "out"
@@ -381,10 +383,10 @@ def main() -> None:
                 moved = sum(f.stat().st_size for i in inputs for f in weight_files(i))
                 moved += sum(f.stat().st_size for f in weight_files(base))
                 row |= {"bytes": moved, "gb_per_s": moved / row["wall_s"] / 1e9}
-                name = provider.split()[0]
-                if name != "floor" and (method, name) not in checked:
-                    checked[method, name] = check(method, out, base, models, name)
-                row |= checked.get((method, name), {})
+                who = provider.split()[0]
+                if who != "floor" and (method, who) not in checked:
+                    checked[method, who] = check(method, out, base, models, who)
+                row |= checked.get((method, who), {})
                 rows.append(row)
                 print(json.dumps(row), flush=True)
                 target.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
