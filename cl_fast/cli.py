@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         "merge", help="merge checkpoints by a recipe", description="Merge checkpoints by a recipe."
     )
     merge.add_argument("recipe", type=Path, help="the recipe, a YAML file")
-    merge.add_argument("output", type=Path, help="folder to make; must not exist")
+    merge.add_argument("output", type=Path, help="folder to make; must not exist, or be empty")
     merge.add_argument(
         "--dry-run", action="store_true", help="print what would be done, write nothing"
     )

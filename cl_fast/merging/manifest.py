@@ -145,6 +145,8 @@ def read(folder: Path) -> dict[str, Any]:
 
     Raises VerifyError when there is none, or when it is not one that this version can read.
     """
+    if not folder.is_dir():
+        raise VerifyError(f"{folder}: there is no such folder; give the output of a merge")
     path = folder / NAME
     try:
         manifest = json.loads(path.read_bytes())

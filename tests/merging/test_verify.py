@@ -140,6 +140,11 @@ def test_a_forged_record_is_found_by_computing_again(merged: Path) -> None:
     assert verify(merged, sample=0).ok
 
 
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(VerifyError, match="absent: there is no such folder"):
+        verify(tmp_path / "absent")
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
