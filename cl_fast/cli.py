@@ -8,6 +8,7 @@ loads neither torch nor numpy.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import re
 import shlex
@@ -260,18 +261,22 @@ def _command(text: str) -> list[str]:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    from cl_fast.merging.engine import execute
-    from cl_fast.merging.plan import bytes_text, make_plan
-    from cl_fast.merging.recipe import load_recipe
+    gc.disable()  # imports and planning make much and drop little: collecting only takes time
+    try:
+        from cl_fast.merging.engine import execute
+        from cl_fast.merging.plan import bytes_text, make_plan
+        from cl_fast.merging.recipe import load_recipe
 
-    plan = make_plan(
-        load_recipe(arguments.recipe),
-        arguments.output,
-        out_shard_size=arguments.out_shard_size,
-        seed=arguments.seed,
-        threads=arguments.threads,
-        memory=arguments.memory,
-    )
+        plan = make_plan(
+            load_recipe(arguments.recipe),
+            arguments.output,
+            out_shard_size=arguments.out_shard_size,
+            seed=arguments.seed,
+            threads=arguments.threads,
+            memory=arguments.memory,
+        )
+    finally:
+        gc.enable()
     if arguments.dry_run:
         return _dry_run(plan, arguments)
     if not arguments.quiet:

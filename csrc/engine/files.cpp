@@ -126,6 +126,13 @@ const uint8_t* InputFile::bytes(int64_t offset, int64_t n, AlignedBuffer& buffer
   return to;
 }
 
+void InputFile::release(int64_t part, int64_t parts) const {
+  if (!map_) return;
+  const int64_t from = down(size_ / parts * part);
+  const int64_t to = part + 1 == parts ? up(size_) : down(size_ / parts * (part + 1));
+  madvise(const_cast<uint8_t*>(map_) + from, size_t(to - from), MADV_DONTNEED);
+}
+
 void InputFile::prefetch(int64_t offset, int64_t n) const {
 #ifdef POSIX_FADV_WILLNEED
   if (mode_ == IoMode::Direct || offset >= size_) return;

@@ -44,6 +44,8 @@ class InputFile {
   const uint8_t* bytes(int64_t offset, int64_t n, AlignedBuffer& buffer) const;
   // Starts reading a run that is not in the page cache yet.
   void prefetch(int64_t offset, int64_t n) const;
+  // Unmaps one of `parts` pieces, so that several threads can share what one would do slowly.
+  void release(int64_t part, int64_t parts) const;
   int64_t size() const { return size_; }
   const std::string& path() const { return path_; }
 

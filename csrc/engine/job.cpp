@@ -875,6 +875,8 @@ void Job::run() {
       int64_t tile;
       while (!stop_ && next(&unit, &tile)) execute(w, unit, tile);
       changed_.notify_all();
+      // a page that another worker still reads is mapped again when it does
+      for (const auto& f : files_) f->release(int64_t(w.id), threads_);
     });
   } catch (...) {
     restore();
