@@ -356,13 +356,10 @@ def test_wrong_tasks_are_refused(core: ModuleType, arguments: dict[str, Any], wo
         core.Job(threads=1).add_task(**call)
 
 
-def test_more_than_two_to_the_31_elements(tmp_path: Path) -> None:
+def test_more_than_two_to_the_31_elements(core: ModuleType, tmp_path: Path) -> None:
     """A sparse file: holes on disk, a few values beyond the range of a 32-bit index."""
-    from cl_fast.backends import native
-
-    core = native.load()
-    if core is None:
-        pytest.skip(native.reason())
+    if core.isa() == "portable":
+        pytest.skip("the offsets are the same code for all, and this path takes a minute")
     n = 2**31 + 70_000
     with (tmp_path / "huge").open("wb") as f:
         f.truncate(2 * n)
