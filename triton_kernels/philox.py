@@ -22,7 +22,7 @@ import triton.language as tl
 __all__ = ["GROUP", "keep_mask", "split_key", "split_threshold"]
 
 GROUP = 16
-GROUPS_PER_PROGRAM = 64
+GROUPS_PER_PROGRAM = 128
 
 
 def split_key(key: int) -> tuple[int, int]:

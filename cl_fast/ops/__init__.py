@@ -44,7 +44,18 @@ _HOMES = {
     "dare": "dropping",
     "keep_mask": "dropping",
     "magnitude_threshold": "magnitude",
+    "PackedDelta": "packing",
+    "gram": "low_rank",
+    "gram_": "low_rank",
     "model_thresholds": "combining",
+    "orthogonal_penalty": "orthogonality",
+    "orthogonal_project": "orthogonality",
+    "orthogonal_project_": "orthogonality",
+    "pack": "packing",
+    "rank_update": "low_rank",
+    "rank_update_": "low_rank",
+    "rank_update_many_": "low_rank",
+    "unpack": "packing",
 }
 
 

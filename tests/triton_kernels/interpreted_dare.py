@@ -1,34 +1,17 @@
-"""Run with TRITON_INTERPRET=1: the kernels against the reference stream. Prints what it checked."""
+"""The drop kernels against the reference stream."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
+from cl_fast.triton_kernels import dare as dare_kernel
+from cl_fast.triton_kernels import philox
 
 from cl_fast.ops import dare, keep_mask, keep_threshold, stream_key
 from cl_fast.ops.dropping import _Drop
 
 
-def folder() -> Any:
-    """The checkout's own kernels under the name that an installation gives them."""
-    path = Path(__file__).parents[2] / "triton_kernels" / "__init__.py"
-    spec = importlib.util.spec_from_file_location(
-        "cl_fast.triton_kernels", path, submodule_search_locations=[str(path.parent)]
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def check_masks(philox: Any) -> None:
+def test_masks() -> None:
     key = stream_key(0, "math", "w")
     thresholds = [0, 1, 1 << 24, 77 << 24, (77 << 24) + 5, 1 << 31, (1 << 32) - 1, 1 << 32]
     thresholds += [keep_threshold(density) for density in (0.1, 0.37, 0.9)]
@@ -42,7 +25,7 @@ def check_masks(philox: Any) -> None:
         assert torch.equal(got, keep_mask(key, 200, keep_threshold(0.3), start=16 * first))
 
 
-def check_third_and_fourth_level(philox: Any) -> None:
+def test_third_and_fourth_level() -> None:
     """Thresholds that share two bytes with a draw: the rare branch, taken."""
     from cl_fast.ops import streams
 
@@ -55,7 +38,7 @@ def check_third_and_fourth_level(philox: Any) -> None:
             assert bool(got[index]) == (draw < threshold)
 
 
-def check_dare(kernel: Any) -> None:
+def test_dare() -> None:
     key = stream_key(3, "m", "t")
     threshold = keep_threshold(0.3)
     factor = float(torch.tensor(2.0**32 / threshold, dtype=torch.float32))
@@ -63,7 +46,7 @@ def check_dare(kernel: Any) -> None:
         for n in (0, 1, 16, 1023, 3000):
             x = torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype)
             want = dare(x, density=0.3, seed=3, model="m", tensor="t", backend="eager")
-            got = kernel.dare(x, key, threshold, factor)
+            got = dare_kernel.dare(x, key, threshold, factor)
             assert got.dtype == dtype
             if dtype == torch.bfloat16:
                 # The interpreter truncates this cast instead of rounding it: one spacing is free.
@@ -73,14 +56,14 @@ def check_dare(kernel: Any) -> None:
                 assert torch.equal(got, want)
     x = torch.randn(30, 40)
     want = dare(x.t(), density=0.3, seed=3, model="m", tensor="t", backend="eager")
-    assert torch.equal(kernel.dare(x.t(), key, threshold, factor), want)
+    assert torch.equal(dare_kernel.dare(x.t(), key, threshold, factor), want)
     x[0, :] = float("nan")
-    out = kernel.dare(x, key, threshold, 1.0)
+    out = dare_kernel.dare(x, key, threshold, 1.0)
     keep = keep_mask(key, x.numel(), threshold).view_as(x)
     assert torch.equal(out.isnan(), keep & x.isnan())
 
 
-def check_dispatch() -> None:
+def test_dispatch() -> None:
     """What the op does on a CUDA tensor, here on one that the interpreter can read."""
     x = torch.randn(500)
     for rescale in ("none", "keep_rate", "l1"):
@@ -93,24 +76,7 @@ def check_dispatch() -> None:
     )
 
 
-def check_bad_threshold(philox: Any) -> None:
+def test_bad_threshold() -> None:
     for threshold in (-1, 1 << 32):
         with pytest.raises(ValueError, match=r"threshold must be in \[0, 2\^32\)"):
             philox.split_threshold(threshold)
-
-
-def main() -> None:
-    name = folder().__name__
-    philox = importlib.import_module(f"{name}.philox")
-    kernel = importlib.import_module(f"{name}.dare")
-    assert "cl_fast" not in Path(philox.__file__).read_text().replace("cl_fast philox v1", "")
-    check_masks(philox)
-    check_third_and_fourth_level(philox)
-    check_dare(kernel)
-    check_dispatch()
-    check_bad_threshold(philox)
-    print("masks, levels, dare: equal")
-
-
-if __name__ == "__main__":
-    main()
