@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-
 from cl_fast.triton_kernels import tables
 
 

@@ -1,8 +1,7 @@
 from __future__ import annotations
 
-from variant import Variant
-
 from cl_fast.triton_kernels import tables
+from variant import Variant
 
 VARIANTS = [
     Variant(
