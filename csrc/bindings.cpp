@@ -9,6 +9,7 @@
 #include "core/isa.h"
 #include "core/philox.h"
 #include "engine/job.h"
+#include "pack/pack.h"
 
 namespace py = pybind11;
 using namespace clf;
@@ -49,6 +50,27 @@ using SourceTuple = std::tuple<std::string, uintptr_t, int, int64_t>;
 Source source_of(const SourceTuple& s) {
   return Source{dtype_of(std::get<0>(s)), pointer(std::get<1>(s)), std::get<2>(s), std::get<3>(s)};
 }
+
+using MaybeTensor = std::optional<std::pair<std::string, uintptr_t>>;
+
+Tensor tensor_of(const MaybeTensor& t) {
+  return t ? Tensor{dtype_of(t->first), pointer(t->second)} : Tensor{};
+}
+
+// dtype, values, number of values, offsets (0: dense), key, threshold
+using PackedTuple = std::tuple<std::string, uintptr_t, int64_t, uintptr_t, uint64_t, uint32_t>;
+
+Packed packed_of(const PackedTuple& t) {
+  return Packed{dtype_of(std::get<0>(t)), pointer(std::get<1>(t)), std::get<2>(t),
+                reinterpret_cast<const int64_t*>(std::get<3>(t)),
+                Stream{std::get<4>(t), std::get<5>(t)}};
+}
+
+// packed, whether a delta, weight, scale, rescale
+using PackedTermTuple = std::tuple<PackedTuple, bool, float, float, float>;
+// n, base, denominator, terms, output dtype, output
+using PackedRowTuple = std::tuple<int64_t, MaybeTensor, float, std::vector<PackedTermTuple>,
+                                  std::string, uintptr_t>;
 
 py::dict result_dict(const TaskResult& r) {
   py::dict d;
@@ -149,6 +171,82 @@ PYBIND11_MODULE(_native, m) {
       },
       py::arg("src_dtype"), py::arg("dst_dtype"), py::arg("src_ptr"), py::arg("dst_ptr"),
       py::arg("n"));
+
+  // ---- packed deltas
+  m.def(
+      "pack_offsets",
+      [](uint64_t key, uint32_t threshold, int64_t n, uintptr_t offsets, int threads) {
+        py::gil_scoped_release release;
+        pack_offsets(Stream{key, threshold}, n, reinterpret_cast<int64_t*>(offsets), threads);
+      },
+      py::arg("key"), py::arg("threshold"), py::arg("n"), py::arg("offsets_ptr"),
+      py::arg("threads"));
+  m.def(
+      "pack_values",
+      [](const MaybeTensor& x, const MaybeTensor& base, const PackedTuple& to, int64_t n,
+         int threads) {
+        const Tensor from = tensor_of(x), subtracted = tensor_of(base);
+        const Packed packed = packed_of(to);
+        py::gil_scoped_release release;
+        pack_values(from, subtracted, packed, writable(std::get<1>(to)), n, threads);
+      },
+      py::arg("x"), py::arg("base"), py::arg("to"), py::arg("n"), py::arg("threads"));
+  m.def(
+      "unpack_values",
+      [](const PackedTuple& from, const MaybeTensor& base, float factor,
+         const std::string& out_dtype, uintptr_t out, int64_t n, int threads) {
+        const Packed packed = packed_of(from);
+        const Tensor subtracted = tensor_of(base);
+        const DType dtype = float_dtype(out_dtype);
+        py::gil_scoped_release release;
+        unpack_values(packed, subtracted, factor, dtype, writable(out), n, threads);
+      },
+      py::arg("from"), py::arg("base"), py::arg("factor"), py::arg("out_dtype"),
+      py::arg("out_ptr"), py::arg("n"), py::arg("threads"));
+  m.def(
+      "drop_sums",
+      [](const MaybeTensor& x, const MaybeTensor& base, const std::string& held, uint64_t key,
+         uint32_t threshold, int64_t n, int threads) {
+        const Tensor from = tensor_of(x), subtracted = tensor_of(base);
+        const DType dtype = float_dtype(held);
+        py::gil_scoped_release release;
+        return drop_sums(from, subtracted, dtype, Stream{key, threshold}, n, threads);
+      },
+      py::arg("x"), py::arg("base"), py::arg("held"), py::arg("key"), py::arg("threshold"),
+      py::arg("n"), py::arg("threads"), "sum |d| and sum |d kept|, in the order of an l1 rescale.");
+  m.def(
+      "combine_packed",
+      [](const std::vector<PackedRowTuple>& tuples, bool difference, const std::string& elect,
+         bool vote_weighted, const std::string& reduce, bool divide_by_weights, float lambda,
+         int threads) {
+        std::vector<PackedRow> rows;
+        for (const auto& [n, base, denominator, terms, out_dtype, out] : tuples) {
+          PackedRow row;
+          row.n = n;
+          row.base = tensor_of(base);
+          row.denominator = denominator;
+          row.out_dtype = float_dtype(out_dtype);
+          row.out = writable(out);
+          for (const auto& [packed, delta, weight, scale, rescale] : terms)
+            row.terms.push_back(PackedTerm{packed_of(packed), delta, weight, scale, rescale});
+          rows.push_back(std::move(row));
+        }
+        PackedPolicy policy;
+        policy.difference = difference;
+        policy.elect = one_of<Elect>(
+            "elect", elect,
+            {{"none", Elect::None}, {"mass", Elect::Mass}, {"frequency", Elect::Frequency}});
+        policy.vote_weighted = vote_weighted;
+        policy.reduce =
+            one_of<Reduce>("reduce", reduce,
+                           {{"sum", Reduce::Sum}, {"mean", Reduce::Mean}, {"max", Reduce::Max}});
+        policy.divide_by_weights = divide_by_weights;
+        policy.lambda = lambda;
+        py::gil_scoped_release release;
+        combine_packed(rows, policy, threads);
+      },
+      py::arg("rows"), py::arg("difference"), py::arg("elect"), py::arg("vote_weighted"),
+      py::arg("reduce"), py::arg("divide_by_weights"), py::arg("lam"), py::arg("threads"));
 
   py::class_<Job>(m, "Job")
       .def(py::init([](int threads, int64_t tile_elements, const std::string& nan, bool checksums,

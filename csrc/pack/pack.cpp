@@ -1,0 +1,322 @@
+#include "pack.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <system_error>
+#include <thread>
+
+#include "../core/isa.h"
+
+namespace clf {
+namespace {
+
+constexpr int64_t kUnit = 32 * kPackTile;  // elements that a thread takes at a time
+static_assert(kUnit == kStatChunk, "sums are taken by chunk");
+static_assert(kPackTile == kBlock, "a tile is a block of the kernels");
+
+// Units 0 .. units - 1, each once, on up to `threads` threads; begin() makes what a thread calls.
+template <class Begin>
+void in_parallel(int64_t units, int threads, Begin&& begin) {
+  std::atomic<int64_t> next{0};
+  std::exception_ptr failure;
+  std::mutex mutex;
+  const auto work = [&] {
+    DefaultFloatEnvironment environment;
+    try {
+      auto body = begin();
+      for (int64_t unit; (unit = next++) < units;) body(unit);
+    } catch (...) {
+      std::lock_guard<std::mutex> lock(mutex);
+      if (!failure) failure = std::current_exception();
+      next = units;
+    }
+  };
+  std::vector<std::thread> others;
+  const int64_t crew = std::min<int64_t>(threads, units);
+  try {
+    for (int64_t i = 1; i < crew; ++i) others.emplace_back(work);
+  } catch (const std::system_error&) {
+    // No more threads to be had: those that there are do all of it.
+  }
+  work();
+  for (std::thread& t : others) t.join();
+  if (failure) std::rethrow_exception(failure);
+}
+
+struct Bits {
+  uint64_t word[kPackTile / 64];
+  int64_t words;
+  int64_t count = 0;
+
+  // The keep bits of the m elements from `first`, a multiple of kPackTile; none beyond.
+  Bits(Stream stream, int64_t first, int64_t m) : words((m + 63) / 64) {
+    kernels().keep_bits(stream.key, first, m, stream.threshold, word);
+    if (m & 63) word[words - 1] &= (uint64_t(1) << (m & 63)) - 1;
+    for (int64_t w = 0; w < words; ++w) count += __builtin_popcountll(word[w]);
+  }
+
+  // body(i): the kept positions of the tile, in order.
+  template <class Body>
+  void each(Body&& body) const {
+    for (int64_t w = 0; w < words; ++w)
+      for (uint64_t left = word[w]; left; left &= left - 1) body(64 * w + __builtin_ctzll(left));
+  }
+};
+
+void check(const Packed& packed, int64_t tile, const Bits& bits) {
+  const int64_t first = packed.offsets[tile];
+  if (first < 0 || packed.offsets[tile + 1] - first != bits.count ||
+      packed.offsets[tile + 1] > packed.kept)
+    throw std::invalid_argument("offsets must be those of the stream of key and threshold");
+}
+
+template <int64_t SIZE>
+void gather(const uint8_t* x, const Bits& bits, uint8_t* out) {
+  bits.each([&](int64_t i) {
+    std::memcpy(out, x + SIZE * i, SIZE);
+    out += SIZE;
+  });
+}
+
+template <int64_t SIZE>
+void scatter(const uint8_t* x, const Bits& bits, uint8_t* out) {
+  bits.each([&](int64_t i) {
+    std::memcpy(out + SIZE * i, x, SIZE);
+    x += SIZE;
+  });
+}
+
+// The kept elements of a tile, packed.
+void gather(DType t, const uint8_t* x, const Bits& bits, uint8_t* out) {
+  switch (dtype_size(t)) {
+    case 4:
+      return gather<4>(x, bits, out);
+    case 2:
+      return gather<2>(x, bits, out);
+    default:
+      return gather<1>(x, bits, out);
+  }
+}
+
+const uint8_t* at(const Tensor& x, int64_t i) { return x.data + i * dtype_size(x.dtype); }
+
+// Floats of the kept elements of tile `tile` of x.
+struct Gathered {
+  alignas(64) uint8_t raw[4 * kPackTile];
+  alignas(64) float value[kPackTile];
+
+  void read(const Tensor& x, int64_t first, const Bits& bits) {
+    gather(x.dtype, at(x, first), bits, raw);
+    kernels().to_f32(x.dtype, raw, bits.count, value);
+  }
+};
+
+void subtract(float* x, const float* base, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) x[i] -= base[i];
+}
+
+template <class Body>
+void each_tile(int64_t n, int threads, Body&& body) {
+  const auto each = [&](int64_t unit) {
+    for (int64_t first = unit * kUnit; first < std::min(n, (unit + 1) * kUnit);
+         first += kPackTile)
+      body(first / kPackTile, first, std::min(kPackTile, n - first));
+  };
+  in_parallel((n + kUnit - 1) / kUnit, threads, [&] { return each; });
+}
+
+}  // namespace
+
+void pack_offsets(Stream stream, int64_t n, int64_t* offsets, int threads) {
+  offsets[0] = 0;
+  each_tile(n, threads, [&](int64_t tile, int64_t first, int64_t m) {
+    offsets[tile + 1] = Bits(stream, first, m).count;
+  });
+  for (int64_t tile = 0; tile < pack_tiles(n); ++tile) offsets[tile + 1] += offsets[tile];
+}
+
+void pack_values(const Tensor& x, const Tensor& base, const Packed& to, uint8_t* values, int64_t n,
+                 int threads) {
+  each_tile(n, threads, [&](int64_t tile, int64_t first, int64_t m) {
+    const Bits bits(to.stream, first, m);
+    check(to, tile, bits);
+    uint8_t* out = values + to.offsets[tile] * dtype_size(to.dtype);
+    if (!base.data && x.dtype == to.dtype) return gather(x.dtype, at(x, first), bits, out);
+    Gathered mine, theirs;
+    mine.read(x, first, bits);
+    if (base.data) {
+      theirs.read(base, first, bits);
+      subtract(mine.value, theirs.value, bits.count);
+    }
+    kernels().from_f32(to.dtype, mine.value, bits.count, out);
+  });
+}
+
+void unpack_values(const Packed& from, const Tensor& base, float factor, DType out_dtype,
+                   uint8_t* out, int64_t n, int threads) {
+  const int64_t size = dtype_size(out_dtype);
+  const Tensor values{from.dtype, from.values};
+  each_tile(n, threads, [&](int64_t tile, int64_t first, int64_t m) {
+    const Bits bits(from.stream, first, m);
+    check(from, tile, bits);
+    Gathered theirs;
+    alignas(64) float value[kPackTile];
+    alignas(64) uint8_t rounded[4 * kPackTile];
+    kernels().to_f32(from.dtype, at(values, from.offsets[tile]), bits.count, value);
+    if (base.data) {
+      theirs.read(base, first, bits);
+      subtract(value, theirs.value, bits.count);
+    }
+    for (int64_t i = 0; i < bits.count; ++i) value[i] *= factor;
+    kernels().from_f32(out_dtype, value, bits.count, rounded);
+    uint8_t* to = out + first * size;
+    std::memset(to, 0, size_t(m * size));
+    if (size == 4) {
+      scatter<4>(rounded, bits, to);
+    } else {
+      scatter<2>(rounded, bits, to);
+    }
+  });
+}
+
+std::pair<double, double> drop_sums(const Tensor& x, const Tensor& base, DType held, Stream stream,
+                                    int64_t n, int threads) {
+  const int64_t chunks = (n + kStatChunk - 1) / kStatChunk;
+  std::vector<double> all(static_cast<size_t>(chunks)), kept(static_cast<size_t>(chunks));
+  const auto sum = [&](int64_t chunk) {
+    const int64_t first = chunk * kStatChunk, m = std::min(kStatChunk, n - first);
+    TermView term;
+    term.x = at(x, first);
+    term.dtype = x.dtype;
+    term.sparsify = Sparsify::Drop;
+    term.key = stream.key;
+    term.threshold = stream.threshold;
+    const uint8_t* subtracted = base.data ? at(base, first) : nullptr;
+    std::vector<uint8_t> rounded;
+    if (subtracted && held != DType::F32) {
+      rounded.resize(size_t(m * dtype_size(held)));
+      alignas(64) float value[kBlock], theirs[kBlock];
+      for (int64_t o = 0; o < m; o += kBlock) {
+        const int64_t k = std::min(kBlock, m - o);
+        kernels().to_f32(x.dtype, at(x, first + o), k, value);
+        kernels().to_f32(base.dtype, at(base, first + o), k, theirs);
+        subtract(value, theirs, k);
+        kernels().from_f32(held, value, k, rounded.data() + o * dtype_size(held));
+      }
+      term.x = rounded.data();
+      term.dtype = held;
+      subtracted = nullptr;
+    }
+    std::vector<uint64_t> bits(kStatChunk / 64);
+    kernels().l1(term, subtracted ? base.dtype : DType::F32, subtracted, m, first, false,
+                 bits.data(), &all[size_t(chunk)], &kept[size_t(chunk)]);
+  };
+  in_parallel(chunks, threads, [&] { return sum; });
+  double total = 0.0, total_kept = 0.0;
+  for (size_t chunk = 0; chunk < all.size(); ++chunk) {
+    total += all[chunk];
+    total_kept += kept[chunk];
+  }
+  return {total, total_kept};
+}
+
+namespace {
+
+// What one thread needs for a block of a row.
+struct Scratch {
+  std::unique_ptr<float[]> floats;
+  std::vector<TermView> views;
+  float *base, *sum, *deltas, *inner;
+
+  explicit Scratch(size_t terms) : views(terms) {
+    const int64_t k = int64_t(terms), line = 16;  // the kernels are fastest on whole cache lines
+    floats.reset(new float[size_t(scratch_floats(k) + (k + 2) * kBlock + line)]);
+    const auto off = int64_t(reinterpret_cast<uintptr_t>(floats.get()) / sizeof(float)) % line;
+    base = floats.get() + (line - off) % line;
+    sum = base + kBlock;
+    deltas = sum + kBlock;
+    inner = deltas + k * kBlock;
+  }
+};
+
+void expand(const PackedTerm& term, int64_t first, int64_t m, const float* base, float* delta) {
+  const Packed& packed = term.packed;
+  const Tensor values{packed.dtype, packed.values};
+  if (!packed.offsets) {
+    kernels().to_f32(packed.dtype, at(values, first), m, delta);
+    if (base) subtract(delta, base, m);
+    return;
+  }
+  const int64_t tile = first / kPackTile;
+  const Bits bits(packed.stream, first, m);
+  check(packed, tile, bits);
+  alignas(64) float value[kPackTile];
+  kernels().to_f32(packed.dtype, at(values, packed.offsets[tile]), bits.count, value);
+  std::memset(delta, 0, size_t(m) * sizeof(float));
+  const float* from = value;
+  if (base) {
+    bits.each([&](int64_t i) { delta[i] = *from++ - base[i]; });
+  } else {
+    bits.each([&](int64_t i) { delta[i] = *from++; });
+  }
+}
+
+void combine_block(const PackedRow& row, const PackedPolicy& policy, int64_t first, int64_t m,
+                   Scratch& scratch) {
+  if (policy.difference) kernels().to_f32(row.base.dtype, at(row.base, first), m, scratch.base);
+  TileView view;
+  view.n = m;
+  view.elect = policy.elect;
+  view.vote_weighted = policy.vote_weighted;
+  view.reduce = policy.reduce;
+  view.divide_by_weights = policy.divide_by_weights;
+  view.denominator = row.denominator;
+  view.lambda = policy.lambda;
+  view.n_terms = int(row.terms.size());
+  view.terms = scratch.views.data();
+  view.out = reinterpret_cast<uint8_t*>(scratch.sum);
+  view.scratch = scratch.inner;
+  for (size_t k = 0; k < row.terms.size(); ++k) {
+    const PackedTerm& term = row.terms[k];
+    float* delta = scratch.deltas + int64_t(k) * kBlock;
+    expand(term, first, m, policy.difference && !term.delta ? scratch.base : nullptr, delta);
+    TermView& to = scratch.views[k] = TermView{};
+    to.x = reinterpret_cast<const uint8_t*>(delta);
+    to.weight = term.weight;
+    to.scale = term.scale;
+    to.rescale = term.rescale;
+  }
+  kernels().combine(view);
+  if (policy.difference)
+    for (int64_t i = 0; i < m; ++i) scratch.sum[i] = scratch.base[i] + scratch.sum[i];
+  kernels().from_f32(row.out_dtype, scratch.sum, m, row.out + first * dtype_size(row.out_dtype));
+}
+
+}  // namespace
+
+void combine_packed(const std::vector<PackedRow>& rows, const PackedPolicy& policy, int threads) {
+  std::vector<int64_t> ends;  // of the rows, in units
+  int64_t units = 0;
+  size_t terms = 0;
+  for (const PackedRow& row : rows) {
+    ends.push_back(units += (row.n + kUnit - 1) / kUnit);
+    terms = std::max(terms, row.terms.size());
+  }
+  if (int64_t(terms) > kMaxTerms) throw std::invalid_argument("too many terms");
+  in_parallel(units, threads, [&] {
+    return [&, scratch = Scratch(terms)](int64_t unit) mutable {
+      const size_t r = size_t(std::upper_bound(ends.begin(), ends.end(), unit) - ends.begin());
+      const PackedRow& row = rows[r];
+      const int64_t start = (unit - (r ? ends[r - 1] : 0)) * kUnit;
+      for (int64_t first = start; first < std::min(row.n, start + kUnit); first += kPackTile)
+        combine_block(row, policy, first, std::min(kPackTile, row.n - first), scratch);
+    };
+  });
+}
+
+}  // namespace clf
