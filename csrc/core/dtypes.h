@@ -1,18 +1,21 @@
 // Storage types of a checkpoint and their exact conversion to and from float32.
 //
 // Every stored value converts to float32 exactly. Stores round to nearest, ties to even; NaN
-// becomes the positive quiet NaN, so that all instruction sets give the same bytes. Everything here has internal linkage: the header is compiled into translation
-// units with different instruction sets, and the linker must never merge them.
+// becomes the positive quiet NaN, so that all instruction sets give the same bytes. Everything here
+// has internal linkage: the header is compiled into translation units with different instruction
+// sets, and the linker must never merge them.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
+#include "host_device.h"
+
 namespace clf {
 
 enum class DType : int { BF16 = 0, F16 = 1, F32 = 2, F8_E4M3 = 3, F8_E5M2 = 4, BYTES = 5 };
 
-static inline int64_t dtype_size(DType t) {
+CLF_HD static inline int64_t dtype_size(DType t) {
   switch (t) {
     case DType::BF16:
     case DType::F16:
@@ -24,27 +27,27 @@ static inline int64_t dtype_size(DType t) {
   }
 }
 
-static inline uint32_t f32_bits(float x) {
+CLF_HD static inline uint32_t f32_bits(float x) {
   uint32_t u;
   std::memcpy(&u, &x, 4);
   return u;
 }
 
-static inline float bits_f32(uint32_t u) {
+CLF_HD static inline float bits_f32(uint32_t u) {
   float x;
   std::memcpy(&x, &u, 4);
   return x;
 }
 
-static inline float bf16_to_f32(uint16_t h) { return bits_f32(uint32_t(h) << 16); }
+CLF_HD static inline float bf16_to_f32(uint16_t h) { return bits_f32(uint32_t(h) << 16); }
 
-static inline uint16_t f32_to_bf16(float x) {
+CLF_HD static inline uint16_t f32_to_bf16(float x) {
   const uint32_t u = f32_bits(x);
   if ((u & 0x7fffffffu) > 0x7f800000u) return 0x7fc0u;
   return uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
 
-static inline float f16_to_f32(uint16_t h) {
+CLF_HD static inline float f16_to_f32(uint16_t h) {
   const uint32_t sign = uint32_t(h & 0x8000u) << 16;
   const uint32_t exponent = (h >> 10) & 0x1fu;
   const uint32_t mantissa = h & 0x3ffu;
@@ -58,7 +61,7 @@ static inline float f16_to_f32(uint16_t h) {
   return bits_f32(sign | ((exponent + 112u) << 23) | (mantissa << 13));
 }
 
-static inline uint16_t f32_to_f16(float x) {
+CLF_HD static inline uint16_t f32_to_f16(float x) {
   const uint32_t u = f32_bits(x);
   const uint32_t sign = (u >> 16) & 0x8000u;
   const uint32_t a = u & 0x7fffffffu;
@@ -78,7 +81,7 @@ static inline uint16_t f32_to_f16(float x) {
 }
 
 // OCP 8-bit floats. E4M3 has no infinity: 0x7f and 0xff are NaN. E5M2 is the upper byte of a half.
-static inline float f8_e4m3_to_f32(uint8_t h) {
+CLF_HD static inline float f8_e4m3_to_f32(uint8_t h) {
   const uint32_t sign = uint32_t(h & 0x80u) << 24;
   const uint32_t exponent = (h >> 3) & 0xfu;
   const uint32_t mantissa = h & 7u;
@@ -87,12 +90,12 @@ static inline float f8_e4m3_to_f32(uint8_t h) {
   return bits_f32(sign | ((exponent + 120u) << 23) | (mantissa << 20));
 }
 
-static inline float f8_e5m2_to_f32(uint8_t h) { return f16_to_f32(uint16_t(h) << 8); }
+CLF_HD static inline float f8_e5m2_to_f32(uint8_t h) { return f16_to_f32(uint16_t(h) << 8); }
 
 // The two conversions above for every byte, E4M3 first.
 extern const float (&kF8ToF32)[2][256];
 
-static inline float load_f32(DType t, const uint8_t* p, int64_t i) {
+CLF_HD static inline float load_f32(DType t, const uint8_t* p, int64_t i) {
   switch (t) {
     case DType::BF16: {
       uint16_t h;

@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "host_device.h"
+
 namespace clf {
 
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
@@ -18,7 +20,7 @@ struct Block {
   uint32_t w[4];
 };
 
-static inline Block philox4x32_10(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0,
+CLF_HD static inline Block philox4x32_10(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0,
                                   uint32_t k1) {
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = uint64_t(kPhiloxM0) * c0, p1 = uint64_t(kPhiloxM1) * c2;
@@ -32,7 +34,7 @@ static inline Block philox4x32_10(uint32_t c0, uint32_t c1, uint32_t c2, uint32_
   return Block{{c0, c1, c2, c3}};
 }
 
-static inline uint32_t stream_byte(uint64_t key, uint64_t index, uint32_t level) {
+CLF_HD static inline uint32_t stream_byte(uint64_t key, uint64_t index, uint32_t level) {
   const uint64_t group = index >> 4;
   const Block b = philox4x32_10(uint32_t(group), uint32_t(group >> 32), level, 0, uint32_t(key),
                                 uint32_t(key >> 32));
@@ -41,7 +43,7 @@ static inline uint32_t stream_byte(uint64_t key, uint64_t index, uint32_t level)
 }
 
 // Whether element `index` is kept given that its bytes before `level` equal the threshold's.
-static inline bool stream_keep_from(uint64_t key, uint64_t index, uint32_t threshold,
+CLF_HD static inline bool stream_keep_from(uint64_t key, uint64_t index, uint32_t threshold,
                                     uint32_t level) {
   for (; level < 4; ++level) {
     const uint32_t want = (threshold >> (24 - 8 * level)) & 255u;

@@ -1,0 +1,258 @@
+// The fused pass of a merge on the GPU: base and up to 32 terms in, one tensor out, each read and
+// written once. The formula and its order are those of cl_fast/ops/combining.py; arithmetic is
+// float32 without fused multiply-add, so the bits are those of every other backend.
+//
+// A block of 256 threads takes a tile of 4096 elements of one row: 16 per thread, in two 16-byte
+// runs. Up to KT terms are loaded before the first is used, so that enough bytes are in flight; the
+// raw words stay in registers, because an election looks at them twice. More terms than KT are
+// worked off in groups, and read again (from the caches) by the second sweep of an election.
+#include "combine_device.h"
+
+#include "../cuda/draw.h"
+
+namespace clf {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / 32, kRun = 256;
+constexpr int64_t kTile = 4096;
+
+// Where the kept values of a packed term start for this lane: in its first and its second run.
+template <int KT>
+__device__ __forceinline__ void packed_ranks(const DeviceTerm* terms, int count, int64_t tile_start,
+                                             int warp, int lane, const uint32_t (&keep)[KT],
+                                             uint32_t (&totals)[KT][kWarps], int64_t (&rank)[KT][2]) {
+  uint32_t before[KT];
+#pragma unroll
+  for (int k = 0; k < KT; ++k) {
+    // both runs in one word: at most 256 kept elements in each
+    const uint32_t mine = uint32_t(__popc(keep[k] & 0xffu)) | uint32_t(__popc(keep[k] >> 8)) << 16;
+    uint32_t sum = mine;
+#pragma unroll
+    for (int by = 1; by < 32; by *= 2) {
+      const uint32_t other = __shfl_up_sync(0xffffffffu, sum, by);
+      if (lane >= by) sum += other;
+    }
+    before[k] = sum - mine;
+    const uint32_t all = __shfl_sync(0xffffffffu, sum, 31);
+    before[k] += (all & 0xffffu) << 16;  // the second run comes after the whole first one
+    if (lane == 0) totals[k][warp] = (all & 0xffffu) + (all >> 16);
+  }
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < KT; ++k) {
+    if (k >= count || !(terms[k].flags & kPacked)) continue;
+    constexpr int kWarpsPerPackTile = int(kPackTile) / (2 * kRun);
+    const int first = warp / kWarpsPerPackTile * kWarpsPerPackTile;
+    // A tile of the tensor may end before its second half: no warp there keeps anything.
+    int64_t start = terms[k].offsets[tile_start / kPackTile];
+    if (first > 0)
+      for (int w = 0; w < first; ++w) start += totals[k][w];
+    for (int w = first; w < warp; ++w) start += totals[k][w];
+    rank[k][0] = start + (before[k] & 0xffffu);
+    rank[k][1] = start + (before[k] >> 16);
+  }
+  __syncthreads();
+}
+
+template <int KT, bool kWide, DropForm kForm, bool kElect>
+__global__ void __launch_bounds__(kThreads, kWide || KT > 4 ? 1 : 2)
+    combine_kernel(CLF_ARGUMENT(Batch) b, const CombineOnDevice c) {
+  constexpr bool kDraws = kForm == DropForm::Drop || kForm == DropForm::Packed;
+  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
+  const int r = find_row(b, blockIdx.x);
+  const DeviceRow& row = b.row[r];
+  const DeviceTerm* const terms = b.term + r * b.models;
+  const int models = b.models;
+  const int64_t tile_start = (int64_t(blockIdx.x) - row.first) * kTile;
+  const int64_t warp_start = tile_start + warp * (2 * kRun);
+
+  int64_t at[2];
+  bool whole[2];
+#pragma unroll
+  for (int v = 0; v < 2; ++v) {
+    at[v] = warp_start + v * kRun + lane * 8;
+    whole[v] = row.aligned && at[v] + 8 <= row.n;
+  }
+
+  // An election works off one run after the other, which halves the registers it needs.
+  constexpr int kRuns = kElect ? 1 : 2;
+  Raw raw[KT][2], raw_base[2];
+  uint32_t keep[KT];
+  int64_t rank[KT][2];
+  if (row.base != nullptr) {
+#pragma unroll
+    for (int v = 0; v < 2; ++v)
+      load8<true>(raw_base[v], row.base, row.base_dtype, at[v], row.n, whole[v]);
+  }
+
+#pragma unroll
+  for (int run = 0; run < 2; run += kRuns) {
+    float base[kRuns][8], sum[kRuns][8], divisor[kRuns][8];  // sum: first of the votes, then of values
+    uint32_t plus = 0;                                       // the elected signs, a bit per element
+#pragma unroll
+    for (int i = 0; i < kRuns; ++i) {
+      if (row.base != nullptr) widen8<true>(raw_base[run + i], row.base_dtype, base[i]);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sum[i][j] = divisor[i][j] = 0.0f;
+    }
+#pragma unroll
+    for (int sweep = 0; sweep < (kElect ? 2 : 1); ++sweep) {
+      for (int first = 0; first < models; first += KT) {
+        const int count = models - first < KT ? models - first : KT;
+        if ((sweep == 0 && run == 0) || models > KT) {
+#pragma unroll
+          for (int k = 0; k < KT; ++k) {
+            if (k >= count || (kForm == DropForm::Packed && (terms[first + k].flags & kPacked)))
+              continue;
+#pragma unroll
+            for (int v = 0; v < 2; ++v)
+              load8<kWide>(raw[k][v], terms[first + k].x, terms[first + k].dtype, at[v], row.n,
+                           whole[v]);
+          }
+          if constexpr (kDraws) {
+            __shared__ DrawScratch<KT> scratch[kWarps];
+            draw<KT>(terms + first, count, warp_start, lane, scratch[warp], keep);
+          }
+          if constexpr (kForm == DropForm::Packed) {
+            __shared__ uint32_t totals[KT][kWarps];
+            uint32_t inside = 0;
+#pragma unroll
+            for (int v = 0; v < 2; ++v)
+#pragma unroll
+              for (int j = 0; j < 8; ++j)
+                if (at[v] + j < row.n) inside |= 1u << (8 * v + j);
+#pragma unroll
+            for (int k = 0; k < KT; ++k) keep[k] &= inside;
+            packed_ranks<KT>(terms + first, count, tile_start, warp, lane, keep, totals, rank);
+          }
+        }
+#pragma unroll
+        for (int k = 0; k < KT; ++k) {
+          if (k >= count) continue;
+          const DeviceTerm& t = terms[first + k];
+          const bool packed = kForm == DropForm::Packed && (t.flags & kPacked);
+          const bool subtract = c.difference && !(packed && (t.flags & kDelta));
+          const float scale = c.scales != nullptr ? c.scales[t.entry] : t.scale;
+          const float rescale = c.rescales != nullptr ? c.rescales[t.entry] : t.rescale;
+          const int32_t code = kForm == DropForm::Trim ? c.codes[t.entry] : 0;
+          const int64_t cut = kForm == DropForm::Trim ? c.cuts[t.entry] : 0;
+#pragma unroll
+          for (int i = 0; i < kRuns; ++i) {
+            const int v = run + i;
+            float x[8];
+            if (packed) {
+              int64_t from = rank[k][v];
+#pragma unroll
+              for (int j = 0; j < 8; ++j)
+                x[j] = keep[k] >> (8 * v + j) & 1u ? element(t.x, t.dtype, from++) : 0.0f;
+            } else {
+              widen8<kWide>(raw[k][v], t.dtype, x);
+            }
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+              float d = subtract ? x[j] - base[i][j] : x[j];
+              if constexpr (kForm == DropForm::Trim) {
+                const int32_t own = int32_t(f32_bits(d) & 0x7fffffffu);
+                d = own > code || (own == code && at[v] + j < cut) ? d : 0.0f;
+              }
+              if constexpr (kDraws) d = keep[k] >> (8 * v + j) & 1u ? d : 0.0f;
+              const float value = d * scale;
+              if constexpr (!kElect) {
+                sum[i][j] = first + k == 0 ? value : sum[i][j] + value;
+              } else {
+                const float vote = c.vote_weighted ? value : d * rescale;
+                if (sweep == 0) {
+                  sum[i][j] += c.elect == Elect::Frequency
+                                   ? (vote > 0.0f ? 1.0f : 0.0f) - (vote < 0.0f ? 1.0f : 0.0f)
+                                   : vote;
+                } else {
+                  // Said by what does not agree, so that NaN agrees and reaches the output.
+                  const bool agrees = plus >> j & 1u ? !(vote <= 0.0f) : !(vote >= 0.0f);
+                  if (c.reduce == Reduce::Max) {
+                    const bool larger = fabsf(value) > fabsf(sum[i][j]) ||
+                                        (value != value && sum[i][j] == sum[i][j]);
+                    sum[i][j] = agrees && larger ? value : sum[i][j];
+                  } else {
+                    sum[i][j] += agrees ? value : 0.0f;
+                    divisor[i][j] += agrees ? (c.divide_by_weights ? t.weight : 1.0f) : 0.0f;
+                  }
+                }
+              }
+            }
+          }
+        }
+      }
+      if (kElect && sweep == 0) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          plus |= uint32_t(sum[0][j] >= 0.0f) << j;
+          sum[0][j] = 0.0f;
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kRuns; ++i) {
+      const int v = run + i;
+      float out[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        float total = sum[i][j];
+        if (c.reduce == Reduce::Mean)
+          total = total / (!kElect ? row.denominator : divisor[i][j] == 0.0f ? 1.0f : divisor[i][j]);
+        if (c.lambda != 1.0f) total = total * c.lambda;
+        out[j] = c.difference ? base[i][j] + total : total;
+      }
+      if (at[v] < row.n) store8(row.out, row.out_dtype, at[v], row.n, whole[v], out);
+    }
+  }
+}
+
+template <DropForm kForm, bool kElect>
+void launch(const Batch& b, const CombineOnDevice& c, bool wide, cudaStream_t stream) {
+  if constexpr (kForm == DropForm::Packed) {  // the values are gathered: few terms at a time
+    CLF_LAUNCH((combine_kernel<2, true, kForm, kElect>), b.total, kThreads, stream, b, c);
+  } else if (wide) {
+    CLF_LAUNCH((combine_kernel<4, true, kForm, kElect>), b.total, kThreads, stream, b, c);
+  } else if (b.models <= 2) {
+    CLF_LAUNCH((combine_kernel<2, false, kForm, kElect>), b.total, kThreads, stream, b, c);
+  } else if (b.models <= 4) {
+    CLF_LAUNCH((combine_kernel<4, false, kForm, kElect>), b.total, kThreads, stream, b, c);
+  } else {
+    CLF_LAUNCH((combine_kernel<8, false, kForm, kElect>), b.total, kThreads, stream, b, c);
+  }
+}
+
+template <DropForm kForm>
+void launch(const Batch& b, const CombineOnDevice& c, bool wide, cudaStream_t stream) {
+  if (c.elect == Elect::None)
+    launch<kForm, false>(b, c, wide, stream);
+  else
+    launch<kForm, true>(b, c, wide, stream);
+}
+
+}  // namespace
+
+void combine_on_device(const Rows& rows, const CombineOnDevice& call, cudaStream_t stream) {
+  bool wide = false;
+  for (const int dtype : rows.dtype) wide |= DType(dtype) == DType::F32;
+  Batches batches(rows, Unit::Tiles, kTile);
+  for (Batch b; batches.next(b);) {
+    switch (call.form) {
+      case DropForm::None:
+        launch<DropForm::None>(b, call, wide, stream);
+        break;
+      case DropForm::Trim:
+        launch<DropForm::Trim>(b, call, wide, stream);
+        break;
+      case DropForm::Drop:
+        launch<DropForm::Drop>(b, call, wide, stream);
+        break;
+      case DropForm::Packed:
+        launch<DropForm::Packed>(b, call, wide, stream);
+        break;
+    }
+    check_launch("combine on the GPU");
+  }
+}
+
+}  // namespace clf
