@@ -18,97 +18,112 @@ import torch
 import triton
 import triton.language as tl
 
-from .philox import GROUP, keep_tile, split_key, split_threshold
+from .philox import (
+    count_bits,
+    keep_bits,
+    kept,
+    kept_before,
+    split_key,
+    split_threshold,
+    spread,
+)
 
 __all__ = ["PACK_TILE", "offsets", "pack", "unpack"]
 
 PACK_TILE = 2048
 """Elements per entry of the offsets: part of the layout that all backends share."""
 
-_GROUPS = PACK_TILE // GROUP
-# Eight elements per thread on NVIDIA: 16 bytes of bfloat16, and about 40 registers.
-_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
-_PLAIN = ["n", "kept", "k0", "k1", "lead", "rest"]
+# One group of the stream per thread of NVIDIA's.
+_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+_PLAIN = ["n", "kept_n", "k0", "k1", "lead", "rest"]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _mask_of(tile, n, k0, k1, lead, rest, GROUPS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Indices in the tile, which of them exist, and which are kept, each [GROUPS, 16]."""
-    group = tl.arange(0, GROUPS)[:, None]
-    # Indices in a tile are 32 bits: it halves the registers that addresses take.
-    local = group * 16 + tl.arange(0, 16)[None, :]
-    inside = local < tl.minimum(n - tile * (GROUPS * 16), GROUPS * 16).to(tl.int32)
-    keep = keep_tile(tile * GROUPS + group, k0, k1, lead, rest) & inside
-    return local, inside, keep
+def _groups(tile, k0, k1, lead, rest, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The masks of the groups of a tile: uint32 [TILE / 16]."""
+    return keep_bits(
+        tile * (TILE // 16) + tl.arange(0, TILE // 16),
+        k0.to(tl.uint32, bitcast=True),
+        k1.to(tl.uint32, bitcast=True),
+        lead.to(tl.int64) * 0x1000000 + rest,
+    )
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _places(keep, first, kept, GROUPS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The place of each kept element among those of its tile, and the ones that have one."""
-    one = keep.to(tl.int32)
-    per_group = tl.sum(one, axis=1)
+def _places(bits, first, kept_n, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The place of each element among the kept ones of its tile, and which of them have one."""
+    lane = tl.arange(0, TILE)
+    per_group = count_bits(bits)
     before = tl.cumsum(per_group, axis=0) - per_group
-    place = before[:, None] + tl.cumsum(one, axis=1) - one
+    words = spread(bits, TILE // 16)
+    place = spread(before, TILE // 16) + kept_before(words, lane)
     # Offsets of another stream must not reach beyond the values.
-    room = tl.where(first >= 0, tl.minimum(tl.maximum(kept - first, 0), GROUPS * 16), 0)
-    return place, keep & (place < room.to(tl.int32))
+    room = tl.where(first >= 0, tl.minimum(tl.maximum(kept_n - first, 0), TILE), 0)
+    return place, kept(words, lane) & (place < room.to(tl.int32))
 
 
 @triton.jit(do_not_specialize=_PLAIN)  # type: ignore[untyped-decorator, unused-ignore]
-def _count_kernel(  # type: ignore[no-untyped-def]
-    o_ptr, n, k0, k1, lead, rest, GROUPS: tl.constexpr
-):
+def _count_kernel(o_ptr, n, k0, k1, lead, rest, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     tile = tl.program_id(0).to(tl.int64)
-    _, _, keep = _mask_of(tile, n, k0, k1, lead, rest, GROUPS)
-    count = tl.sum(tl.sum(keep.to(tl.int32), axis=1), axis=0)
+    bits = _groups(tile, k0, k1, lead, rest, TILE)
+    if (tile + 1) * TILE <= n:
+        count = tl.sum(count_bits(bits), axis=0)
+    else:
+        lane = tl.arange(0, TILE)
+        keep = kept(spread(bits, TILE // 16), lane) & (lane < n - tile * TILE)
+        count = tl.sum(keep.to(tl.int32), axis=0)
     tl.store(o_ptr + tile, count.to(tl.int64))
 
 
 @triton.jit(do_not_specialize=_PLAIN)  # type: ignore[untyped-decorator, unused-ignore]
 def _pack_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, b_ptr, at_ptr, o_ptr, n, kept, k0, k1, lead, rest,
-    HAS_BASE: tl.constexpr, GROUPS: tl.constexpr,
+    x_ptr, b_ptr, at_ptr, o_ptr, n, kept_n, k0, k1, lead, rest,
+    HAS_BASE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0).to(tl.int64)
     first = tl.load(at_ptr + tile)
-    start = tile * (GROUPS * 16)
-    local, inside, keep = _mask_of(tile, n, k0, k1, lead, rest, GROUPS)
-    place, keep = _places(keep, first, kept, GROUPS)
+    start = tile * TILE
+    lane = tl.arange(0, TILE)
     # A mask would break the vectors up; only the last tile needs one.
-    if start + GROUPS * 16 <= n:
-        x = tl.load(x_ptr + start + local).to(tl.float32)
+    if start + TILE <= n:
+        x = tl.load(x_ptr + start + lane).to(tl.float32)
         if HAS_BASE:
-            x = x - tl.load(b_ptr + start + local).to(tl.float32)
+            x = x - tl.load(b_ptr + start + lane).to(tl.float32)
+        place, keep = _places(_groups(tile, k0, k1, lead, rest, TILE), first, kept_n, TILE)
         tl.store(o_ptr + first + place, x.to(o_ptr.dtype.element_ty), mask=keep)
     else:
-        x = tl.load(x_ptr + start + local, mask=inside, other=0.0).to(tl.float32)
+        inside = lane < n - start
+        x = tl.load(x_ptr + start + lane, mask=inside, other=0.0).to(tl.float32)
         if HAS_BASE:
-            x = x - tl.load(b_ptr + start + local, mask=inside, other=0.0).to(tl.float32)
-        tl.store(o_ptr + first + place, x.to(o_ptr.dtype.element_ty), mask=keep)
+            x = x - tl.load(b_ptr + start + lane, mask=inside, other=0.0).to(tl.float32)
+        place, keep = _places(_groups(tile, k0, k1, lead, rest, TILE), first, kept_n, TILE)
+        tl.store(o_ptr + first + place, x.to(o_ptr.dtype.element_ty), mask=keep & inside)
 
 
 @triton.jit(do_not_specialize=_PLAIN)  # type: ignore[untyped-decorator, unused-ignore]
 def _unpack_kernel(  # type: ignore[no-untyped-def]
-    v_ptr, b_ptr, at_ptr, o_ptr, n, kept, k0, k1, lead, rest, factor,
-    HAS_BASE: tl.constexpr, GROUPS: tl.constexpr,
+    v_ptr, b_ptr, at_ptr, o_ptr, n, kept_n, k0, k1, lead, rest, factor,
+    HAS_BASE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0).to(tl.int64)
     first = tl.load(at_ptr + tile)
-    start = tile * (GROUPS * 16)
-    local, inside, keep = _mask_of(tile, n, k0, k1, lead, rest, GROUPS)
-    place, keep = _places(keep, first, kept, GROUPS)
-    y = tl.load(v_ptr + first + place, mask=keep, other=0.0).to(tl.float32)
+    start = tile * TILE
+    lane = tl.arange(0, TILE)
+    place, keep = _places(_groups(tile, k0, k1, lead, rest, TILE), first, kept_n, TILE)
     # A mask would break the vectors up; only the last tile needs one.
-    if start + GROUPS * 16 <= n:
+    if start + TILE <= n:
+        y = tl.load(v_ptr + first + place, mask=keep, other=0.0).to(tl.float32)
         if HAS_BASE:
-            y = y - tl.load(b_ptr + start + local).to(tl.float32)
+            y = y - tl.load(b_ptr + start + lane).to(tl.float32)
         y = tl.where(keep, y * factor, 0.0)
-        tl.store(o_ptr + start + local, y.to(o_ptr.dtype.element_ty))
+        tl.store(o_ptr + start + lane, y.to(o_ptr.dtype.element_ty))
     else:
+        inside = lane < n - start
+        y = tl.load(v_ptr + first + place, mask=keep & inside, other=0.0).to(tl.float32)
         if HAS_BASE:
-            y = y - tl.load(b_ptr + start + local, mask=inside, other=0.0).to(tl.float32)
+            y = y - tl.load(b_ptr + start + lane, mask=inside, other=0.0).to(tl.float32)
         y = tl.where(keep, y * factor, 0.0)
-        tl.store(o_ptr + start + local, y.to(o_ptr.dtype.element_ty), mask=inside)
+        tl.store(o_ptr + start + lane, y.to(o_ptr.dtype.element_ty), mask=inside)
 
 
 def offsets(key: int, n: int, threshold: int, *, device: Any = "cuda") -> torch.Tensor:
@@ -125,7 +140,7 @@ def offsets(key: int, n: int, threshold: int, *, device: Any = "cuda") -> torch.
         counts = out[1:]
         with torch.cuda.device_of(out):
             _count_kernel[(tiles,)](
-                counts, n, *split_key(key), *split_threshold(threshold), GROUPS=_GROUPS, **_OPTIONS
+                counts, n, *split_key(key), *split_threshold(threshold), TILE=PACK_TILE, **_OPTIONS
             )
         torch.cumsum(counts, 0, out=counts)
     return out
@@ -163,7 +178,7 @@ def pack(
                 *split_key(key),
                 *split_threshold(threshold),
                 HAS_BASE=base is not None,
-                GROUPS=_GROUPS,
+                TILE=PACK_TILE,
                 **_OPTIONS,
             )
     return out
@@ -201,6 +216,6 @@ def unpack(
                 *split_threshold(threshold),
                 factor,
                 HAS_BASE=base is not None,
-                GROUPS=_GROUPS,
+                TILE=PACK_TILE,
                 **_OPTIONS,
             )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cl_fast.triton_kernels import packing as kernels
 
-from cl_fast.ops import dare, keep_mask, keep_threshold, stream_key
+from cl_fast.ops import keep_mask, keep_threshold, stream_key
 
 LENGTHS = (0, 1, 15, 2047, 2048, 2049, 9001)
 THRESHOLDS = (0, 1, 1 << 24, keep_threshold(0.1), 1 << 31, keep_threshold(0.9), (1 << 32) - 1)

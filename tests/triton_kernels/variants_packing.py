@@ -6,7 +6,6 @@ from cl_fast.triton_kernels import packing
 from variant import Variant
 
 STREAM = dict.fromkeys(("k0", "k1", "lead", "rest"), "i32")
-GROUPS = packing._GROUPS
 DTYPES = ("bf16", "fp16", "fp32")
 OPTIONS = packing._OPTIONS
 
@@ -15,18 +14,17 @@ VARIANTS = [
         name="packed offsets",
         kernel=packing._count_kernel,
         signature={"o_ptr": "*i64", "n": "i64", **STREAM},
-        constexprs={"GROUPS": GROUPS},
+        constexprs={"TILE": packing.PACK_TILE},
         options=OPTIONS,
         vectors=False,  # reads nothing
     ),
 ]
 for held in DTYPES:
-    for has_base, base in ((False, held), (True, held), (True, "bf16" if held == "fp32" else "fp32")):
+    other = "bf16" if held == "fp32" else "fp32"
+    for has_base, base in ((False, held), (True, held), (True, other)):
         name = f"{held} less {base}" if has_base else held
-        # A thread reads eight elements on NVIDIA, four on gfx942: 16 bytes there of float32 only.
-        wide = "fp32" in (held, base)
-        sizes = {"n": "i64", "kept": "i64"}
-        constexprs = {"HAS_BASE": has_base, "GROUPS": GROUPS}
+        sizes = {"n": "i64", "kept_n": "i64"}
+        constexprs = {"HAS_BASE": has_base, "TILE": packing.PACK_TILE}
         VARIANTS += [
             Variant(
                 name=f"pack {name}",
@@ -38,7 +36,6 @@ for held in DTYPES:
                 constexprs=constexprs,
                 aligned=("x_ptr", "b_ptr", "at_ptr", "o_ptr"),
                 options=OPTIONS,
-                vectors=wide,
                 # sm_80 takes the difference of two bfloat16 as fma.rn.bf16 with a factor of one:
                 # the exact difference rounded once, which a float32 in between does not change.
                 exact=not (has_base and held == base == "bf16"),
@@ -53,7 +50,7 @@ for held in DTYPES:
                 constexprs=constexprs,
                 aligned=("v_ptr", "b_ptr", "at_ptr", "o_ptr"),
                 options=OPTIONS,
-                vectors=has_base and base == "fp32",  # values are gathered, a base is read whole
+                vectors=has_base,  # values are gathered, a base is read whole
                 exact=True,
             ),
         ]  # fmt: skip
