@@ -9,7 +9,7 @@
 
 Steps, in this order:
 
-    build     the native module with its CUDA kernels, for this card, into cl_fast/
+    build     the C++ core and the CUDA kernels, for this card, into cl_fast/
     test      pytest -m gpu tests/gpu, one process per file
     sanitize  compute-sanitizer, memcheck and racecheck, over every CUDA C++ kernel
     bench     every case of benchmarks/gpu, verified, then timed
@@ -53,6 +53,15 @@ STEPS = ("build", "test", "sanitize", "bench")
 LEFT = "left"
 TOOLS = ("memcheck", "racecheck")
 CRASHES_PER_CASE = 3
+
+# Whether the built modules load, in the words of the package.
+LOADED = """
+import json
+from cl_fast.backends import cuda, native
+modules = {"cuda": cuda.load(), "native": native.load()}
+print(json.dumps({name: module and module.build_info() for name, module in modules.items()}
+                 | {"why": cuda.reason() or native.reason()}))
+"""
 
 # Not started with less time than this left, and stopped after that; seconds.
 BUILD_S, TEST_S, SANITIZE_S = (25.0, 300.0), (15.0, 240.0), (30.0, 180.0)
@@ -203,7 +212,7 @@ class Lane:
         for entry in (ROOT / "cl_fast").iterdir():
             if entry.name != "__pycache__":
                 wanted[entry.name] = entry
-        for built in self.modules.glob("_native*.so"):
+        for built in self.modules.glob("_*.so"):
             wanted[built.name] = built
         for old in package.iterdir():
             if old.is_symlink() and old.readlink() != wanted.get(old.name):
@@ -264,9 +273,9 @@ class Lane:
     # -------------------------------------------------------------------------------- build
 
     def build(self) -> None:
-        """Configure and compile the native module with its CUDA kernels."""
+        """Configure and compile the core and the CUDA kernels."""
         done = self.results.steps.get("build")
-        if done and done["status"] == OK and list(self.modules.glob("_native*.so")):
+        if done and done["status"] == OK and list(self.modules.glob("_cuda*.so")):
             return
         if self.dry and not self.arch:
             reason = "a dry run uses the module of the checkout; --arch 90 builds one beside it"
@@ -312,19 +321,16 @@ class Lane:
             if ended.code != 0:
                 tail = ended.tail(25)
                 return {"status": FAILED, "reason": f"{name} {ended.how()}", "output": tail}
-        check = call(
-            [sys.executable, "-c", "import json; from cl_fast.backends import native; "
-             "core = native.load(); "
-             "print(json.dumps([core and core.build_info(), native.reason()]))"],
-            self.log("build check"), 60.0, self.environment(),
-        )  # fmt: skip
+        check = call([sys.executable, "-c", LOADED], self.log("build check"), 60.0,
+                     self.environment())  # fmt: skip
         if check.code != 0:
-            return {"status": FAILED, "reason": "the module cannot be imported",
-                    "output": check.tail()}  # fmt: skip
-        info, why = json.loads(check.output.strip().splitlines()[-1])
-        if not info or not info.get("cuda"):
-            return {"status": FAILED, "reason": f"the module has no CUDA kernels: {info or why}"}
-        return {"status": OK, "arch": self.arch, "module": info}
+            reason = f"the modules cannot be imported: {check.how()}"
+            return {"status": FAILED, "reason": reason, "output": check.tail()}
+        found = json.loads(check.output.strip().splitlines()[-1])
+        if not found["cuda"] or found["cuda"].get("on_cpu"):
+            why = found["why"] or "they are built for a processor"
+            return {"status": FAILED, "reason": f"the CUDA kernels are not there: {why}"}
+        return {"status": OK, "arch": self.arch, **found}
 
     # -------------------------------------------------------------------------------- test
 
