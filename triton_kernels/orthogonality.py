@@ -66,7 +66,7 @@ def _load_past(p_ptr, stride, j, col, rows, d, COLUMNS: tl.constexpr):  # type: 
 def _products_kernel(  # type: ignore[no-untyped-def]
     table_ptr, o_ptr, total, chunk,
     NEW: tl.constexpr, PAST: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr,
-    INTERPRETED: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
+    WIDEN: tl.constexpr, BN: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """The partial S of one tile of rows of A, one of rows of P, and one chunk of columns."""
     row = table_ptr + tl.program_id(0).to(tl.int64) * PRODUCT_WORDS
@@ -99,7 +99,7 @@ def _products_kernel(  # type: ignore[no-untyped-def]
                 mask=(i < a_rows)[:, None] & (col < d)[None, :],
                 other=0.0,
             )
-            if INTERPRETED or NEW != PAST:
+            if WIDEN:
                 p = p.to(tl.float32)
                 a = a.to(tl.float32)
             # P has more rows than A: it is the side whose rows fill the units.
@@ -124,7 +124,7 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
         index = start + tl.arange(0, BLOCK)
         inside = index < size
         s = tl.zeros((BLOCK,), dtype=tl.float32)
-        for split in range(0, splits):
+        for split in range(splits):
             s += tl.load(partial_ptr + split * total + first + index, mask=inside, other=0.0)
         tl.store(s_ptr + first + index, s, mask=inside)
         if FORM == L1:
@@ -139,8 +139,8 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
 def _apply_kernel(  # type: ignore[no-untyped-def]
     tiles_ptr, pairs_ptr, s_ptr, g_ptr, g_stride,
     MODE: tl.constexpr, NEW: tl.constexpr, OUT: tl.constexpr, PAST: tl.constexpr,
-    COLUMNS: tl.constexpr, ALIGNED: tl.constexpr, INTERPRETED: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    COLUMNS: tl.constexpr, ALIGNED: tl.constexpr, SPLIT: tl.constexpr,
+    INTERPRETED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """One tile of a gradient or of a projection: a module's S times its P, summed over its past."""
     row = tiles_ptr + tl.program_id(0).to(tl.int64) * TILE_WORDS
@@ -183,7 +183,7 @@ def _apply_kernel(  # type: ignore[no-untyped-def]
                         acc = tl.dot(sign, p.to(tl.float32), acc, input_precision="ieee")
                     else:
                         acc = tl.dot(sign.to(PAST), p, acc, input_precision="ieee")
-                elif PAST == tl.bfloat16:
+                elif SPLIT:
                     for _ in tl.static_range(3):
                         term = s.to(tl.bfloat16)
                         s -= term.to(tl.float32)
@@ -368,7 +368,7 @@ def _products(inputs: _Inputs, mode: int) -> tuple[torch.Tensor, torch.Tensor]:
             _products_kernel[(items, splits)](
                 table, partial, total, chunk,
                 NEW=_TYPES[dtypes[0]], PAST=_TYPES[dtypes[1]], COLUMNS=inputs.columns,
-                ALIGNED=inputs.aligned(), INTERPRETED=interpreted(), **blocks,
+                ALIGNED=inputs.aligned(), WIDEN=interpreted() or not narrow, **blocks,
             )  # fmt: skip
         _finish_kernel[(len(new),)](
             table[items * int(PRODUCT_WORDS) :], partial, s, values, total,
@@ -416,7 +416,7 @@ def _apply(
             MODE=mode, NEW=_TYPES[new[0].dtype], OUT=_TYPES[out[0][1].dtype],
             PAST=_TYPES[past_dtype], COLUMNS=inputs.columns,
             ALIGNED=inputs.aligned() and all(_aligned(o) for _, o in out),
-            INTERPRETED=interpreted(), **blocks,
+            SPLIT=past_dtype == torch.bfloat16, INTERPRETED=interpreted(), **blocks,
         )  # fmt: skip
 
 

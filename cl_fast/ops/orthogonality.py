@@ -141,11 +141,21 @@ def _widened(tensors: Sequence[Tensor], wide: torch.dtype) -> Sequence[Tensor]:
 
 def _groups(new: Sequence[Tensor], needed: Sequence[bool]) -> list[list[int]]:
     """Modules that need a gradient, those of one shape and dtype together."""
-    groups: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
+    kinds: list[tuple[torch.Size, torch.dtype]] = []
+    groups: list[list[int]] = []
     for m, a in enumerate(new):
-        if needed[m]:
-            groups.setdefault((a.shape, a.dtype), []).append(m)
-    return list(groups.values())
+        if not needed[m]:
+            continue
+        kind = (a.shape, a.dtype)
+        # No dictionary: sizes under compile may be symbols, which have no hash.
+        for known, group in zip(kinds, groups, strict=True):
+            if known == kind:
+                group.append(m)
+                break
+        else:
+            kinds.append(kind)
+            groups.append([m])
+    return groups
 
 
 def _penalty_eager(
