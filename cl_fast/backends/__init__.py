@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
-from cl_fast.backends import native
+from cl_fast.backends import cuda, native
 
 __all__ = [
     "BACKENDS",
@@ -53,7 +53,10 @@ def check_backend(backend: str, device: str, offered: Sequence[str] = BACKENDS) 
             f"backend must be one of {', '.join(map(repr, offered))} or None; got {backend!r}"
         )
     needed = {"native": "cpu", "triton": "cuda", "cuda": "cuda"}.get(backend, device)
-    if device != needed and not (backend == "triton" and device == "cpu" and interpreting()):
+    on_cpu = device == "cpu" and (
+        (backend == "triton" and interpreting()) or (backend == "cuda" and cuda.on_cpu())
+    )
+    if device != needed and not on_cpu:
         raise ValueError(f"backend={backend!r} needs tensors on {needed}; got {device}")
 
 

@@ -7,6 +7,7 @@ and no checksums are taken. The caller has checked the arguments.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -132,8 +133,14 @@ class _Tasks:
         )
 
 
-def combine(core: ModuleType, call: Call) -> list[Tensor]:
-    """All rows of `call`, which has been checked, in one job."""
+def combine(
+    core: ModuleType, call: Call, into: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """All rows of `call`, which has been checked, in one job.
+
+    `into`: contiguous tensors for the results, which may be the bases themselves: a block of a base
+    is read before its result is written, and thresholds and sums are known before the first.
+    """
     thresholds = call.thresholds
     if call.selects_over_rows:
         thresholds = _model_thresholds(core, call) * call.rows
@@ -141,7 +148,10 @@ def combine(core: ModuleType, call: Call) -> list[Tensor]:
     outs = []
     for row in range(call.rows):
         first = call.first(row)
-        out = torch.empty(first.shape, dtype=call.out_dtype or first.dtype)
+        if into is None:
+            out = torch.empty(first.shape, dtype=call.out_dtype or first.dtype)
+        else:
+            out = into[row]
         outs.append(out)
         if out.numel() == 0:
             continue

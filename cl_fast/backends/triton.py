@@ -1,4 +1,4 @@
-"""The ops on CUDA tensors by the Triton kernels of `cl_fast.triton_kernels`.
+"""Where the Triton kernels of `cl_fast.triton_kernels` are, and what to say if they are not.
 
 Triton is imported when a CUDA tensor first arrives, never before. Where it is missing the eager
 reference runs on the device instead, and says so once.
@@ -9,11 +9,9 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from torch import Tensor
-
 from cl_fast.backends import say_once
 
-__all__ = ["dare", "load"]
+__all__ = ["load"]
 
 
 def load(kernel: str) -> ModuleType | None:
@@ -27,11 +25,3 @@ def load(kernel: str) -> ModuleType | None:
         )
         return None
 
-
-def dare(delta: Tensor, key: int, threshold: int, factor: float) -> Tensor | None:
-    """Keep where the draw is below `threshold` < 2^32, times the float32 `factor`; None: cannot."""
-    kernel = load("dare")
-    if kernel is None:
-        return None
-    out: Tensor = kernel.dare(delta, key, threshold, factor)
-    return out

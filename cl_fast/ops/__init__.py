@@ -39,7 +39,9 @@ __all__ = [
 # Modules are not named like what they export: importing a module would hide the function.
 _HOMES = {
     "combine": "combining",
+    "combine_": "combining",
     "combine_many": "combining",
+    "combine_many_": "combining",
     "combine_reference": "combining",
     "dare": "dropping",
     "keep_mask": "dropping",

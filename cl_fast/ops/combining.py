@@ -33,13 +33,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, cast
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from cl_fast.backends import native_ops, native_or_say, require_native
+from cl_fast.backends import check_backend, device_ops, native_ops, native_or_say, require_native
 from cl_fast.ops.dropping import (
     absolute_sum,
     drop_factor,
@@ -59,7 +59,17 @@ from cl_fast.ops.magnitude import (
 from cl_fast.ops.policy import Policy, trim_keep_count
 from cl_fast.ops.streams import keep_threshold
 
-__all__ = ["combine", "combine_many", "combine_reference", "model_thresholds"]
+if TYPE_CHECKING:
+    from cl_fast.ops.packing import PackedDelta
+
+__all__ = [
+    "combine",
+    "combine_",
+    "combine_many",
+    "combine_many_",
+    "combine_reference",
+    "model_thresholds",
+]
 
 WRITABLE = READABLE[:3]
 _SMALLEST_WEIGHT_SUM = 1e-8
@@ -403,11 +413,42 @@ class Call:
             for row in rows
         ]
 
-    def run_cpu(self) -> list[Tensor]:
+    def run_cpu(self, outs: Sequence[Tensor] | None = None) -> list[Tensor]:
         core = native_or_say()
         if core is None or not native_ops.takes(self):
-            return self.run_eager()
-        return native_ops.combine(core, self)
+            return _stored(self.run_eager(), outs)
+        return native_ops.combine(core, self, outs)
+
+    def run_device(self, outs: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """On GPU tensors: one call of the kernels per device."""
+        devices = dict.fromkeys(self.first(row).device for row in range(self.rows))
+        if not device_ops.takes(self) or (len(devices) > 1 and self.selects_over_rows):
+            return _stored(self.run_eager(), outs)
+        results: dict[int, Tensor] = {}
+        for device in devices:
+            rows = [row for row in range(self.rows) if self.first(row).device == device]
+            part = self if len(devices) == 1 else self._part(rows)
+            into = None if outs is None else [outs[row] for row in rows]
+            by = device_ops.engine(device)
+            done = _stored(part.run_eager(), into) if by is None else device_ops.combine(
+                part, by, into
+            )  # fmt: skip
+            results.update(zip(rows, done, strict=True))
+        return [results[row] for row in range(self.rows)]
+
+    def _part(self, rows: list[int]) -> Call:
+        def of(entries: Sequence[Any]) -> list[Any]:
+            return [entry for row in rows for entry in entries[self.row(row)]]
+
+        return replace(
+            self,
+            bases=[self.bases[row] for row in rows] if self.bases else [],
+            tensors=of(self.tensors),
+            weights=of(self.weights),
+            densities=of(self.densities),
+            keys=of(self.keys),
+            thresholds=of(self.thresholds),
+        )
 
     def run_fake(self) -> list[Tensor]:
         firsts = map(self.first, range(self.rows))
@@ -416,17 +457,76 @@ class Call:
             for first in firsts
         ]
 
-    def run_on(self, backend: str) -> list[Tensor]:
-        if backend == "eager":
-            return self.run_eager()
+    def run_on(self, backend: str, outs: Sequence[Tensor] | None = None) -> list[Tensor]:
         for tensor in (*self.bases, *self.tensors):
-            core = require_native(backend, tensor.device.type)
-        if not native_ops.takes(self):
+            check_backend(backend, tensor.device.type)
+        if backend == "eager":
+            return _stored(self.run_eager(), outs)
+        if backend == "native":
+            core = require_native(backend, "cpu")
+            if not native_ops.takes(self):
+                raise ValueError(
+                    f"backend='native' takes at most {native_ops.MOST_MODELS} models, and no "
+                    "policy.rescale='l1' with policy.trim_scope='model'; leave backend out"
+                )
+            return native_ops.combine(core, self, outs)
+        if not device_ops.takes(self):
             raise ValueError(
-                f"backend='native' takes at most {native_ops.MOST_MODELS} models, and no "
+                f"backend={backend!r} takes at most {device_ops.MOST_MODELS} models, and no "
                 "policy.rescale='l1' with policy.trim_scope='model'; leave backend out"
             )
-        return native_ops.combine(core, self)
+        return device_ops.combine(self, device_ops.require(backend, self.first(0).device), outs)
+
+    def check_in_place(self) -> None:
+        """Raise ValueError unless each base may be written while its row is read."""
+        if not self.bases:
+            raise ValueError(
+                "base must be given in place, with policy.difference=True: the result replaces it"
+            )
+        spans = []
+        for row, base in enumerate(self.bases):
+            label = "base" if self.rows == 1 else f"base of row {row}"
+            if torch._debug_has_internal_overlap(base) == 1:
+                raise ValueError(
+                    f"{label} must not overlap itself to be written in place (an expanded "
+                    "tensor?); give a copy of it"
+                )
+            spans.append((*_span(base), True, label))
+            for k, tensor in enumerate(self.tensors[self.row(row)]):
+                name = f"tensors[{k}]" + ("" if self.rows == 1 else f" of row {row}")
+                spans.append((*_span(tensor), False, name))
+        furthest: list[tuple[Any, ...] | None] = [None, None]  # of all spans; of the written ones
+        for span in sorted(span for span in spans if span[1] < span[2]):
+            device, start, end, written, label = span
+            for before in furthest if written else furthest[1:]:
+                if before is not None and before[0] == device and before[2] > start:
+                    raise ValueError(
+                        f"{label} must not overlap {before[4]} in memory, because a base is "
+                        "written in place; give a copy of it, or use the form that returns a tensor"
+                    )
+            for kind in (0, 1) if written else (0,):
+                known = furthest[kind]
+                if known is None or known[0] != device or known[2] < end:
+                    furthest[kind] = span
+
+
+def _span(tensor: Tensor) -> tuple[str, int, int]:
+    """(device, start, end): the addresses that a tensor occupies."""
+    start = tensor.data_ptr()
+    if not tensor.numel():
+        return str(tensor.device), start, start
+    extent = 1 + sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    return str(tensor.device), start, start + extent * tensor.element_size()
+
+
+def _stored(results: list[Tensor], outs: Sequence[Tensor] | None) -> list[Tensor]:
+    if outs is None:
+        return results
+    for out, result in zip(outs, results, strict=True):
+        out.copy_(result)
+    return list(outs)
 
 
 # The schemas. A policy travels as its fields, so that a graph shows what it computes. Neither op
@@ -470,6 +570,10 @@ def _combine_cpu(*args: Any) -> Tensor:
     return _call_one(*args).run_cpu()[0]
 
 
+def _combine_cuda(*args: Any) -> Tensor:
+    return _call_one(*args).run_device()[0]
+
+
 def _combine_fake(*args: Any) -> Tensor:
     return _call_one(*args).run_fake()[0]
 
@@ -482,8 +586,32 @@ def _combine_many_cpu(*args: Any) -> list[Tensor]:
     return _call(*args).run_cpu()
 
 
+def _combine_many_cuda(*args: Any) -> list[Tensor]:
+    return _call(*args).run_device()
+
+
 def _combine_many_fake(*args: Any) -> list[Tensor]:
     return _call(*args).run_fake()
+
+
+def _in_place(run: Callable[[Call, list[Tensor]], object]) -> Callable[..., None]:
+    """The in-place op by `run`, which writes contiguous tensors."""
+
+    def op(*args: Any) -> None:
+        call = _call(*args, None)
+        call.check_in_place()
+        outs = [base if base.is_contiguous() else torch.empty_like(base).contiguous()
+                for base in call.bases]  # fmt: skip
+        run(call, outs)
+        for base, out in zip(call.bases, outs, strict=True):
+            if out is not base:
+                base.copy_(out)
+
+    return op
+
+
+def _combine_many_in_place_fake(*args: Any) -> None:
+    _call(*args, None)
 
 
 _op = torch.library.custom_op(
@@ -493,6 +621,7 @@ _op = torch.library.custom_op(
     schema=f"(Tensor? base, Tensor[] tensors, {_COMMON_SCHEMA}) -> Tensor",
 )
 _op.register_kernel("cpu")(_combine_cpu)
+_op.register_kernel("cuda")(_combine_cuda)
 _op.register_fake(_combine_fake)
 
 _many_op = torch.library.custom_op(
@@ -502,7 +631,20 @@ _many_op = torch.library.custom_op(
     schema=f"(Tensor[] bases, Tensor[] tensors, int models, {_COMMON_SCHEMA}) -> Tensor[]",
 )
 _many_op.register_kernel("cpu")(_combine_many_cpu)
+_many_op.register_kernel("cuda")(_combine_many_cuda)
 _many_op.register_fake(_combine_many_fake)
+
+_in_place_op = torch.library.custom_op(
+    "cl_fast::combine_many_",
+    _in_place(lambda call, outs: _stored(call.run_eager(), outs)),
+    mutates_args=("bases",),
+    schema="(Tensor(a!)[] bases, Tensor[] tensors, int models, "
+    + _COMMON_SCHEMA.removesuffix(", ScalarType? out_dtype")
+    + ") -> ()",
+)
+_in_place_op.register_kernel("cpu")(_in_place(lambda call, outs: call.run_cpu(outs)))
+_in_place_op.register_kernel("cuda")(_in_place(lambda call, outs: call.run_device(outs)))
+_in_place_op.register_fake(_combine_many_in_place_fake)
 
 
 def _numbers(argument: str, value: Any, rows: int, models: int, default: Any = None) -> list[Any]:
@@ -567,7 +709,7 @@ def _arguments(
 
 def combine(
     base: Tensor | None,
-    tensors: Sequence[Tensor],
+    tensors: Sequence[Tensor | PackedDelta],
     *,
     weights: float | Sequence[float],
     policy: Policy | None = None,
@@ -583,7 +725,9 @@ def combine(
     Args:
         base: the base tensor, any shape; None with `Policy(difference=False)`.
         tensors: K >= 1 tensors of the shape and device of `base`. bfloat16, float16, float32 and
-            eight-bit floats in any mixture, contiguous or not.
+            eight-bit floats in any mixture, contiguous or not. A `PackedDelta` may stand for a
+            tensor with `Policy(sparsify="drop")`; it brings its density, key and rescale factor,
+            so `density` and `keys` are left out, and dense tensors beside it are not dropped.
         weights: one per model, or one for all.
         policy: the variants of the steps; the default is Task Arithmetic.
         density: the fraction of a delta to keep, in (0, 1]: one per model, or one for all.
@@ -593,7 +737,8 @@ def combine(
         lam: the factor on the combined delta.
         out_dtype: bfloat16, float16 or float32; the default is the dtype of `base`, without base
             that of `tensors[0]`.
-        backend: "native" or "eager", for tests and benchmarks; otherwise the fastest there is.
+        backend: "eager", "native", "triton" or "cuda", for tests and benchmarks; otherwise the
+            fastest there is.
 
     Returns:
         A new contiguous tensor. NaN and infinity in the inputs reach the elements that they take
@@ -604,6 +749,21 @@ def combine(
         ValueError: shapes or devices differ, a number out of range, an argument without effect.
         RuntimeError: on `backward`: the op has no gradient.
     """
+    if not isinstance(tensors, Tensor) and not all(isinstance(x, Tensor) for x in tensors):
+        from cl_fast.ops.packing import PackedDelta, combine_packed
+
+        if any(isinstance(tensor, PackedDelta) for tensor in tensors):
+            for argument, value, left_out in (
+                ("density", density, 1.0), ("keys", keys, None), ("thresholds", thresholds, None)
+            ):  # fmt: skip
+                if value != left_out:
+                    raise ValueError(
+                        f"{argument} has no effect where tensors holds a PackedDelta; leave it out"
+                    )
+            return combine_packed(
+                base, tensors, weights=weights, policy=policy, lam=lam, out_dtype=out_dtype,
+                backend=backend,
+            )  # fmt: skip
     tensors = _listed("tensors", tensors)
     policy = Policy() if policy is None else policy
     rest = _arguments(1, len(tensors), weights, policy, density, keys, thresholds, lam, out_dtype)
@@ -642,6 +802,79 @@ def combine_many(
     Raises:
         As `combine`; the words name the row.
     """
+    rows, models, policy, rest = _many_arguments(
+        tensors, weights, policy, density, keys, lam, out_dtype
+    )
+    flat = [tensor for row in rows for tensor in row]
+    listed = [] if bases is None else list(bases)
+    if backend is None:
+        return cast("list[Tensor]", _many_op(listed, flat, models, *rest))
+    return _call(listed, flat, models, *rest).run_on(backend)
+
+
+def combine_(
+    base: Tensor,
+    tensors: Sequence[Tensor],
+    *,
+    weights: float | Sequence[float],
+    policy: Policy | None = None,
+    density: float | Sequence[float] = 1.0,
+    keys: Sequence[int] | None = None,
+    lam: float = 1.0,
+    backend: str | None = None,
+) -> Tensor:
+    """`combine`, its result written over `base`. Returns `base`.
+
+    Raises:
+        As `combine`; ValueError too if `base` shares memory with one of `tensors`.
+    """
+    one_each = None if keys is None else [keys]
+    combine_many_([base], [tensors], weights=weights, policy=policy, density=density,
+                  keys=one_each, lam=lam, backend=backend)  # fmt: skip
+    return base
+
+
+def combine_many_(
+    bases: Sequence[Tensor],
+    tensors: Sequence[Sequence[Tensor]],
+    *,
+    weights: float | Sequence[float] | Sequence[Sequence[float]],
+    policy: Policy | None = None,
+    density: float | Sequence[float] | Sequence[Sequence[float]] = 1.0,
+    keys: Sequence[Sequence[int]] | None = None,
+    lam: float = 1.0,
+    backend: str | None = None,
+) -> None:
+    """`combine_many`, each result written over its base: no second model in memory.
+
+    Args:
+        bases: one per entry of `tensors`, bfloat16, float16 or float32; contiguous or not.
+        tensors, weights, policy, density, keys, lam, backend: as in `combine_many`.
+
+    Raises:
+        As `combine_many`; ValueError too if a base shares memory with another tensor of the call.
+    """
+    rows, models, policy, rest = _many_arguments(
+        tensors, weights, policy, density, keys, lam, None
+    )
+    flat = [tensor for row in rows for tensor in row]
+    listed = _listed("bases", bases)
+    if backend is None:
+        _in_place_op(listed, flat, models, *rest[:-1])
+    else:
+        chosen = backend
+        _in_place(lambda call, outs: call.run_on(chosen, outs))(listed, flat, models, *rest[:-1])
+
+
+def _many_arguments(
+    tensors: Sequence[Sequence[Tensor]],
+    weights: Any,
+    policy: Policy | None,
+    density: Any,
+    keys: Any,
+    lam: float,
+    out_dtype: torch.dtype | None,
+) -> tuple[list[list[Tensor]], int, Policy, list[Any]]:
     rows = [_listed("tensors", row) for row in tensors]
     models = len(rows[0]) if rows else 0
     for number, row in enumerate(rows):
@@ -652,14 +885,10 @@ def combine_many(
             )
     policy = Policy() if policy is None else policy
     rest = _arguments(len(rows), models, weights, policy, density, keys, None, lam, out_dtype)
-    flat = [tensor for row in rows for tensor in row]
-    listed = [] if bases is None else list(bases)
-    if backend is None:
-        return cast("list[Tensor]", _many_op(listed, flat, models, *rest))
-    return _call(listed, flat, models, *rest).run_on(backend)
+    return rows, models, policy, rest
 
 
-def _listed(argument: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+def _listed(argument: str, tensors: Sequence[Any]) -> list[Tensor]:
     if isinstance(tensors, Tensor):
         raise TypeError(f"{argument} must be a list of tensors, one per model, got one tensor")
     listed = list(tensors)

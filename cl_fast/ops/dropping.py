@@ -24,9 +24,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from cl_fast.backends import native_ops, native_or_say, require_native
+from cl_fast.backends import check_backend, device_ops, native_ops, native_or_say, require_native
 from cl_fast.ops.magnitude import READABLE
-from cl_fast.ops.policy import Rescale
+from cl_fast.ops.policy import Policy, Rescale
 from cl_fast.ops.streams import keep_threshold, stream_key
 
 __all__ = ["absolute_sum", "dare", "keep_mask", "signed_key"]
@@ -185,18 +185,25 @@ class _Drop:
             factor = round_float32(factor)
         return (kept * factor).to(delta.dtype).reshape(delta.shape)
 
-    def cuda(self, delta: Tensor) -> Tensor:
-        """One Triton kernel; eager where the factor is a sum, or the input is float64."""
-        threshold = keep_threshold(self.density)
-        plain = self.rescale != "l1" and self.density < 1.0 and delta.dtype != torch.float64
-        if plain and threshold < 1 << 32:
-            from cl_fast.backends import triton
+    def device(self, delta: Tensor, by: device_ops.Engine | None) -> Tensor:
+        """One term of a combine without a base; float64 is for the eager reference."""
+        if by is None or delta.dtype == torch.float64:
+            return self.eager(delta)
+        from cl_fast.ops.combining import Call
 
-            factor = round_float32(drop_factor(self.rescale, threshold, delta, delta))
-            out = triton.dare(delta, self.key, threshold, factor)
-            if out is not None:
-                return out
-        return self.eager(delta)
+        call = Call(
+            bases=[],
+            tensors=[delta],
+            models=1,
+            weights=[1.0],
+            densities=[self.density],
+            keys=[self.key],
+            thresholds=[-1],
+            policy=Policy(difference=False, sparsify="drop", rescale=self.rescale),  # type: ignore[arg-type]
+            lam=1.0,
+            out_dtype=None,
+        )
+        return device_ops.combine(call, by)[0]
 
     def native(self, core: ModuleType, delta: Tensor) -> Tensor:
         threshold = keep_threshold(self.density)
@@ -225,7 +232,7 @@ def _cuda(
 ) -> Tensor:
     drop = _Drop(density, seed, model, tensor, rescale)
     drop.check(delta)
-    return drop.cuda(delta)
+    return drop.device(delta, device_ops.engine(delta.device))
 
 
 def _fake(
@@ -288,7 +295,8 @@ def dare(
         drop_rate: the fraction to drop, in [0, 1), instead of `density`.
         seed, model, tensor: name the random stream.
         rescale: factor on what is kept: "keep_rate", "l1" or "none".
-        backend: "native" or "eager", for tests and benchmarks; otherwise the fastest there is.
+        backend: "eager", "native", "triton" or "cuda", for tests and benchmarks; otherwise the
+            fastest there is.
 
     Returns:
         A new contiguous tensor of the shape and dtype of `delta`.
@@ -319,6 +327,9 @@ def dare(
         return cast(Tensor, _op(delta, density, seed, model, tensor, rescale))
     drop = _Drop(density, seed, model, tensor, rescale)
     drop.check(delta)
+    check_backend(backend, delta.device.type)
     if backend == "eager":
         return drop.eager(delta)
-    return drop.native(require_native(backend, delta.device.type), delta)
+    if backend == "native":
+        return drop.native(require_native(backend, "cpu"), delta)
+    return drop.device(delta, device_ops.require(backend, delta.device))

@@ -21,7 +21,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from cl_fast.backends import native_ops, native_or_say, require_native
+from cl_fast.backends import check_backend, device_ops, native_ops, native_or_say, require_native
 from cl_fast.ops.policy import TrimCount, TrimTies, trim_keep_count
 
 __all__ = ["kept_by_code", "magnitude_codes", "magnitude_threshold", "select_code"]
@@ -170,6 +170,14 @@ def _cpu(x: Tensor, base: Tensor | None, k: int, ties: str) -> tuple[Tensor, Ten
     return magnitude_threshold_reference(x, base, k, ties)  # type: ignore[arg-type]
 
 
+def _cuda(x: Tensor, base: Tensor | None, k: int, ties: str) -> tuple[Tensor, Tensor]:
+    _check(x, base, k, ties)
+    by = device_ops.engine(x.device)
+    if by is None:
+        return magnitude_threshold_reference(x, base, k, ties)  # type: ignore[arg-type]
+    return device_ops.magnitude_threshold(by, x, base, k, ties)
+
+
 def _fake(x: Tensor, base: Tensor | None, k: int, ties: str) -> tuple[Tensor, Tensor]:
     _check(x, base, k, ties)
     return x.new_empty((), dtype=torch.float32), x.new_empty((), dtype=torch.int64)
@@ -177,6 +185,7 @@ def _fake(x: Tensor, base: Tensor | None, k: int, ties: str) -> tuple[Tensor, Te
 
 _op = torch.library.custom_op("cl_fast::magnitude_threshold", _generic, mutates_args=())
 _op.register_kernel("cpu")(_cpu)
+_op.register_kernel("cuda")(_cuda)
 _op.register_fake(_fake)
 
 
@@ -202,7 +211,8 @@ def magnitude_threshold(
         base: subtracted first, in float32; the shape and device of `x`.
         count: how a density becomes a number, see `cl_fast.ops.trim_keep_count`.
         ties: the elements at the threshold: the "first" ones until k are kept, "all", "none".
-        backend: "native" or "eager", for tests and benchmarks; otherwise the fastest there is.
+        backend: "eager", "native", "triton" or "cuda", for tests and benchmarks; otherwise the
+            fastest there is.
 
     Returns:
         (threshold, keep_ties): a float32 and an int64 scalar on the device of `x`. With k = 0
@@ -225,7 +235,10 @@ def magnitude_threshold(
     if backend is None:
         return cast(tuple[Tensor, Tensor], _op(x, base, k, ties))
     _check(x, base, k, ties)
+    check_backend(backend, x.device.type)
     if backend == "eager":
         return magnitude_threshold_reference(x, base, k, ties)
-    core = require_native(backend, x.device.type)
-    return native_ops.magnitude_threshold(core, x, base, k, ties)
+    if backend == "native":
+        return native_ops.magnitude_threshold(require_native(backend, "cpu"), x, base, k, ties)
+    by = device_ops.require(backend, x.device)
+    return device_ops.magnitude_threshold(by, x, base, k, ties)
