@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+from cl_fast.triton_kernels import combine
+from variant import Variant
+
+CODES = {None: -1, "bf16": 0, "fp16": 1, "fp32": 2}
+SPARSIFY = {"none": 0, "trim": 1, "drop": 2, "packed": 3}
+
+
+def variant(
+    models: int,
+    sparsify: str,
+    elect: str,
+    *,
+    base: str | None = "bf16",
+    terms: tuple[str, ...] = ("bf16",),
+    out: str = "bf16",
+    reduce: str = "sum",
+    unweighted: bool = False,
+    aligned: bool = True,
+) -> Variant:
+    """What combine_rows asks for; `terms` are repeated for all models."""
+    packed = sparsify == "packed"
+    unrolled = models <= combine._most_unrolled(SPARSIFY[sparsify], elect)
+    codes = [CODES[terms[k % len(terms)]] for k in range(models)]
+    one = codes[0] if len(set(codes)) == 1 else -1
+    digits = sum(code << 2 * k for k, code in enumerate(codes if unrolled else codes[:4]))
+    absent: dict[str, Any] = {} if unweighted else {"rescales_ptr": None}
+    if sparsify != "trim":
+        absent |= {"codes_ptr": None, "cuts_ptr": None}
+    signature = {
+        "table": "*i64",
+        **dict.fromkeys(("rows", "width", "models", "steps"), "i32"),
+        **dict.fromkeys(("scales_ptr", "rescales_ptr"), "*fp32"),
+        "codes_ptr": "*i32",
+        "cuts_ptr": "*i64",
+        "lam": "fp32",
+    }
+    types = "+".join((base or "no base", *terms, out))
+    words = [f"combine {models}", sparsify, elect, reduce, types]
+    words += ["unweighted"] * unweighted + ["unaligned"] * (not aligned)
+    return Variant(
+        name=" ".join(words),
+        kernel=combine._combine_kernel,
+        signature=signature,
+        constexprs={
+            **absent,
+            "UNROLLED": models if unrolled else 0,
+            "FIELDS": {"none": 2, "trim": 2, "drop": 5, "packed": 6}[sparsify]
+            + (reduce == "mean" and elect != "none" and sparsify in ("none", "trim")),
+            "BASE": CODES[base],
+            "TERMS": digits if unrolled or one >= 0 else -1,
+            "EACH": one,
+            "OUT": CODES[out],
+            "ALIGNED": aligned,
+            "SPARSIFY": SPARSIFY[sparsify],
+            "ELECT": {"none": 0, "mass": 1, "frequency": 2}[elect],
+            "REDUCE": {"sum": 0, "mean": 1, "max": 2}[reduce],
+            "COUNTED": False,
+            "TILE": 2048 if packed else 512,
+        },
+        options={"num_warps": 4 if packed else 1, "enable_fp_fusion": False},
+        vectors=aligned and not (packed and base is None),
+        exact=True,
+    )
+
+
+VARIANTS = [
+    variant(models, sparsify, elect)
+    for models, sparsify, elect in product((1, 3, 8, 32), SPARSIFY, ("none", "mass"))
+]
