@@ -404,6 +404,8 @@ def _guard(machine: Machine, m: _Measured, action: Callable[[], Any]) -> None:
     """Carry out `action`; an exception becomes the status of the provider."""
     try:
         action()
+    except Poisoned:
+        raise
     except Exception as error:
         _still_healthy(machine, m.provider.name, error)
         m.status, m.reason = _verdict(m.provider, error)

@@ -57,17 +57,19 @@ class Results:
     def _resume(self, retry: bool) -> str:
         try:
             old = json.loads(self.path.read_text(encoding="utf-8"))
+            old_about = {key: old["about"][key] for key in IDENTITY}
+            old_rows, old_targets, old_steps = old["rows"], old["targets"], old["steps"]
         except FileNotFoundError:
             return f"nothing to resume: {self.path} is not there"
-        except (ValueError, OSError) as error:
-            return f"nothing to resume: {self.path} cannot be read: {error}"
-        changed = [k for k in IDENTITY if old.get("about", {}).get(k) != self.about.get(k)]
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            return f"nothing to resume: {self.path} is no result file: {error!r}"
+        changed = [key for key in IDENTITY if old_about[key] != self.about[key]]
         if changed:
             return f"nothing to resume: the rows in {self.path} have another {', '.join(changed)}"
-        again = {row["case"] for row in old["rows"] if retry and failed(row)}
-        self.rows = [row for row in old["rows"] if row["case"] not in again]
-        self.targets = [t for t in old["targets"] if t["case"] not in again]
-        for name, step in old["steps"].items():
+        again = {row["case"] for row in old_rows if retry and failed(row)}
+        self.rows = [row for row in old_rows if row["case"] not in again]
+        self.targets = [t for t in old_targets if t["case"] not in again]
+        for name, step in old_steps.items():
             parts = {
                 part: record
                 for part, record in step.get("parts", {}).items()
