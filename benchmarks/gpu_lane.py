@@ -64,7 +64,7 @@ print(json.dumps({name: module and module.build_info() for name, module in modul
 """
 
 # Not started with less time than this left, and stopped after that; seconds.
-BUILD_S, TEST_S, SANITIZE_S = (25.0, 300.0), (15.0, 240.0), (30.0, 180.0)
+BUILD_S, TEST_S, SANITIZE_S = (25.0, 480.0), (15.0, 240.0), (30.0, 180.0)
 
 
 def say(text: str) -> None:

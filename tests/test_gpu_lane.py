@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -724,7 +725,7 @@ def test_case_names_are_unique_and_cover_what_must_be_reached() -> None:
     assert {f"rank_update/rank {r}" for r in (1, 16, 64, 256)} <= set(names)
     assert {"gram/d 4096", "gram/d 14336", "rank_update/1000 of one weight"} <= set(names)
     assert {case.op for case in cases} >= {
-        "magnitude_threshold", "orthogonal_penalty", "orthogonal_project", "pack",
+        "magnitude_threshold", "orthogonal_penalty", "orthogonal_project", "pack", "unpack", "dare",
     }  # fmt: skip
     # Ten minutes, with what build, tests and sanitizer take of them.
     assert sum(case.seconds for case in cases) < 600
@@ -804,23 +805,38 @@ WELL = [case("first", GOOD), case("second", GOOD, seconds=1e6), case("third", GO
 """
 
 
-def call(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy without history: what is edited meanwhile does not change between two calls."""
+    copy = tmp_path_factory.mktemp("checkout")
+    shutil.copyfile(ROOT / "CMakeLists.txt", copy / "CMakeLists.txt")
+    shutil.copyfile(ROOT / "pyproject.toml", copy / "pyproject.toml")
+    for folder in ("cl_fast", "triton_kernels", "csrc", "benchmarks", "tests/gpu"):
+        shutil.copytree(
+            ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("results", "__pycache__")
+        )
+    shutil.copyfile(ROOT / "tests" / "conftest.py", copy / "tests" / "conftest.py")
+    return copy
+
+
+def call(checkout: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(BENCHMARKS / "gpu_lane.py"), *map(str, arguments)],
+        [sys.executable, str(checkout / "benchmarks" / "gpu_lane.py"), *map(str, arguments)],
         capture_output=True,
         text=True,
-        cwd=ROOT,
-        env={**os.environ, **environment},
+        cwd=checkout,
         timeout=900,
         check=False,
     )
 
 
-def trial(tmp_path: Path, which: str, *arguments: str) -> tuple[int, dict[str, Any], str]:
+def trial(
+    checkout: Path, tmp_path: Path, which: str, *arguments: str
+) -> tuple[int, dict[str, Any], str]:
     """A dry run of the bench step with cases of the text above."""
     cases = tmp_path / f"{which}.py"
     cases.write_text(f"{TRIALS}\nCASES = {which}\n")
-    done = call("--dry-run", tmp_path / "out", "--steps", "bench", "--cases", "trial/",
+    done = call(checkout, "--dry-run", tmp_path / "out", "--steps", "bench", "--cases", "trial/",
                 "--cases-from", cases, *arguments)  # fmt: skip
     path = tmp_path / "out" / "cpu-dry-run.json"
     assert path.exists(), done.stdout + done.stderr
@@ -828,8 +844,8 @@ def trial(tmp_path: Path, which: str, *arguments: str) -> tuple[int, dict[str, A
 
 
 @pytest.mark.slow
-def test_whatever_a_case_does_the_others_go_on(tmp_path: Path) -> None:
-    code, data, said = trial(tmp_path, "SICK")
+def test_whatever_a_case_does_the_others_go_on(checkout: Path, tmp_path: Path) -> None:
+    code, data, said = trial(checkout, tmp_path, "SICK")
     assert code == 1
     found = {(r["case"].removeprefix("trial/"), r["provider"]): r for r in data["rows"]}
     status = {name: (r["status"], r["reason"]) for name, r in found.items()}
@@ -856,14 +872,14 @@ def test_whatever_a_case_does_the_others_go_on(tmp_path: Path) -> None:
     assert "**failed**: does not verify" in table
 
     # What has failed stays, and stays a failure, until it is to be tried again.
-    code, again, said = trial(tmp_path, "SICK", "--resume")
+    code, again, said = trial(checkout, tmp_path, "SICK", "--resume")
     assert (code, again["rows"]) == (1, data["rows"])
     assert "15 rows" in said
 
 
 @pytest.mark.slow
-def test_the_time_is_kept_and_a_second_call_goes_on(tmp_path: Path) -> None:
-    code, data, said = trial(tmp_path, "WELL")
+def test_the_time_is_kept_and_a_second_call_goes_on(checkout: Path, tmp_path: Path) -> None:
+    code, data, said = trial(checkout, tmp_path, "WELL")
     assert code == 3
     assert [r["case"] for r in data["rows"] if r["provider"] == "cl_fast"] == [
         "trial/first", "trial/third",
@@ -877,7 +893,7 @@ def test_the_time_is_kept_and_a_second_call_goes_on(tmp_path: Path) -> None:
         assert r["peak_extra_bytes"] is None
     assert "no number here says anything" in (tmp_path / "out" / "cpu-dry-run.md").read_text()
 
-    code, later, _ = trial(tmp_path, "WELL", "--resume", "--budget", "2e6")
+    code, later, _ = trial(checkout, tmp_path, "WELL", "--resume", "--budget", "2e6")
     assert code == 0
     assert later["left"] == []
     assert {r["case"] for r in later["rows"]} == {"trial/first", "trial/second", "trial/third"}
@@ -885,14 +901,14 @@ def test_the_time_is_kept_and_a_second_call_goes_on(tmp_path: Path) -> None:
         assert r in later["rows"]  # not measured again
     assert not list((tmp_path / "out").glob(".*"))  # nothing half written
 
-    code, none, _ = trial(tmp_path, "WELL", "--budget", "0")
+    code, none, _ = trial(checkout, tmp_path, "WELL", "--budget", "0")
     assert code == 3
     assert none["rows"] == []
     assert len(none["left"]) == 3
 
 
 @pytest.mark.slow
-def test_build_test_and_sanitize_without_a_card(tmp_path: Path) -> None:
+def test_build_test_and_sanitize_without_a_card(checkout: Path, tmp_path: Path) -> None:
     """The calls are the real ones; only the tool is a stand-in that runs what it is given."""
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(
@@ -903,16 +919,16 @@ def test_build_test_and_sanitize_without_a_card(tmp_path: Path) -> None:
     )
     tool.chmod(0o755)
     out = tmp_path / "out"
-    done = call("--dry-run", out, "--steps", "build,test,sanitize", "--sanitizer", tool)
+    done = call(checkout, "--dry-run", out, "--steps", "build,test,sanitize", "--sanitizer", tool)
     data = json.loads((out / "cpu-dry-run.json").read_text())
     assert data["steps"]["build"]["status"] == "not run"
     tests = data["steps"]["test"].get("parts", {})
-    assert sorted(tests) == sorted(p.name for p in (ROOT / "tests/gpu").glob("test_*.py"))
+    assert sorted(tests) == sorted(p.name for p in (checkout / "tests/gpu").glob("test_*.py"))
     if not torch.cuda.is_available():
         for part in tests.values():
             assert part["status"] == "ok", part
             assert part["passed"] == 0
-            assert set(part["skips"]) == {"needs a CUDA device"}
+            assert part["skips"]["needs a CUDA device"] > 0
     sanitized = data["steps"]["sanitize"]["parts"]
     assert sanitized["memcheck"]["status"] == "ok"
     assert sanitized["memcheck"]["launches"] > 20
@@ -921,19 +937,23 @@ def test_build_test_and_sanitize_without_a_card(tmp_path: Path) -> None:
     assert done.returncode == 1
 
     # With the time over nothing is started, and what was done stays.
-    done = call("--dry-run", out, "--steps", "build,test,sanitize", "--resume", "--budget", "0")
+    done = call(
+        checkout, "--dry-run", out, "--steps", "build,test,sanitize", "--resume", "--budget", "0"
+    )
     again = json.loads((out / "cpu-dry-run.json").read_text())
     assert again["steps"] == data["steps"]
 
 
-FAMILIES = ("combine/", "combine_many/", "magnitude_threshold/", "pack/", "rank_update/", "gram/",
-            "orthogonal_")  # fmt: skip
+FAMILIES = ("combine/", "combine_many/", "magnitude_threshold/", "pack/", "dare/", "rank_update/",
+            "gram/", "orthogonal_")  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_case_verifies_on_a_processor(tmp_path: Path, family: str) -> None:
-    done = call("--dry-run", tmp_path, "--steps", "bench", "--cases", family, "--budget", "800")
+def test_every_case_verifies_on_a_processor(checkout: Path, tmp_path: Path, family: str) -> None:
+    done = call(
+        checkout, "--dry-run", tmp_path, "--steps", "bench", "--cases", family, "--budget", "800"
+    )
     data = json.loads((tmp_path / "cpu-dry-run.json").read_text())
     assert done.returncode == 0, done.stdout + done.stderr
     assert data["rows"]
@@ -1014,8 +1034,8 @@ def test_printing_a_table(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
-def test_without_a_card_it_says_so(tmp_path: Path) -> None:
-    done = call("--steps", "bench", "--out", tmp_path)
+def test_without_a_card_it_says_so(checkout: Path, tmp_path: Path) -> None:
+    done = call(checkout, "--steps", "bench", "--out", tmp_path)
     assert done.returncode == 2
     assert "no card" in done.stdout
     assert "--dry-run" in done.stdout

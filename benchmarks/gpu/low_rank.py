@@ -258,8 +258,10 @@ def _gram_work(width: int, machine: Machine) -> Work:
     def run(**more: Any) -> Callable[[int], Tensor]:
         return lambda i: gram(k, **more)
 
-    def check(rounding: float) -> Callable[[Tensor, Tensor], str]:
+    def check(rounding: float, symmetric: bool = False) -> Callable[[Tensor, Tensor], str]:
         def compare(out: Tensor, exact: Tensor) -> str:
+            if symmetric and not torch.equal(out, out.T):
+                raise Mismatch("not symmetric")
             norms = exact.diagonal().sqrt()
             limit = tokens * 2.0**-24 * norms.unsqueeze(1) * norms + rounding * exact.abs()
             worst = float(((out.double() - exact).abs() / limit).max())
@@ -273,26 +275,29 @@ def _gram_work(width: int, machine: Machine) -> Work:
         wide = k.double()
         return wide.T @ wide
 
+    float32 = functools.partial(gram, k, dtype=torch.float32)
     return Work(
         shape=f"{tokens} tokens, d = {d}",
         dtype="bfloat16",
-        bytes=2 * tokens * d + 4 * d * d,
+        bytes=2 * tokens * d + 8 * d * d,
         flops=tokens * d * (d + 1),
         input_bytes=2 * tokens * d,
         providers=[
-            *ours(machine, gram, run, check(0.0)),
+            *ours(machine, gram, run, check(0.0, symmetric=True)),
+            Provider("cl_fast float32", "ours", lambda i: float32(), check(0.0, symmetric=True)),
             matmul_floor(machine),
+            Provider("torch float32", "peer", lambda i: k.float().T @ k.float(), check(0.0)),
             Provider(
-                "torch float32", "peer", lambda i: k.float().T @ k.float(), check(0.0)
-            ),
-            Provider(
-                "torch bfloat16", "peer", lambda i: k.T @ k, check(2.0**-8),
+                "torch bfloat16",
+                "peer",
+                lambda i: k.T @ k,
+                check(2.0**-8),
                 note="the result is rounded to bfloat16",
             ),
         ],
         expected=expected,
-        output_elements=2 * d * d,
-    )  # fmt: skip
+        output_elements=4 * d * d,
+    )
 
 
 CASES = [
