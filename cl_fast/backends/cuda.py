@@ -1,7 +1,7 @@
 """The CUDA kernels of the C++ core: whether they are built, and for which devices they serve.
 
-The module `cl_fast._cuda` is built with `CL_FAST_CUDA=ON` where nvcc is found. Without it the Triton
-kernels do the same work with the same bits.
+The module `cl_fast._cuda` is built with `CL_FAST_CUDA=ON` where nvcc is found. Without it the
+Triton kernels do the same work with the same bits.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def load() -> ModuleType | None:
             _module = importlib.import_module("cl_fast._cuda")
         except ModuleNotFoundError:
             _failure = (
-                "the CUDA kernels are not built; install cl_fast with CL_FAST_CUDA=ON where nvcc is "
-                "found"
+                "the CUDA kernels are not built; install cl_fast with CL_FAST_CUDA=ON where nvcc "
+                "is found"
             )
         except ImportError as error:
             _failure = f"the CUDA kernels do not load: {error}; install cl_fast again"
@@ -62,4 +62,4 @@ def serves(device: Any) -> bool:
 
     if device.type != "cuda" or torch.version.hip is not None:
         return False
-    return torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
+    return bool(torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY)

@@ -1,8 +1,8 @@
 """The steps of a merge on CUDA tensors by the kernels of csrc/**/*.cu.
 
 The same functions as in cl_fast.triton_kernels (combine, magnitude, sums), which say what their
-arguments mean. Pointers and numbers travel as arguments of the launches, so a call neither syncs nor
-copies anything to the device, and a CUDA graph may capture it.
+arguments mean. Pointers and numbers travel as arguments of the launches, so a call neither syncs
+nor copies anything to the device, and a CUDA graph may capture it.
 """
 
 from __future__ import annotations

@@ -494,8 +494,12 @@ def test_bad_input(change: dict, error: type[Exception], words: str, backend: st
 
 
 def test_bad_backend() -> None:
-    with pytest.raises(ValueError, match="backend must be one of 'eager', 'native' or None"):
-        combine(X, [X], weights=1.0, backend="cuda")
+    names = "'eager', 'native', 'triton', 'cuda'"
+    with pytest.raises(ValueError, match=f"backend must be one of {names} or None; got 'gpu'"):
+        combine(X, [X], weights=1.0, backend="gpu")
+    for backend in ("triton", "cuda"):
+        with pytest.raises(ValueError, match=f"backend='{backend}' needs tensors on cuda; got cpu"):
+            combine(X, [X], weights=1.0, backend=backend)
 
 
 def test_bad_rows() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cl_fast import backends
-from cl_fast.backends import native
+from cl_fast.backends import device_ops, native
 from cl_fast.ops import Policy, combine, combine_many, dare, magnitude_threshold, stream_key
 from cl_fast.ops.dropping import _Drop
 
@@ -158,13 +158,20 @@ def test_a_core_switched_off_is_not_mentioned(monkeypatch: pytest.MonkeyPatch) -
     assert native.reason() == "CL_FAST_NATIVE=0 switches the C++ core off"
 
 
-def test_cuda_without_triton_is_eager_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cl_fast.triton_kernels.dare", None)
+def test_without_kernels_for_a_gpu_the_reference_serves_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for kernels in ("magnitude", "sums", "combine"):
+        monkeypatch.setitem(sys.modules, f"cl_fast.triton_kernels.{kernels}", None)
     monkeypatch.setattr(backends, "_said", set())
     x = torch.randn(100)
     with pytest.warns(RuntimeWarning, match=r"eager reference on CUDA tensors.*cl_fast\[triton\]"):
-        out = _Drop(0.5, 0, "", "", "none").cuda(x)
+        by = device_ops.engine(x.device)
+    assert by is None
+    out = _Drop(0.5, 0, "", "", "none").device(x, by)
     assert torch.equal(out, dare(x, density=0.5, rescale="none"))
+    with pytest.raises(RuntimeError, match="backend='triton' cannot be used: triton is not"):
+        device_ops.require("triton", x.device)
 
 
 def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
