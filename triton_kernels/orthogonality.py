@@ -51,7 +51,7 @@ SUM_BLOCK = 1024
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _load_past(p_ptr, stride, j, col, rows, d, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
     """P[j, col]; COLUMNS: memory holds its transpose."""
     inside = (j < rows)[:, None] & (col < d)[None, :]
@@ -62,7 +62,10 @@ def _load_past(p_ptr, stride, j, col, rows, d, COLUMNS: tl.constexpr):  # type: 
     return tl.load(p_ptr + offset, mask=inside, other=0.0)
 
 
-@triton.jit
+@triton.jit(  # type: ignore[untyped-decorator, unused-ignore]
+    do_not_specialize=["total"],
+    do_not_specialize_on_alignment=["table_ptr"],
+)
 def _products_kernel(  # type: ignore[no-untyped-def]
     table_ptr, o_ptr, total, chunk,
     NEW: tl.constexpr, PAST: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr,
@@ -109,7 +112,10 @@ def _products_kernel(  # type: ignore[no-untyped-def]
         tl.store(out + i[None, :] * tl.load(row + 8) + j[:, None], acc, mask=inside)
 
 
-@triton.jit
+@triton.jit(  # type: ignore[untyped-decorator, unused-ignore]
+    do_not_specialize=["total"],
+    do_not_specialize_on_alignment=["table_ptr"],
+)
 def _finish_kernel(  # type: ignore[no-untyped-def]
     table_ptr, partial_ptr, s_ptr, v_ptr, total, FORM: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -135,7 +141,10 @@ def _finish_kernel(  # type: ignore[no-untyped-def]
         tl.store(v_ptr + module, tl.sum(value, axis=0))
 
 
-@triton.jit
+@triton.jit(  # type: ignore[untyped-decorator, unused-ignore]
+    do_not_specialize=["g_stride"],
+    do_not_specialize_on_alignment=["tiles_ptr", "pairs_ptr", "g_ptr"],
+)
 def _apply_kernel(  # type: ignore[no-untyped-def]
     tiles_ptr, pairs_ptr, s_ptr, g_ptr, g_stride,
     MODE: tl.constexpr, NEW: tl.constexpr, OUT: tl.constexpr, PAST: tl.constexpr,
@@ -252,11 +261,11 @@ class _Inputs:
         return offsets, total
 
     def past_stride(self, p: torch.Tensor) -> int:
-        return p.stride(1) if self.columns else p.stride(0)
+        return int(p.stride(1) if self.columns else p.stride(0))
 
     def past_step(self, p: torch.Tensor) -> int:
         """Bytes from one row of P to the next."""
-        return p.stride(0) * p.element_size()
+        return int(p.stride(0)) * int(p.element_size())
 
     def aligned(self) -> bool:
         """Whether every row starts at, and consists of, whole vectors of 16 bytes."""
@@ -266,11 +275,11 @@ class _Inputs:
 
 
 def _unit(stride: int, size: int) -> bool:
-    return stride == 1 or size <= 1
+    return bool(stride == 1 or size <= 1)
 
 
 def _aligned(x: torch.Tensor) -> bool:
-    return x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.size(1) % 8 == 0
+    return bool(x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.size(1) % 8 == 0)
 
 
 def _one_dtype(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -301,29 +310,31 @@ def _chunk(items: int, d: int) -> int:
     return chunk
 
 
-def product_blocks(rows: int, past_rows: int, narrow: bool) -> dict[str, int]:
-    """BN, BP, BD and the warps of `_products_kernel`; narrow: both operands have 16 bits."""
-    if narrow:
-        return {
-            "BN": _row_block(rows, 64), "BP": _row_block(past_rows, 128), "BD": 64,
-            "num_warps": 4, "num_stages": 4,
-        }  # fmt: skip
+def product_blocks(rows: int, past_rows: int, narrow: bool, aligned: bool) -> dict[str, int]:
+    """BN, BP, BD and the warps of `_products_kernel`; narrow: both operands have 16 bits.
+
+    Few rows of P ask for more columns at once, or a thread has less than 16 bytes to load. Loads
+    of single elements hold an address each: half the columns then.
+    """
+    bp = _row_block(past_rows, 128 if narrow else 64)
+    bd = (64 if narrow else 32) * (2 if bp == 16 else 1) // (1 if aligned else 2)
     return {
-        "BN": _row_block(rows, 32), "BP": _row_block(past_rows, 64), "BD": 32,
-        "num_warps": 4, "num_stages": 3,
+        "BN": _row_block(rows, 64 if narrow else 32), "BP": bp, "BD": bd,
+        "num_warps": 4, "num_stages": 4 if narrow else 3,
     }  # fmt: skip
 
 
-def apply_blocks(rows: int, past_rows: int, narrow: bool) -> dict[str, int]:
-    """BN, BK, BD and the warps of `_apply_kernel`; narrow: tensor cores multiply."""
-    if narrow:
+def apply_blocks(
+    rows: int, past_rows: int, narrow: bool, split: bool, aligned: bool
+) -> dict[str, int]:
+    """BN, BK, BD and the warps of `_apply_kernel`; narrow: tensor cores; split: three terms."""
+    if not narrow:
         return {
-            "BN": _row_block(rows, 64), "BK": _row_block(past_rows, 64), "BD": 128,
-            "num_warps": 4, "num_stages": 3,
+            "BN": 16, "BK": _row_block(past_rows, 32), "BD": 64, "num_warps": 4, "num_stages": 2
         }  # fmt: skip
     return {
-        "BN": _row_block(rows, 32), "BK": _row_block(past_rows, 32), "BD": 64,
-        "num_warps": 4, "num_stages": 2,
+        "BN": _row_block(rows, 32), "BK": _row_block(past_rows, 32 if split or not aligned else 64),
+        "BD": 128 if aligned else 64, "num_warps": 4, "num_stages": 3,
     }  # fmt: skip
 
 
@@ -336,7 +347,8 @@ def _products(inputs: _Inputs, mode: int) -> tuple[torch.Tensor, torch.Tensor]:
     most_past = max((p.size(0) for p in past), default=0)
     dtypes = (new[0].dtype, past[0].dtype if past else new[0].dtype)
     narrow = dtypes[0] == dtypes[1] != torch.float32
-    blocks = product_blocks(most_rows, most_past, narrow)
+    aligned = inputs.aligned()
+    blocks = product_blocks(most_rows, most_past, narrow, aligned)
     words: list[int] = []
     for m, a in enumerate(new):
         a_ptr, a_stride, d = a.data_ptr(), a.stride(0), a.size(1)
@@ -368,7 +380,7 @@ def _products(inputs: _Inputs, mode: int) -> tuple[torch.Tensor, torch.Tensor]:
             _products_kernel[(items, splits)](
                 table, partial, total, chunk,
                 NEW=_TYPES[dtypes[0]], PAST=_TYPES[dtypes[1]], COLUMNS=inputs.columns,
-                ALIGNED=inputs.aligned(), WIDEN=interpreted() or not narrow, **blocks,
+                ALIGNED=aligned, WIDEN=interpreted() or not narrow, **blocks,
             )  # fmt: skip
         _finish_kernel[(len(new),)](
             table[items * int(PRODUCT_WORDS) :], partial, s, values, total,
@@ -390,9 +402,13 @@ def _apply(
     offsets, _ = inputs.blocks()
     past_dtype = past[0].dtype if past else new[0].dtype
     narrow = past_dtype == torch.bfloat16 or (mode == L1 and past_dtype == torch.float16)
+    split = past_dtype == torch.bfloat16 and mode != L1
+    aligned = inputs.aligned() and all(_aligned(o) for _, o in out)
     blocks = apply_blocks(
-        max(o.size(0) for _, o in out), max((p.size(0) for p in past), default=0), narrow
-    )
+        max(o.size(0) for _, o in out),
+        max((p.size(0) for p in past), default=0),
+        narrow, split, aligned,
+    )  # fmt: skip
     words: list[int] = []
     for m, o in out:
         a, o_ptr, a_ptr = new[m], o.data_ptr(), new[m].data_ptr()
@@ -415,8 +431,7 @@ def _apply(
             s if grad is None else grad, 0 if grad is None else grad.stride(0),
             MODE=mode, NEW=_TYPES[new[0].dtype], OUT=_TYPES[out[0][1].dtype],
             PAST=_TYPES[past_dtype], COLUMNS=inputs.columns,
-            ALIGNED=inputs.aligned() and all(_aligned(o) for _, o in out),
-            SPLIT=past_dtype == torch.bfloat16, INTERPRETED=interpreted(), **blocks,
+            ALIGNED=aligned, SPLIT=split, INTERPRETED=interpreted(), **blocks,
         )  # fmt: skip
 
 

@@ -34,7 +34,6 @@ __all__ = ["orthogonal_penalty", "orthogonal_project", "orthogonal_project_"]
 
 Form = Literal["l1", "squared"]
 Reduction = Literal["sum", "none"]
-Past = Tensor | Sequence[Tensor] | None
 
 _FORMS = ("l1", "squared")
 _REDUCTIONS = ("sum", "none")
@@ -130,7 +129,7 @@ def _module_sizes(shapes: Sequence[tuple[int, int]], counts: Sequence[int]) -> l
 def _blocks(flat: Tensor, shapes: list[tuple[int, int]]) -> Sequence[Tensor]:
     """The blocks as views of S; equal shapes, the usual case, cost one call."""
     if len(set(shapes)) == 1:
-        return flat.view(len(shapes), *shapes[0]).unbind()
+        return list(flat.view(len(shapes), *shapes[0]).unbind())
     parts = flat.split([r * k for r, k in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
@@ -408,7 +407,7 @@ _gradient_op.register_autograd(_gradient_backward, setup_context=_gradient_setup
 
 def orthogonal_penalty(
     new: Sequence[Tensor],
-    past: Sequence[Past],
+    past: Sequence[Tensor | Sequence[Tensor] | None],
     *,
     form: Form = "l1",
     reduction: Reduction = "sum",
@@ -647,7 +646,7 @@ def orthogonal_project(
     backend: str | None = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
-def orthogonal_project(
+def orthogonal_project(  # type: ignore[overload-cannot-match, unused-ignore]
     a: Sequence[Tensor], q: Sequence[Tensor], *, rows: bool = ..., passes: int = ...,
     check: bool = ..., backend: str | None = ...,
 ) -> list[Tensor]: ...  # fmt: skip

@@ -352,7 +352,11 @@ def test_scales_as_it_should(factor: float, seed: int) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_gradcheck(form: str) -> None:
     new = [randn(3, 5).double(), randn(2, 7, seed=1).double(), randn(2, 4).double()]
-    past = [randn(4, 5, seed=2).double(), [randn(1, 7).double(), randn(2, 7, seed=3).double()], None]
+    past = [
+        randn(4, 5, seed=2).double(),
+        [randn(1, 7).double(), randn(2, 7, seed=3).double()],
+        None,
+    ]
     for a, p in zip(new, past, strict=True):
         for part in parts(p):
             # l1 has a corner at zero: the products are far from it.

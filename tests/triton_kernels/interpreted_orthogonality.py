@@ -29,12 +29,12 @@ def ragged(dtype: torch.dtype, past_dtype: torch.dtype) -> tuple[list[Tensor], l
     """Modules of all sorts: several tiles, several chunks, no past, many pasts, one row."""
     new = [
         randn(r, d, seed=m, dtype=dtype)
-        for m, (r, d) in enumerate([(8, 64), (3, 1100), (70, 40), (1, 7), (8, 64), (2, 16)])
+        for m, (r, d) in enumerate([(8, 64), (3, 600), (40, 40), (1, 7), (8, 64), (2, 16)])
     ]
     past = [
         randn(8, 64, seed=10, dtype=past_dtype),
-        [randn(r, 1100, seed=20 + r, dtype=past_dtype) for r in (8, 1, 5)],
-        randn(140, 40, seed=30, dtype=past_dtype),
+        [randn(r, 600, seed=20 + r, dtype=past_dtype) for r in (8, 1)],
+        randn(70, 40, seed=30, dtype=past_dtype),
         [randn(2, 7, seed=40, dtype=past_dtype)],
         None,
         randn(0, 16, dtype=past_dtype),
@@ -83,7 +83,7 @@ def test_sums_are_the_products_of_the_op() -> None:
     """S itself, block after block, in float32."""
     new, past = ragged(torch.float32, torch.float32)
     flat = [p for x in past if x is not None for p in ([x] if isinstance(x, Tensor) else x)]
-    counts = [1, 3, 1, 1, 0, 1]
+    counts = [1, 2, 1, 1, 0, 1]
     _, s = kernels.penalty(new, flat, counts, "l1")
     _, want = torch.ops.cl_fast.orthogonal_penalty(new, flat, counts, "l1", "eager")
     torch.testing.assert_close(s, want, rtol=1e-5, atol=1e-4)
@@ -135,7 +135,7 @@ def test_larger_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_project(dtype: torch.dtype, rows: bool) -> None:
-    shapes = [(8, 64, 24), (70, 40, 40), (3, 600, 5), (1, 7, 1), (4, 32, 0)]
+    shapes = [(8, 64, 24), (20, 40, 40), (3, 600, 5), (1, 7, 1), (4, 32, 0)]
     a = [randn(r, d, seed=d, dtype=dtype) for r, d, _ in shapes]
     q64 = [torch.linalg.qr(randn(d, k, seed=k).double()).Q for _, d, k in shapes]
     # A basis in every layout that a caller may have, the dtype its own.

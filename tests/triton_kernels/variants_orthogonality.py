@@ -17,7 +17,7 @@ def products(
     new: str, past: str, rows: int, past_rows: int, columns: bool = False, aligned: bool = True
 ) -> Variant:
     narrow = new == past != "fp32"
-    blocks = kernels.product_blocks(rows, past_rows, narrow)
+    blocks = kernels.product_blocks(rows, past_rows, narrow, aligned)
     options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
     layout = ", columns" * columns + ", unaligned" * (not aligned)
     return Variant(
@@ -40,7 +40,8 @@ def apply(
     aligned: bool = True,
 ) -> Variant:  # fmt: skip
     narrow = past == "bf16" or (mode == "l1" and past == "fp16")
-    blocks = kernels.apply_blocks(rows, past_rows, narrow)
+    split = past == "bf16" and mode != "l1"
+    blocks = kernels.apply_blocks(rows, past_rows, narrow, split, aligned)
     options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
     layout = ", columns" * columns + ", unaligned" * (not aligned)
     return Variant(
@@ -53,11 +54,12 @@ def apply(
         constexprs={
             "MODE": int(MODES[mode]), "NEW": DTYPES[new][0], "OUT": DTYPES[new][0],
             "PAST": DTYPES[past][0], "COLUMNS": columns, "ALIGNED": aligned,
-            "SPLIT": past == "bf16", "INTERPRETED": False, **blocks,
+            "SPLIT": split, "INTERPRETED": False, **blocks,
         },
         aligned=("tiles_ptr", "s_ptr"),
         options=options,
-        vectors=aligned,
+        # P comes by 16-byte asynchronous copies, which the count of loads does not see.
+        vectors=mode == "project",
         matrix=narrow,
     )  # fmt: skip
 
