@@ -650,7 +650,7 @@ def test_bad_unpack(
         (X, [GOOD], {"policy": Policy()}, ValueError, "policy.sparsify must be 'drop' with packed"),
         (X, [X], {"policy": Policy(sparsify="trim")}, ValueError, "policy.sparsify must be 'drop'"),
         (X, [GOOD], {"policy": "ties"}, TypeError, "policy must be a cl_fast.ops.Policy"),
-        (X[:5], [GOOD], {}, ValueError, "tensors[0] must have the shape of base, (5,); got (3000,)"),
+        (X[:5], [GOOD], {}, ValueError, "tensors[0] must have the shape of base, (5,)"),
         (X, [GOOD, X[:5]], {}, ValueError, "tensors[1] must have the shape of base, (3000,)"),
         (X.to("meta"), [GOOD], {}, ValueError, "tensors[0] must be on the device of base, meta"),
         (X.long(), [GOOD], {}, TypeError, "base must have one of the dtypes"),
