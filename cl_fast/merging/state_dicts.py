@@ -15,9 +15,9 @@ tensors must be equal in all models and are passed on. Names that share storage 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,8 @@ PerTensor: TypeAlias = float | Mapping[str, float] | Callable[[str], float]
 """A number, or one for each tensor's name."""
 PerModel: TypeAlias = PerTensor | Sequence[PerTensor]
 """One for all models, or a list with one per model."""
+
+Label = TypeVar("Label")
 
 Nan: TypeAlias = Literal["refuse", "propagate"]
 RescaleBy: TypeAlias = Literal["l1", "keep_rate"]
@@ -302,12 +304,12 @@ def _merge(
             else []
         )
         if nan == "refuse":
-            for name, tensor in zip(names, merged, strict=True):
-                if not is_finite(tensor):
-                    raise NonFiniteError(
-                        f"tensor {name!r}: the merge overflows {tensor.dtype}; lower the weights "
-                        "or lam, or set out_dtype=torch.float32"
-                    )
+            name = first_nonfinite(zip(names, merged, strict=True))
+            if name is not None:
+                raise NonFiniteError(
+                    f"tensor {name!r}: the merge overflows {merged[names.index(name)].dtype}; "
+                    "lower the weights or lam, or set out_dtype=torch.float32"
+                )
         result = inputs.result(dict(zip(names, merged, strict=True)))
     if into is not None:
         into.load_state_dict(result)
@@ -424,13 +426,15 @@ class Inputs:
         }
 
     def refuse_nonfinite(self, names: list[str]) -> None:
-        for name in names:
-            for where, model in self._all():
-                if not is_finite(model[name]):
-                    raise NonFiniteError(
-                        f"tensor {name!r} of {where} holds NaN or infinity; repair the model, or "
-                        "set nan='propagate'"
-                    )
+        found = first_nonfinite(
+            ((name, where), model[name]) for name in names for where, model in self._all()
+        )
+        if found is not None:
+            name, where = found
+            raise NonFiniteError(
+                f"tensor {name!r} of {where} holds NaN or infinity; repair the model, or "
+                "set nan='propagate'"
+            )
 
     def result(self, merged: dict[str, Tensor]) -> dict[str, Tensor]:
         """All tensors of the reference in its order: merged, tied to a merged one, or copied."""
@@ -482,12 +486,29 @@ def _check_tensor(name: str, where: str, tensor: Tensor, ref: str, reference: Te
         )
 
 
-def is_finite(tensor: Tensor) -> bool:
-    if not tensor.numel() or tensor.device.type == "meta":
-        return True
-    wide = tensor if tensor.element_size() > 1 else tensor.float()
-    low, high = torch.aminmax(wide)  # one pass, and NaN comes through
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+def first_nonfinite(tensors: Iterable[tuple[Label, Tensor]]) -> Label | None:
+    """The label of a tensor that holds NaN or infinity, the first of its device; None without one.
+
+    On a GPU the answers are gathered and fetched once per device: asking for each would stop the
+    host as often.
+    """
+    waiting: dict[torch.device, list[tuple[Label, Tensor]]] = {}
+    for label, tensor in tensors:
+        if not tensor.numel() or tensor.device.type == "meta":
+            continue
+        wide = tensor if tensor.element_size() > 1 else tensor.float()
+        low, high = torch.aminmax(wide)  # one pass, and NaN comes through
+        finite = torch.isfinite(low) & torch.isfinite(high)
+        if tensor.device.type != "cpu":
+            waiting.setdefault(tensor.device, []).append((label, finite))
+        elif not finite:
+            return label
+    for answers in waiting.values():
+        together = torch.stack([finite for _, finite in answers]).tolist()
+        for (label, _), finite in zip(answers, together, strict=True):
+            if not finite:
+                return label
+    return None
 
 
 class _PerModel:
