@@ -1,4 +1,4 @@
-"""The CUDA sources without a card: built as plain C++ for the tests here, and by nvcc where it is."""
+"""The CUDA sources without a card: built as plain C++ to be run, and by nvcc to be looked at."""
 
 from __future__ import annotations
 

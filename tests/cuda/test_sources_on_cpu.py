@@ -1,4 +1,4 @@
-"""The CUDA kernels, run by the processor: every promise that the tests of the ops make of a backend.
+"""The CUDA kernels, run by the processor: they keep what the tests of the ops ask of a backend.
 
 The fixture `backend` of this folder takes the place of the one that those tests were written for.
 """
@@ -8,8 +8,6 @@ from __future__ import annotations
 import nasty
 import pytest
 import test_combine
-import test_dare
-import test_magnitude
 import torch
 from test_combine import (  # noqa: F401
     test_backends_agree_bit_for_bit,
@@ -19,6 +17,11 @@ from test_combine import (  # noqa: F401
     test_shapes_strides_and_mixtures,
     test_trim_keeps_exactly_k_and_the_first_of_ties,
     test_within_half_a_spacing_of_float64,
+)
+from test_in_place import (  # noqa: F401
+    test_many_bases,
+    test_the_same_bits_in_place,
+    test_what_is_not_contiguous,
 )
 from test_magnitude import (  # noqa: F401
     test_density_rules,
@@ -33,7 +36,6 @@ from cl_fast.backends import cuda_ops, device_ops
 from cl_fast.ops import Policy, combine, combine_many, dare, magnitude_threshold, stream_key
 from cl_fast.ops.dropping import absolute_sum
 
-assert test_dare
 pytestmark = pytest.mark.slow
 
 
@@ -60,7 +62,7 @@ def test_many_rows_of_many_sizes(name: str, backend: str) -> None:
     """More rows than one launch takes, empty ones among them, mixed dtypes, unaligned views."""
     policy = test_combine.POLICIES[name]
     g = torch.Generator().manual_seed(0)
-    sizes = torch.randint(0, 300, (170,), generator=g).tolist() + [0, 9000, 1, 4096]
+    sizes = [*torch.randint(0, 300, (170,), generator=g).tolist(), 0, 9000, 1, 4096]
     bases, rows = [], []
     for number, n in enumerate(sizes):
         base, tensors = nasty.models("normal", n + 1, 3, nasty.DTYPES[number % 3])
@@ -92,7 +94,7 @@ def test_dare(rescale: str, backend: str) -> None:
 
 
 def test_a_full_queue_of_undecided_elements(backend: str) -> None:
-    """A thousand terms of one byte: with equal keys whole warps are undecided at once."""
+    """More elements than the queue holds: equal keys leave the same ones open in every term."""
     keys = [stream_key(0, "m", "t")] * 8
     _, tensors = nasty.models("normal", 8192, 8)
     policy = Policy(difference=False, sparsify="drop")
@@ -152,7 +154,7 @@ def test_where_the_ties_end(backend: str) -> None:
 
 
 def test_a_bracket_that_misses(backend: str) -> None:
-    """What a sample cannot see is found all the same: the wanted values stand where none is taken."""
+    """What a sample cannot see is found all the same: its places hold other values."""
     n = 1_000_000
     x = torch.zeros(n)
     stretch = n // 4096
