@@ -51,7 +51,10 @@ from gpu.rows import FAILED, NOT_RUN, OK, Results, slug, table  # noqa: E402
 ROOT = HERE.parent
 STEPS = ("build", "test", "sanitize", "bench")
 LEFT = "left"
-TOOLS = ("memcheck", "racecheck")
+# Of the calls of gpu.sanitized each N-th is made: races do not depend on a policy, and watching
+# for them takes long. N shares no factor with the variants, so that each of them has its turn.
+EVERY = {"memcheck": 1, "racecheck": 5}
+TOOLS = tuple(EVERY)
 CRASHES_PER_CASE = 3
 
 # Whether the built modules load, in the words of the package.
@@ -238,7 +241,8 @@ class Lane:
             say(f"no card: {found['why']}; --dry-run DIR tries the lane on a processor")
             return 2
         self.cases = [c for c in found.pop("cases") if self.pattern in c["name"]]
-        self.arch = self.arch or found.pop("arch")
+        arch = found.pop("arch")
+        self.arch = self.arch or arch
         nvcc = tool("nvcc", *cuda_folders())
         found["versions"]["nvcc"] = (
             "not found" if nvcc is None else nvcc_version(nvcc, self.log("nvcc"))
@@ -413,8 +417,8 @@ class Lane:
     def _sanitize(self, name: str, program: str | None) -> dict[str, Any]:
         backend = "native" if self.dry else "cuda"
         command = [sys.executable, "-m", "gpu.sanitized", "--backend", backend]
-        if self.dry:
-            command += ["--every", "25"]
+        every = 25 if self.dry else EVERY[name]
+        command += ["--every", str(every)]
         if name in TOOLS:
             assert program is not None
             command = [program, "--tool", name, "--error-exitcode", "86", *command]
@@ -426,7 +430,7 @@ class Lane:
         )  # fmt: skip
         if ended.code is None and limit < SANITIZE_S[1]:
             return {"status": LEFT}
-        return {"seconds": ended.seconds, **read_sanitizer(name, ended)}
+        return {"seconds": ended.seconds, "every": every, **read_sanitizer(name, ended)}
 
     # -------------------------------------------------------------------------------- bench
 

@@ -874,7 +874,7 @@ def test_whatever_a_case_does_the_others_go_on(checkout: Path, tmp_path: Path) -
     # What has failed stays, and stays a failure, until it is to be tried again.
     code, again, said = trial(checkout, tmp_path, "SICK", "--resume")
     assert (code, again["rows"]) == (1, data["rows"])
-    assert "15 rows" in said
+    assert f"{len(data['rows'])} rows" in said
 
 
 @pytest.mark.slow
@@ -944,20 +944,21 @@ def test_build_test_and_sanitize_without_a_card(checkout: Path, tmp_path: Path) 
     assert again["steps"] == data["steps"]
 
 
-FAMILIES = ("combine/", "combine_many/", "magnitude_threshold/", "pack/", "dare/", "rank_update/",
-            "gram/", "orthogonal_")  # fmt: skip
+@pytest.fixture(scope="module")
+def everything(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A dry run of every case."""
+    out = tmp_path_factory.mktemp("everything")
+    done = call(checkout, "--dry-run", out, "--steps", "bench", "--budget", "800")
+    data: dict[str, Any] = json.loads((out / "cpu-dry-run.json").read_text())
+    return {**data, "code": done.returncode, "said": done.stdout + done.stderr}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_case_verifies_on_a_processor(checkout: Path, tmp_path: Path, family: str) -> None:
-    done = call(
-        checkout, "--dry-run", tmp_path, "--steps", "bench", "--cases", family, "--budget", "800"
-    )
-    data = json.loads((tmp_path / "cpu-dry-run.json").read_text())
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert data["rows"]
-    for r in data["rows"]:
+def test_every_case_verifies_on_a_processor(everything: dict[str, Any]) -> None:
+    assert everything["code"] == 0, everything["said"]
+    cases = {case.name for case in importlib.import_module("gpu.worker").all_cases()}
+    assert {r["case"] for r in everything["rows"]} == cases
+    for r in everything["rows"]:
         assert r["device"] == "cpu, dry run"
         if r["status"] != "ok":
             # Peers that are not installed, and backends that an op does not have.
@@ -967,10 +968,28 @@ def test_every_case_verifies_on_a_processor(checkout: Path, tmp_path: Path, fami
         assert r["ms_p20"] <= r["ms_p50"] <= r["ms_p80"]
         assert r["bytes"] > 0
         assert r["verified"]
-    for case in {r["case"] for r in data["rows"]}:
-        own = {r["provider"]: r for r in data["rows"] if r["case"] == case}
+    for case in cases:
+        own = {r["provider"]: r for r in everything["rows"] if r["case"] == case}
         assert own["cl_fast"]["status"] == "ok"
         assert any(r["role"] == "floor" for r in own.values())
+
+
+@pytest.mark.slow
+def test_every_peer_has_its_row(everything: dict[str, Any]) -> None:
+    """Where a peer is not installed there is a row that says so."""
+    found: dict[str, set[str]] = {}
+    for r in everything["rows"]:
+        found.setdefault(r["case"], set()).add(r["provider"])
+    for method in ("linear", "task_arithmetic", "dare_linear", "dare_ties", "ties"):
+        peers = found[f"combine/{method}/K3"]
+        assert {"torch eager", "torch.compile", "mergekit", "copy"} <= peers
+        assert ("PEFT" in peers) == (method in ("task_arithmetic", "dare_linear", "ties"))
+    for name in ("peft", "mergekit"):
+        if importlib.util.find_spec(name) is None:
+            continue
+        for r in everything["rows"]:
+            if r["provider"].lower() == name:
+                assert r["status"] == "ok", r["reason"]
 
 
 # ------------------------------------------------------------------------------------ command
