@@ -1,7 +1,7 @@
 """O-LoRA penalty and gradient on the CPU: `pytest benchmarks/test_orthogonality.py
 --benchmark-enable -s`.
 
-T5-large with LoRA on q and v has 144 modules, rank 8, 1024 columns, beside 558 other parameters.
+T5-large with LoRA on q and v has 144 modules of rank 8 with 1024 columns.
 Three ways to the same gradients, interleaved in one run:
 
     name matching   two nested loops over named_parameters() that look for the past of each module
@@ -26,20 +26,31 @@ from torch import Tensor, nn
 from cl_fast.ops import orthogonal_penalty
 
 RANK, COLUMNS, LAYERS = 8, 1024, 24
-REPEATS = 15
+REPEATS = 7
 OURS = "cl_fast"
 
 
 class Projection(nn.Module):
-    """A linear layer with its new and its past LoRA factors; W itself plays no part here."""
+    """A linear layer with its past and new LoRA factors, named and nested as PEFT does it."""
 
     def __init__(self, past_rows: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1), requires_grad=False)
-        self.lora_A = nn.Parameter(torch.randn(past_rows, COLUMNS), requires_grad=False)
-        self.lora_B = nn.Parameter(torch.zeros(1, past_rows), requires_grad=False)
-        self.new_A = nn.Parameter(torch.randn(RANK, COLUMNS))
-        self.new_B = nn.Parameter(torch.zeros(1, RANK))
+        self.base_layer = nn.Linear(1, 1, bias=False)
+        self.lora_dropout = nn.ModuleDict({"default": nn.Dropout()})
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(COLUMNS, past_rows, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(past_rows, 1, bias=False)})
+        self.loranew_A = nn.ModuleDict({"default": nn.Linear(COLUMNS, RANK, bias=False)})
+        self.loranew_B = nn.ModuleDict({"default": nn.Linear(RANK, 1, bias=False)})
+        self.lora_A.requires_grad_(False)
+        self.lora_B.requires_grad_(False)
+
+    @property
+    def new(self) -> Tensor:
+        return self.loranew_A["default"].weight
+
+    @property
+    def past(self) -> Tensor:
+        return self.lora_A["default"].weight
 
 
 class Attention(nn.Module):
@@ -77,7 +88,7 @@ def name_matching(model: nn.Module) -> Tensor:
         if "lora_A" not in past_name:
             continue
         for name, new in model.named_parameters():
-            if "new_A" in name and name.split("new_A")[0] == past_name.split("lora_A")[0]:
+            if "loranew_A" in name and name.split("loranew_A")[0] == past_name.split("lora_A")[0]:
                 loss = loss + (past @ new.t()).abs().sum()
                 break
     return loss
@@ -102,13 +113,12 @@ def interleaved(ways: dict[str, Callable[[], object]]) -> dict[str, float]:
     return {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
 
 
-@pytest.mark.parametrize("threads", [1, torch.get_num_threads()])
 @pytest.mark.parametrize("tasks", [1, 15])
-def test_penalty_and_gradient(benchmark: Any, tasks: int, threads: int) -> None:
-    torch.set_num_threads(threads)
+def test_penalty_and_gradient(benchmark: Any, tasks: int) -> None:
+    torch.set_num_threads(1)  # products of 8 rows are too small to share
     t5 = model(RANK * tasks)
     layers = [module for module in t5.modules() if isinstance(module, Projection)]
-    new, past = [layer.new_A for layer in layers], [layer.lora_A for layer in layers]
+    new, past = [layer.new for layer in layers], [layer.past for layer in layers]
     assert len(new) == 144
 
     ways: dict[str, Callable[[], tuple[Tensor, ...]]] = {
@@ -130,4 +140,4 @@ def test_penalty_and_gradient(benchmark: Any, tasks: int, threads: int) -> None:
     for name, median in medians.items():
         benchmark.extra_info[f"{name}, ms"] = round(median, 2)
         benchmark.extra_info[f"{name} / {OURS}"] = round(median / medians[OURS], 1)
-    print(f"\n{tasks} past tasks, {threads} threads: {benchmark.extra_info}")
+    print(f"\n{tasks} past tasks: {benchmark.extra_info}")

@@ -556,10 +556,49 @@ def _project_fake(
     return [x.new_empty(x.shape) for x in a]
 
 
+def _side_by_side(x: Tensor, y: Tensor) -> bool:
+    """Whether two matrices are ranges of columns of one matrix, and no column is in both."""
+    row = x.stride(0)
+    if row != y.stride(0) or (x.stride(1), y.stride(1)) != (1, 1) or x.dtype != y.dtype:
+        return False
+    apart = (y.data_ptr() - x.data_ptr()) // x.element_size()
+    return bool(row > 0 and x.size(1) <= apart % row <= row - y.size(1))
+
+
+def _check_in_place(a: Sequence[Tensor], q: Sequence[Tensor]) -> None:
+    """Raise ValueError unless each of `a` has its memory for itself."""
+    spans = []
+    for what, tensors in (("a", a), ("q", q)):
+        for m, x in enumerate(tensors):
+            if not x.numel():
+                continue
+            if what == "a" and torch._debug_has_internal_overlap(x) == 1:
+                raise ValueError(
+                    f"a[{m}] must not overlap itself to be written in place (an expanded tensor?); "
+                    "give a copy of it"
+                )
+            reach = sum((size - 1) * step for size, step in zip(x.shape, x.stride(), strict=True))
+            start = x.data_ptr()
+            spans.append((start, start + (reach + 1) * x.element_size(), what, m, x))
+    spans.sort(key=lambda span: span[:2])
+    open_spans: list[Any] = []
+    for span in spans:
+        open_spans = [before for before in open_spans if before[1] > span[0]]
+        for before in open_spans:
+            written, other = (span, before) if span[2] == "a" else (before, span)
+            if written[2] == "a" and not _side_by_side(before[4], span[4]):
+                raise ValueError(
+                    f"a[{written[3]}] must not overlap {other[2]}[{other[3]}] in memory, because "
+                    "it is written in place; give a copy of it, or use orthogonal_project"
+                )
+        open_spans.append(span)
+
+
 def _in_place_generic(
     a: Sequence[Tensor], q: Sequence[Tensor], rows: bool, passes: int, backend: str | None
 ) -> None:
     _check_project(a, q, rows, passes, backend)
+    _check_in_place(a, q)
     _project_in_place(a, q, rows, passes, backend or "eager")
 
 
@@ -567,6 +606,7 @@ def _in_place_cuda(
     a: Sequence[Tensor], q: Sequence[Tensor], rows: bool, passes: int, backend: str | None
 ) -> None:
     _check_project(a, q, rows, passes, backend)
+    _check_in_place(a, q)
     _project_in_place(a, q, rows, passes, backend or "triton")
 
 
@@ -703,8 +743,8 @@ def orthogonal_project_(
     """`orthogonal_project` in place, for use after an optimizer's step.
 
     Like that step it is not recorded: leaves that require grad are changed, while a tensor that
-    autograd computed is refused. Arguments and errors are those of `orthogonal_project`; matrices
-    of `a` that share memory with each other or with `q` are not supported.
+    autograd computed is refused. Arguments and errors are those of `orthogonal_project`; ValueError
+    too if a matrix of `a` shares memory with another one, with a basis, or with itself.
     """
     xs, bases = _project_lists(a, q)
     for m, x in enumerate(xs):

@@ -562,6 +562,39 @@ def test_projection_in_place() -> None:
     assert torch.equal(around[:, :10], outside)
 
 
+def test_projection_in_place_refuses_shared_memory() -> None:
+    whole = randn(8, 60)
+    q = [basis(20, 3), basis(20, 3)]
+    before = whole.clone()
+    same = r"a\[[01]\] must not overlap a\[[01]\] in memory"
+    for a, words in (
+        ([whole[:, :20], whole[:, 10:30]], same),
+        ([whole[:5, :20], whole[4:, :20]], same),
+        ([whole[:, :20], whole[:, :20]], same),
+        ([whole[:, :20], whole[:, 40:].t().contiguous().t()], None),
+        ([whole[:1, :20].expand(4, 20), whole[:, 40:]], r"a\[[01]\] must not overlap itself"),
+        ([whole[:, 20:40], q[1].t()], r"a\[[01]\] must not overlap q\[[01]\] in memory"),
+        ([whole[:, :20], whole[:, 20:40]], None),
+        ([whole[:4, :20], whole[4:, :20]], None),
+    ):
+        if words is None:
+            orthogonal_project_(a, q)
+            before = whole.clone()
+            continue
+        for _ in range(2):
+            with pytest.raises(ValueError, match=words):
+                orthogonal_project_(a, q)
+            a, q = a[::-1], q[::-1]
+        assert torch.equal(whole, before)
+    shared = [q[0], q[0]]
+    sides = [whole[:, :20], whole[:, 20:40]]
+    want = orthogonal_project(sides, shared)
+    orthogonal_project_(sides, shared)
+    for x, y in zip(sides, want, strict=True):
+        assert torch.equal(x, y)
+    assert torch.equal(whole[:, 40:], before[:, 40:])
+
+
 def test_projection_in_place_refuses_what_autograd_computed() -> None:
     a = randn(4, 20).requires_grad_()
     with pytest.raises(ValueError, match=r"a\[0\] was computed by autograd"):
