@@ -107,6 +107,8 @@ def test_special_values() -> None:
     x = torch.tensor(values * 7)
     for dtype in nasty.DTYPES:
         y = x.to(dtype)
+        # torch rounds NaN to different bits in the middle and at the end of a tensor
+        y[x.isnan()] = torch.tensor([0x7FC00000], dtype=torch.int32).view(torch.float32).to(dtype)
         counts = list(range(-1, y.numel() + 1, 5))
         for ties in ("first", "all", "none"):
             check([], [y] * len(counts), 1, counts, ties)
@@ -118,7 +120,7 @@ def test_special_values() -> None:
     ladder = (torch.arange(5000, dtype=torch.int32) * 429_496 & 0x7F7FFFFF).view(torch.float32)
     for step in (1, 64, 1 << 9, 1 << 18):
         near = (torch.arange(600, dtype=torch.int32) * step + 0x3F000000).view(torch.float32)
-        check([], [near, ladder] * 3, 2, [1, 1, 77, 2500, 600, 5000], "first")
+        check([], [near, ladder] * 3, 1, [1, 1, 77, 2500, 600, 5000], "first")
 
 
 def test_rows_of_any_kind() -> None:

@@ -59,6 +59,7 @@ VARIANTS = [
             constexprs={"BITS": bits, "STRIDE": m.BINS},
             aligned=("state_ptr", "hist_ptr"),
             options={"num_warps": 1},
+            vectors=False,
         )
         for bits in sorted(set(m.DIGITS))
     ),

@@ -35,7 +35,6 @@ VARIANTS = [
     *(chunks("drop", kind, kind) for kind in ("bf16", "fp32")),
     chunks("all", "none", "bf16"),
     chunks("drop", "none", "fp16"),
-    chunks("trim", "bf16", "mixed"),
     chunks("drop", "bf16", "mixed"),
     chunks("trim", "bf16", "bf16", aligned=False),
     Variant(
