@@ -9,11 +9,20 @@ import platform
 from pathlib import Path
 
 from cl_fast._version import __version__
-from cl_fast.backends import native
+from cl_fast.backends import cuda, native
 
 __all__ = ["available_memory", "describe"]
 
-OPS = ("combine", "combine_many", "dare", "magnitude_threshold")
+OPS = {
+    "combine, combine_many, combine_many_": "merge",
+    "dare": "merge",
+    "magnitude_threshold": "merge",
+    "pack, unpack, combine of packed deltas": "packed",
+    "rank_update, gram": "dense",
+    "orthogonal_penalty, orthogonal_project": "dense",
+}
+"""Families of ops, and which kernels they have: of a merge (C++, CUDA, Triton), of packed deltas
+(C++, Triton), or dense products (plain torch on the CPU, Triton)."""
 _PACKAGES = ("torch", "triton", "numpy", "transformers", "safetensors", "peft", "mergekit")
 
 
@@ -38,17 +47,13 @@ def describe() -> list[str]:
             f"compiler {info['compiler']}, {'with' if info['cuda'] else 'without'} CUDA"
         )
     lines += [f"{name:<13} {_version(name)}" for name in _PACKAGES]
-    cuda = _cuda()
-    lines += [f"cuda          {cuda}", "", "what serves:"]
-    width = max(map(len, OPS)) + len("cl_fast::")
-    if core is None:
-        cpu = f"eager (plain torch), because {native.reason()}"
-    else:
-        cpu = f"native ({core.isa()})"
-    lines.append(f"  {'merge of files':<{width}}  {cpu}")
-    for op in OPS:
-        lines.append(f"  {'cl_fast::' + op:<{width}}  cpu: {cpu}")
-        lines.append(f"  {'':<{width}}  cuda: {_on_cuda(cuda)}")
+    device = _device()
+    lines += [f"cuda          {device}", f"CUDA kernels  {_cuda_kernels()}", "", "what serves:"]
+    width = max(map(len, OPS))
+    lines.append(f"  {'merge of files':<{width}}  {_on_cpu('merge')}")
+    for op, kind in OPS.items():
+        lines.append(f"  {op:<{width}}  cpu: {_on_cpu(kind)}")
+        lines.append(f"  {'':<{width}}  cuda: {_on_cuda(kind, device)}")
     return lines
 
 
@@ -72,7 +77,7 @@ def _version(package: str) -> str:
         return "importable, version unknown"
 
 
-def _cuda() -> str:
+def _device() -> str:
     """The devices that torch sees, or why there are none."""
     if importlib.util.find_spec("torch") is None:
         return "unknown: torch is not installed"
@@ -88,7 +93,33 @@ def _cuda() -> str:
     return f"{torch.version.cuda}: {', '.join(names)}"
 
 
-def _on_cuda(cuda: str) -> str:
-    if cuda.startswith(("none", "unknown")):
-        return f"nothing to run on ({cuda})"
-    return "eager (plain torch on the device): this version has no GPU kernel for it"
+def _cuda_kernels() -> str:
+    module = cuda.load()
+    if module is None:
+        return f"not used: {cuda.reason()}"
+    info = module.build_info()
+    return f"CUDA {info['cuda'] // 1000}.{info['cuda'] % 1000 // 10}, for {info['architectures']}"
+
+
+def _on_cpu(kind: str) -> str:
+    if kind == "dense":
+        return "plain torch"
+    core = native.load()
+    if core is None:
+        return f"eager (plain torch), because {native.reason()}"
+    return f"native ({core.isa()})"
+
+
+def _on_cuda(kind: str, device: str) -> str:
+    if device.startswith(("none", "unknown")):
+        return f"nothing to run on ({device})"
+    import torch
+
+    if kind == "merge" and cuda.serves(torch.device("cuda")):
+        return "cuda"
+    if importlib.util.find_spec("triton") is None:
+        return "eager (plain torch on the device), because triton is not installed"
+    if kind == "merge":
+        why = cuda.reason() or "the CUDA kernels are not built for this device"
+        return f"triton; not the CUDA kernels, because {why}"
+    return "triton"
