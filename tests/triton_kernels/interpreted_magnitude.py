@@ -109,7 +109,7 @@ def test_special_values() -> None:
         y = x.to(dtype)
         # torch rounds NaN to different bits in the middle and at the end of a tensor
         y[x.isnan()] = torch.tensor([0x7FC00000], dtype=torch.int32).view(torch.float32).to(dtype)
-        counts = list(range(-1, y.numel() + 1, 5))
+        counts = list(range(-1, y.numel() + 1, 12))
         for ties in ("first", "all", "none"):
             check([], [y] * len(counts), 1, counts, ties)
     zero = torch.zeros(x.numel())
@@ -118,7 +118,7 @@ def test_special_values() -> None:
     check([], [equal] * 4, 2, [1, 8192, 8193, 29_999], "first")
     # every digit of the code holds the decision
     ladder = (torch.arange(5000, dtype=torch.int32) * 429_496 & 0x7F7FFFFF).view(torch.float32)
-    for step in (1, 64, 1 << 9, 1 << 18):
+    for step in (1, 1 << 9, 1 << 18):
         near = (torch.arange(600, dtype=torch.int32) * step + 0x3F000000).view(torch.float32)
         check([], [near, ladder] * 3, 1, [1, 1, 77, 2500, 600, 5000], "first")
 
