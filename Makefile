@@ -9,13 +9,15 @@
 #   make clean    remove what the commands above made
 #
 # Variables: PYTHON (3.11 or newer), VENV, CXX, PYTEST_ARGS, BENCH_ARGS, DEMO_ARGS, PEERS=0 (leave
-# out the other merging libraries, and with them the tests that compare with them).
+# out the other merging libraries, and with them the tests that compare with them), CL_FAST_CUDA=ON
+# (build the CUDA kernels too, for `make native`).
 PYTHON ?= python3
 VENV ?= .venv
 PEERS ?= 1
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 DEMO_ARGS ?=
+CL_FAST_CUDA ?= OFF
 
 MAKEFLAGS += --no-print-directory
 
@@ -23,6 +25,7 @@ BIN := $(abspath $(VENV))/bin
 PY := $(BIN)/python
 NATIVE_BUILD := build/native
 HAVE_CXX := $(shell command -v $(CXX) >/dev/null 2>&1 && echo 1 || echo 0)
+HAVE_NVCC := $(shell command -v nvcc >/dev/null 2>&1 && echo 1 || echo 0)
 REQUIREMENTS := pyproject.toml constraints.txt setup.py cl_fast/_version.py
 INSTALL := CL_FAST_NATIVE=0 $(PY) -m pip install --quiet --disable-pip-version-check \
 	--constraint constraints.txt --no-build-isolation
@@ -43,7 +46,7 @@ $(VENV)/.installed-%: $(VENV)/.made $(REQUIREMENTS)
 native: $(VENV)/.made
 ifeq ($(HAVE_CXX),1)
 	@$(BIN)/cmake -S . -B $(NATIVE_BUILD) -DPython_EXECUTABLE=$(PY) -DCMAKE_CXX_COMPILER=$(CXX) \
-		-DCL_FAST_OUTPUT_DIR=$(CURDIR)/cl_fast -Wno-dev --log-level=WARNING
+		-DCL_FAST_OUTPUT_DIR=$(CURDIR)/cl_fast -DCL_FAST_CUDA=$(CL_FAST_CUDA) -Wno-dev --log-level=WARNING
 	@$(BIN)/cmake --build $(NATIVE_BUILD) --parallel
 else
 	@echo "no C++ compiler ($(CXX)): cl_fast runs on its eager reference"
@@ -57,7 +60,8 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 test: $(VENV)/.installed-dev $(if $(filter 1,$(PEERS)),$(VENV)/.installed-peers) native lint
-	CL_FAST_REQUIRE_NATIVE=$(HAVE_CXX) $(PY) -m pytest $(PYTEST_ARGS)
+	CL_FAST_REQUIRE_NATIVE=$(HAVE_CXX) CL_FAST_REQUIRE_NVCC=$(HAVE_NVCC) \
+		$(PY) -m pytest $(PYTEST_ARGS)
 
 sanitize: $(VENV)/.installed-dev
 	CL_FAST_REQUIRE_NATIVE=$(HAVE_CXX) $(PY) -m pytest tests/native/test_sanitizers.py $(PYTEST_ARGS)
@@ -67,5 +71,5 @@ bench: $(VENV)/.installed-dev $(VENV)/.installed-peers native
 	$(PY) -m pytest benchmarks --benchmark-enable --benchmark-only
 
 clean:
-	rm -rf $(VENV) build demo_out cl_fast/_native*.so cl_fast/_native*.dylib
+	rm -rf $(VENV) build demo_out cl_fast/_native*.so cl_fast/_native*.dylib cl_fast/_cuda*.so
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -4,7 +4,8 @@ Environment variables read at build time:
 
 * ``CL_FAST_NATIVE=0``    leave the native module out; cl_fast then runs on its eager reference.
 * ``CL_FAST_NATIVE=1``    the native module must build: a failure fails the installation.
-* ``CL_FAST_CUDA``        ``OFF`` (default), ``ON`` or ``AUTO``, handed to CMake.
+* ``CL_FAST_CUDA``        ``OFF`` (default); ``ON``: build the CUDA module too, and fail the
+  installation if that fails; ``AUTO``: build it where a CUDA compiler is found.
 * ``CL_FAST_SANITIZE``    for example ``address,undefined``, handed to CMake.
 * ``CMAKE_ARGS``          further arguments of the CMake configure step.
 * ``CMAKE_BUILD_PARALLEL_LEVEL``  compile jobs (default: the CPUs this process may use).
@@ -84,7 +85,8 @@ def extensions() -> list[Extension]:
     """The native module, unless it was declined."""
     if NATIVE == "0":
         return []
-    return [Extension("cl_fast._native", sources=[], optional=NATIVE != "1")]
+    demanded = NATIVE == "1" or os.environ.get("CL_FAST_CUDA", "").upper() == "ON"
+    return [Extension("cl_fast._native", sources=[], optional=not demanded)]
 
 
 setup(

@@ -44,7 +44,7 @@ def describe() -> list[str]:
         info = core.build_info()
         lines.append(
             f"C++ core      {core.isa()} (this machine can: {', '.join(core.supported_isas())}), "
-            f"compiler {info['compiler']}, {'with' if info['cuda'] else 'without'} CUDA"
+            f"compiler {info['compiler']}"
         )
     lines += [f"{name:<13} {_version(name)}" for name in _PACKAGES]
     device = _device()
@@ -53,7 +53,8 @@ def describe() -> list[str]:
     lines.append(f"  {'merge of files':<{width}}  {_on_cpu('merge')}")
     for op, kind in OPS.items():
         lines.append(f"  {op:<{width}}  cpu: {_on_cpu(kind)}")
-        lines.append(f"  {'':<{width}}  cuda: {_on_cuda(kind, device)}")
+        if not device.startswith(("none", "unknown")):
+            lines.append(f"  {'':<{width}}  cuda: {_on_cuda(kind)}")
     return lines
 
 
@@ -110,9 +111,7 @@ def _on_cpu(kind: str) -> str:
     return f"native ({core.isa()})"
 
 
-def _on_cuda(kind: str, device: str) -> str:
-    if device.startswith(("none", "unknown")):
-        return f"nothing to run on ({device})"
+def _on_cuda(kind: str) -> str:
     import torch
 
     if kind == "merge" and cuda.serves(torch.device("cuda")):

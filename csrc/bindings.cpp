@@ -104,11 +104,6 @@ PYBIND11_MODULE(_native, m) {
   m.def("build_info", [] {
     py::dict d;
     d["compiler"] = __VERSION__;
-#ifdef CL_FAST_CUDA
-    d["cuda"] = true;
-#else
-    d["cuda"] = false;
-#endif
     return d;
   });
 

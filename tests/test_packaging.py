@@ -55,7 +55,7 @@ def hook(name: str, target: Path, *, source: Path, **variables: str) -> Path:
 
 
 def copy_sources(target: Path) -> Path:
-    ignored = shutil.ignore_patterns("__pycache__", "_native*", "*.egg-info")
+    ignored = shutil.ignore_patterns("__pycache__", "_native*", "_cuda*", "*.egg-info")
     target.mkdir(parents=True)
     for name in PACKAGED:
         if (ROOT / name).is_dir():
@@ -178,6 +178,15 @@ def test_demanded_native_fails_without_a_compiler(sdist: Path, tmp_path: Path) -
     done = attempt([sys.executable, "-c", code], cwd=sdist, CXX="/bin/false", CL_FAST_NATIVE="1")
     assert done.returncode != 0
     assert "the native module was not built" in done.stdout + done.stderr
+
+
+def test_demanded_cuda_fails_without_a_compiler(sdist: Path, tmp_path: Path) -> None:
+    code = f"import setuptools.build_meta as b; b.build_wheel({str(tmp_path)!r})"
+    done = attempt(
+        [sys.executable, "-c", code], cwd=sdist, CUDACXX="/bin/false", CL_FAST_CUDA="ON"
+    )
+    assert done.returncode != 0
+    assert "CL_FAST_CUDA=ON needs a CUDA compiler" in done.stdout + done.stderr
 
 
 def test_editable_install_finds_both_folders(tmp_path: Path) -> None:
