@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -35,11 +35,14 @@ from .tables import interpreted, upload
 
 __all__ = ["penalty", "penalty_gradient", "project"]
 
-L1, SQUARED, PROJECT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# The host counts with plain numbers, a kernel may read constexpr globals only.
+_L1, _SQUARED, _PROJECT = 0, 1, 2
+L1, SQUARED, PROJECT = tl.constexpr(_L1), tl.constexpr(_SQUARED), tl.constexpr(_PROJECT)
 
-PRODUCT_WORDS = tl.constexpr(9)
+_PRODUCT_WORDS, _TILE_WORDS = 9, 9
+PRODUCT_WORDS = tl.constexpr(_PRODUCT_WORDS)
 MODULE_WORDS = tl.constexpr(3)
-TILE_WORDS = tl.constexpr(9)
+TILE_WORDS = tl.constexpr(_TILE_WORDS)
 PAIR_WORDS = tl.constexpr(4)
 
 CHUNK = 512
@@ -221,65 +224,88 @@ def _apply_kernel(  # type: ignore[no-untyped-def]
         tl.store(o_ptr + i[:, None] * o_stride + col[None, :], acc.to(OUT), mask=inside)
 
 
+class _Matrix(NamedTuple):
+    """A matrix as a table tells it, read from its tensor once: every question costs host time."""
+
+    pointer: int
+    rows: int
+    columns: int
+    stride: int
+    """Elements from one line in memory to the next: a row, or a column of a transpose."""
+    step: int
+    """Bytes from one row to the next."""
+
+    @classmethod
+    def of(cls, x: torch.Tensor, transposed: bool = False) -> _Matrix:
+        rows, columns = x.shape
+        row, column = x.stride()
+        stride = column if transposed else row
+        return cls(x.data_ptr(), rows, columns, stride, row * x.element_size())
+
+    def aligned(self) -> bool:
+        """Whether its rows start at, and consist of, whole vectors of 16 bytes."""
+        return self.pointer % 16 == 0 and self.stride % 8 == 0 and self.columns % 8 == 0
+
+
 @dataclass(frozen=True)
 class _Inputs:
-    """What a launch reads: matrices of one dtype each, with a unit stride along a row.
+    """What a launch reads: matrices of one dtype each, with a unit stride along a line.
 
-    `past` holds all P, one after the other; with `columns` each of them is stored as its
-    transpose. `first[m]` .. `first[m + 1]` are those of module m.
+    `past` holds all P, one after the other; `transposed` if memory holds them column by column.
+    `first[m]` .. `first[m + 1]` are those of module m, and `offsets` tells where the S of each
+    begins.
     """
 
-    new: list[torch.Tensor]
-    past: list[torch.Tensor]
+    new: list[_Matrix]
+    past: list[_Matrix]
     first: list[int]
-    columns: bool
+    offsets: list[int]
+    total: int
+    transposed: bool
+    aligned: bool
+    dtypes: tuple[torch.dtype, torch.dtype]
+    owners: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]
+    """Keeps the memory, of which some may be a copy."""
 
     @classmethod
     def of(
         cls, new: Sequence[torch.Tensor], past: Sequence[torch.Tensor], counts: Sequence[int]
     ) -> _Inputs:
-        first = [0]
-        for count in counts:
-            first.append(first[-1] + count)
-        past = _one_dtype(past)
-        # A matrix of one row or column may claim either order: ask for what all can give.
-        columns = bool(past) and not all(_unit(p.stride(1), p.size(1)) for p in past)
-        columns = columns and all(_unit(p.stride(0), p.size(0)) for p in past)
-        if not columns:
-            past = [p if _unit(p.stride(1), p.size(1)) else p.contiguous() for p in past]
-        new = [a if _unit(a.stride(1), a.size(1)) else a.contiguous() for a in _one_dtype(new)]
-        return cls(new, list(past), first, columns)
-
-    def blocks(self) -> tuple[list[int], int]:
-        """Where the S of each pair begins, and how many elements there are."""
-        offsets, total = [], 0
-        for m, a in enumerate(self.new):
-            r = a.size(0)
-            for i in range(self.first[m], self.first[m + 1]):
+        new, past = _one_dtype(new), _one_dtype(past)
+        by_rows = all(_unit(p, 1) for p in past)
+        transposed = not by_rows and all(_unit(p, 0) for p in past)
+        if not by_rows and not transposed:
+            past = [p if _unit(p, 1) else p.contiguous() for p in past]
+        new = [a if _unit(a, 1) else a.contiguous() for a in new]
+        of_new = [_Matrix.of(a) for a in new]
+        of_past = [_Matrix.of(p, transposed) for p in past]
+        first, offsets, total = [0], [], 0
+        for a, count in zip(of_new, counts, strict=True):
+            for p in of_past[first[-1] : first[-1] + count]:
                 offsets.append(total)
-                total += r * self.past[i].size(0)
-        return offsets, total
+                total += a.rows * p.rows
+            first.append(first[-1] + count)
+        aligned = all(x.aligned() for x in (*of_new, *of_past))
+        if transposed:
+            aligned = aligned and all(p.rows % 8 == 0 for p in of_past)
+        dtypes = (new[0].dtype, past[0].dtype if past else new[0].dtype)
+        return cls(of_new, of_past, first, offsets, total, transposed, aligned, dtypes, (new, past))
 
-    def past_stride(self, p: torch.Tensor) -> int:
-        return int(p.stride(1) if self.columns else p.stride(0))
+    @property
+    def device(self) -> torch.device:
+        return self.owners[0][0].device
 
-    def past_step(self, p: torch.Tensor) -> int:
-        """Bytes from one row of P to the next."""
-        return int(p.stride(0)) * int(p.element_size())
-
-    def aligned(self) -> bool:
-        """Whether every row starts at, and consists of, whole vectors of 16 bytes."""
-        return all(map(_aligned, self.new)) and all(
-            _aligned(p.t() if self.columns else p) and p.size(1) % 8 == 0 for p in self.past
-        )
-
-
-def _unit(stride: int, size: int) -> bool:
-    return bool(stride == 1 or size <= 1)
+    def most_past(self) -> int:
+        return max((p.rows for p in self.past), default=0)
 
 
-def _aligned(x: torch.Tensor) -> bool:
-    return bool(x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.size(1) % 8 == 0)
+def _unit(x: torch.Tensor, dim: int) -> bool:
+    """Whether neighbours along `dim` are neighbours in memory; one alone may claim any stride."""
+    return bool(x.stride(dim) == 1 or x.size(dim) <= 1)
+
+
+def _cdiv(x: int, by: int) -> int:
+    return -(-x // by)
 
 
 def _one_dtype(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -295,7 +321,7 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 def _row_block(rows: int, most: int) -> int:
     """A power of two of at least 16 that covers `rows`, or `most`."""
-    return int(min(most, max(16, triton.next_power_of_2(rows))))
+    return min(most, max(16, 1 << (rows - 1).bit_length())) if rows else 16
 
 
 def _tiles(rows: int, block: int) -> Iterator[tuple[int, int]]:
@@ -305,7 +331,7 @@ def _tiles(rows: int, block: int) -> Iterator[tuple[int, int]]:
 
 def _chunk(items: int, d: int) -> int:
     chunk = CHUNK
-    while chunk < d and items * triton.cdiv(d, chunk) > PROGRAMS:
+    while chunk < d and items * _cdiv(d, chunk) > PROGRAMS:
         chunk *= 2
     return chunk
 
@@ -340,37 +366,27 @@ def apply_blocks(
 
 def _products(inputs: _Inputs, mode: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The values of the modules (of no meaning for a projection) and all S."""
-    new, past, first = inputs.new, inputs.past, inputs.first
-    device = new[0].device
-    offsets, total = inputs.blocks()
-    most_rows = max(a.size(0) for a in new)
-    most_past = max((p.size(0) for p in past), default=0)
-    dtypes = (new[0].dtype, past[0].dtype if past else new[0].dtype)
-    narrow = dtypes[0] == dtypes[1] != torch.float32
-    aligned = inputs.aligned()
-    blocks = product_blocks(most_rows, most_past, narrow, aligned)
+    new, first, total, device = inputs.new, inputs.first, inputs.total, inputs.device
+    narrow = inputs.dtypes[0] == inputs.dtypes[1] != torch.float32
+    blocks = product_blocks(max(a.rows for a in new), inputs.most_past(), narrow, inputs.aligned)
     words: list[int] = []
     for m, a in enumerate(new):
-        a_ptr, a_stride, d = a.data_ptr(), a.stride(0), a.size(1)
-        a_step = a_stride * a.element_size()
         for i in range(first[m], first[m + 1]):
-            p = past[i]
-            p_ptr, p_stride, p_step = p.data_ptr(), inputs.past_stride(p), inputs.past_step(p)
-            width = p.size(0)
-            for i0, a_rows in _tiles(a.size(0), blocks["BN"]):
-                for j0, p_rows in _tiles(width, blocks["BP"]):
+            p, offset = inputs.past[i], inputs.offsets[i]
+            for i0, a_rows in _tiles(a.rows, blocks["BN"]):
+                for j0, p_rows in _tiles(p.rows, blocks["BP"]):
                     words += (
-                        a_ptr + i0 * a_step, p_ptr + j0 * p_step, a_rows, p_rows, d,
-                        a_stride, p_stride, offsets[i] + i0 * width + j0, width,
+                        a.pointer + i0 * a.step, p.pointer + j0 * p.step, a_rows, p_rows,
+                        a.columns, a.stride, p.stride, offset + i0 * p.rows + j0, p.rows,
                     )  # fmt: skip
-    items = len(words) // int(PRODUCT_WORDS)
-    most_d = max(a.size(1) for a in new)
+    items = len(words) // _PRODUCT_WORDS
+    most_d = max(a.columns for a in new)
     chunk = _chunk(items, most_d)
-    splits = max(1, triton.cdiv(most_d, chunk))
+    splits = max(1, _cdiv(most_d, chunk))
+    begins = [*inputs.offsets, total]
     for m, a in enumerate(new):
-        begin = offsets[first[m]] if first[m] < first[m + 1] else 0
-        size = a.size(0) * sum(p.size(0) for p in past[first[m] : first[m + 1]])
-        words += (begin, size, triton.cdiv(a.size(1), chunk))
+        begin = begins[first[m]]
+        words += (begin, begins[first[m + 1]] - begin, _cdiv(a.columns, chunk))
     values = torch.empty(len(new), dtype=torch.float32, device=device)
     s = torch.empty(total, dtype=torch.float32, device=device)
     with _on(device):
@@ -379,11 +395,12 @@ def _products(inputs: _Inputs, mode: int) -> tuple[torch.Tensor, torch.Tensor]:
         if items and most_d:
             _products_kernel[(items, splits)](
                 table, partial, total, chunk,
-                NEW=_TYPES[dtypes[0]], PAST=_TYPES[dtypes[1]], COLUMNS=inputs.columns,
-                ALIGNED=aligned, WIDEN=interpreted() or not narrow, **blocks,
+                NEW=_TYPES[inputs.dtypes[0]], PAST=_TYPES[inputs.dtypes[1]],
+                COLUMNS=inputs.transposed, ALIGNED=inputs.aligned,
+                WIDEN=interpreted() or not narrow, **blocks,
             )  # fmt: skip
         _finish_kernel[(len(new),)](
-            table[items * int(PRODUCT_WORDS) :], partial, s, values, total,
+            table[items * _PRODUCT_WORDS :], partial, s, values, total,
             FORM=mode, BLOCK=SUM_BLOCK, num_warps=4,
         )  # fmt: skip
     return values, s
@@ -397,41 +414,36 @@ def _apply(
     grad: torch.Tensor | None,
 ) -> None:
     """Write S P of the modules (m, where to), scaled by grad[m] or taken from A."""
-    new, past, first = inputs.new, inputs.past, inputs.first
-    device = new[0].device
-    offsets, _ = inputs.blocks()
-    past_dtype = past[0].dtype if past else new[0].dtype
-    narrow = past_dtype == torch.bfloat16 or (mode == L1 and past_dtype == torch.float16)
-    split = past_dtype == torch.bfloat16 and mode != L1
-    aligned = inputs.aligned() and all(_aligned(o) for _, o in out)
+    first, past_dtype = inputs.first, inputs.dtypes[1]
+    narrow = past_dtype == torch.bfloat16 or (mode == _L1 and past_dtype == torch.float16)
+    split = past_dtype == torch.bfloat16 and mode != _L1
+    targets = [(m, _Matrix.of(o)) for m, o in out]
+    aligned = inputs.aligned and all(o.aligned() for _, o in targets)
     blocks = apply_blocks(
-        max(o.size(0) for _, o in out),
-        max((p.size(0) for p in past), default=0),
-        narrow, split, aligned,
-    )  # fmt: skip
+        max(o.rows for _, o in targets), inputs.most_past(), narrow, split, aligned
+    )
     words: list[int] = []
-    for m, o in out:
-        a, o_ptr, a_ptr = new[m], o.data_ptr(), new[m].data_ptr()
-        o_step, a_step = o.stride(0) * o.element_size(), a.stride(0) * a.element_size()
-        for i0, rows in _tiles(o.size(0), blocks["BN"]):
+    for m, o in targets:
+        a = inputs.new[m]
+        for i0, rows in _tiles(o.rows, blocks["BN"]):
             words += (
-                o_ptr + i0 * o_step, rows, o.size(1), o.stride(0), first[m], first[m + 1], i0,
-                *((m, 0) if grad is not None else (a_ptr + i0 * a_step, a.stride(0))),
+                o.pointer + i0 * o.step, rows, o.columns, o.stride, first[m], first[m + 1], i0,
+                *((m, 0) if grad is not None else (a.pointer + i0 * a.step, a.stride)),
             )  # fmt: skip
-    tiles = len(words) // int(TILE_WORDS)
-    most_d = max(o.size(1) for _, o in out)
+    tiles = len(words) // _TILE_WORDS
+    most_d = max(o.columns for _, o in targets)
     if not tiles or not most_d:
         return
-    for p, offset in zip(past, offsets, strict=True):
-        words += (p.data_ptr(), p.size(0), inputs.past_stride(p), offset)
-    with _on(device):
-        table = upload(words, device)
-        _apply_kernel[(tiles, triton.cdiv(most_d, blocks["BD"]))](
-            table, table[tiles * int(TILE_WORDS) :], s,
+    for p, offset in zip(inputs.past, inputs.offsets, strict=True):
+        words += (p.pointer, p.rows, p.stride, offset)
+    with _on(inputs.device):
+        table = upload(words, inputs.device)
+        _apply_kernel[(tiles, _cdiv(most_d, blocks["BD"]))](
+            table, table[tiles * _TILE_WORDS :], s,
             s if grad is None else grad, 0 if grad is None else grad.stride(0),
-            MODE=mode, NEW=_TYPES[new[0].dtype], OUT=_TYPES[out[0][1].dtype],
-            PAST=_TYPES[past_dtype], COLUMNS=inputs.columns,
-            ALIGNED=aligned, SPLIT=split, INTERPRETED=interpreted(), **blocks,
+            MODE=mode, NEW=_TYPES[inputs.dtypes[0]], OUT=_TYPES[out[0][1].dtype],
+            PAST=_TYPES[past_dtype], COLUMNS=inputs.transposed, ALIGNED=aligned,
+            SPLIT=split, INTERPRETED=interpreted(), **blocks,
         )  # fmt: skip
 
 
@@ -449,7 +461,7 @@ def penalty(
     Returns:
         float32 [modules], and float32 [all r R]: row-major blocks, one for each of `past`.
     """
-    return _products(_Inputs.of(new, past, counts), int(L1 if form == "l1" else SQUARED))
+    return _products(_Inputs.of(new, past, counts), _L1 if form == "l1" else _SQUARED)
 
 
 def penalty_gradient(
@@ -479,7 +491,7 @@ def penalty_gradient(
         stacks.append(stack)
         out.extend(zip(group, stack.unbind(), strict=True))
     if out:
-        _apply(inputs, s, out, int(L1 if form == "l1" else SQUARED), grad)
+        _apply(inputs, s, out, _L1 if form == "l1" else _SQUARED, grad)
     return [stack.to(new[group[0]].dtype) for stack, group in zip(stacks, groups, strict=True)]
 
 
@@ -502,15 +514,15 @@ def project(
         project(a, p, 1, wide)
         a = wide
     inputs = _Inputs.of(a, p, counts)
-    _, s = _products(inputs, int(PROJECT))
+    _, s = _products(inputs, _PROJECT)
     # The kernel writes one dtype, with a unit stride along a row.
-    plain = len({o.dtype for o in out}) == 1 and all(_unit(o.stride(1), o.size(1)) for o in out)
+    plain = len({o.dtype for o in out}) == 1 and all(_unit(o, 1) for o in out)
     written = (
         list(out)
         if plain
         else [torch.empty(o.shape, dtype=torch.float32, device=o.device) for o in out]
     )
-    _apply(inputs, s, list(enumerate(written)), int(PROJECT), None)
+    _apply(inputs, s, list(enumerate(written)), _PROJECT, None)
     if not plain:
         for o, w in zip(out, written, strict=True):
             o.copy_(w)

@@ -139,14 +139,15 @@ def test_project(dtype: torch.dtype, rows: bool) -> None:
     a = [randn(r, d, seed=d, dtype=dtype) for r, d, _ in shapes]
     q64 = [torch.linalg.qr(randn(d, k, seed=k).double()).Q for _, d, k in shapes]
     # A basis in every layout that a caller may have, the dtype its own.
-    for q in (
+    layouts = (
         [x.to(dtype) for x in q64],
         [x.float().contiguous() for x in q64],
         [x.float().t().contiguous().t() for x in q64],
         [x.to(dtype).contiguous() if m % 2 else x.float() for m, x in enumerate(q64)],
-    ):
+    )
+    for layout, q in enumerate(layouts):
         given = [x.t() for x in q] if rows else q
-        for passes in (1, 2):
+        for passes in (1, 2) if layout == 0 else (1,):
             got = orthogonal_project(a, given, rows=rows, passes=passes, backend="triton")
             for m, (x, y, basis) in enumerate(zip(a, got, q, strict=True)):
                 want, b = x.double(), basis.double()
