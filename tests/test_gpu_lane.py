@@ -317,6 +317,7 @@ class PretendedCard:
         self.allocated = 0
         self.highest = 0
         self.clock = 0.0
+        self.tick = 0.0
         self.broken = False
         self.capturing = False
         self.captures = True
@@ -329,6 +330,7 @@ class PretendedCard:
                 self.at = math.nan
 
             def record(self) -> None:
+                card.clock += card.tick
                 self.at = card.clock
 
             def synchronize(self) -> None:
@@ -678,6 +680,51 @@ def test_input_sets_leave_the_cache_behind(harness: ModuleType, card: PretendedC
     assert found.sets(1 << 10) == 8
     assert found.backends == ("triton", "cuda")
     assert found.free_bytes() == int(0.9 * (80 << 30))
+
+
+@pytest.mark.parametrize("family", ["low_rank", "orthogonality", "packing", "selection"])
+def test_families_on_a_pretended_card(
+    harness: ModuleType, card: PretendedCard, family: str
+) -> None:
+    """Tiny shapes, but with events, peaks and graphs: the way that a card takes."""
+
+    class Pretended(harness.Machine):  # type: ignore[name-defined, misc]
+        dry = False
+        backends = ("eager",)
+
+        def pick(self, full: Any, tiny: Any) -> Any:
+            return tiny
+
+    torch.set_num_threads(1)
+    card.tick = 0.25  # nothing here moves the clock but the events themselves
+    for case in importlib.import_module(f"gpu.{family}").CASES:
+        found, targets = harness.run_case(case, Pretended(torch.device("cpu"), 1 << 10), ABOUT)
+        for r in found:
+            assert r["status"] == "ok", (r["case"], r["provider"], r["reason"])
+            assert r["graph_error"] == ""
+            assert r["peak_extra_bytes"] == 0
+        own = {r["provider"]: r for r in found}
+        if case.op in ("orthogonal_penalty", "orthogonal_project"):
+            assert own["cl_fast"]["graph_ms_p50"] is not None
+        for t in targets:
+            assert t["provider"] in own
+            assert t["value"] is not None, t
+
+
+def test_what_a_card_is_called(card: PretendedCard, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = importlib.import_module("gpu.worker")
+    properties = SimpleNamespace(
+        name="NVIDIA H200", total_memory=141 << 30, multi_processor_count=132, major=9, minor=0
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    found = worker.about("cuda", worker.all_cases())
+    assert found["card"] == "NVIDIA H200"
+    assert found["device"] == "NVIDIA H200, 141 GiB, 132 multiprocessors"
+    assert found["arch"] == "90"
+    assert found["driver"]
+    assert found["cases"][0]["name"] == "combine/linear/K3"
+    json.dumps(found)
 
 
 @pytest.mark.parametrize(
