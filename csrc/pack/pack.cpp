@@ -231,9 +231,10 @@ namespace {
 struct Scratch {
   std::unique_ptr<float[]> floats;
   std::vector<TermView> views;
+  std::vector<uint64_t> bits;
   float *base, *sum, *deltas, *inner;
 
-  explicit Scratch(size_t terms) : views(terms) {
+  explicit Scratch(size_t terms) : views(terms), bits(terms * (kPackTile / 64)) {
     const int64_t k = int64_t(terms), line = 16;  // the kernels are fastest on whole cache lines
     floats.reset(new float[size_t(scratch_floats(k) + (k + 2) * kBlock + line)]);
     const auto off = int64_t(reinterpret_cast<uintptr_t>(floats.get()) / sizeof(float)) % line;
@@ -266,11 +267,69 @@ void expand(const PackedTerm& term, int64_t first, int64_t m, const float* base,
   }
 }
 
+// Packed values back in their places, in their own dtype; the kernel masks what is between them.
+void place(const PackedTerm& term, int64_t first, int64_t m, uint8_t* dense, uint64_t* keep,
+           TermView& to) {
+  const Packed& packed = term.packed;
+  const int64_t tile = first / kPackTile, size = dtype_size(packed.dtype);
+  const Bits bits(packed.stream, first, m);
+  check(packed, tile, bits);
+  std::memset(dense, 0, size_t(m * size));
+  const uint8_t* values = packed.values + packed.offsets[tile] * size;
+  if (size == 4) {
+    scatter<4>(values, bits, dense);
+  } else {
+    scatter<2>(values, bits, dense);
+  }
+  std::memcpy(keep, bits.word, size_t(bits.words) * sizeof(uint64_t));
+  to.x = dense;
+  to.sparsify = Sparsify::Drop;
+  to.bits = keep;
+}
+
+// Where every term is the same kind of thing, the kernel takes base and differences itself.
+void combine_alike(const PackedRow& row, int64_t first, int64_t m, Scratch& scratch,
+                   TileView& view) {
+  view.base = row.base.data ? at(row.base, first) : nullptr;
+  view.base_dtype = row.base.dtype;
+  view.out = row.out + first * dtype_size(row.out_dtype);
+  view.out_dtype = row.out_dtype;
+  for (size_t k = 0; k < row.terms.size(); ++k) {
+    const PackedTerm& term = row.terms[k];
+    TermView& to = scratch.views[k];
+    to.dtype = term.packed.dtype;
+    if (term.packed.offsets) {
+      place(term, first, m, reinterpret_cast<uint8_t*>(scratch.deltas + int64_t(k) * kBlock),
+            scratch.bits.data() + k * (kPackTile / 64), to);
+    } else {
+      to.x = at(Tensor{term.packed.dtype, term.packed.values}, first);
+    }
+  }
+  kernels().combine(view);
+}
+
+// Deltas beside finetuned values: all become float32 deltas first, and the base is added last.
+void combine_unlike(const PackedRow& row, int64_t first, int64_t m, Scratch& scratch,
+                    TileView& view) {
+  kernels().to_f32(row.base.dtype, at(row.base, first), m, scratch.base);
+  view.difference = false;
+  view.out = reinterpret_cast<uint8_t*>(scratch.sum);
+  for (size_t k = 0; k < row.terms.size(); ++k) {
+    const PackedTerm& term = row.terms[k];
+    float* delta = scratch.deltas + int64_t(k) * kBlock;
+    expand(term, first, m, term.delta ? nullptr : scratch.base, delta);
+    scratch.views[k].x = reinterpret_cast<const uint8_t*>(delta);
+  }
+  kernels().combine(view);
+  for (int64_t i = 0; i < m; ++i) scratch.sum[i] = scratch.base[i] + scratch.sum[i];
+  kernels().from_f32(row.out_dtype, scratch.sum, m, row.out + first * dtype_size(row.out_dtype));
+}
+
 void combine_block(const PackedRow& row, const PackedPolicy& policy, int64_t first, int64_t m,
                    Scratch& scratch) {
-  if (policy.difference) kernels().to_f32(row.base.dtype, at(row.base, first), m, scratch.base);
   TileView view;
   view.n = m;
+  view.difference = policy.difference;
   view.elect = policy.elect;
   view.vote_weighted = policy.vote_weighted;
   view.reduce = policy.reduce;
@@ -279,22 +338,21 @@ void combine_block(const PackedRow& row, const PackedPolicy& policy, int64_t fir
   view.lambda = policy.lambda;
   view.n_terms = int(row.terms.size());
   view.terms = scratch.views.data();
-  view.out = reinterpret_cast<uint8_t*>(scratch.sum);
   view.scratch = scratch.inner;
+  bool alike = true;
   for (size_t k = 0; k < row.terms.size(); ++k) {
     const PackedTerm& term = row.terms[k];
-    float* delta = scratch.deltas + int64_t(k) * kBlock;
-    expand(term, first, m, policy.difference && !term.delta ? scratch.base : nullptr, delta);
+    alike = alike && term.delta != policy.difference;
     TermView& to = scratch.views[k] = TermView{};
-    to.x = reinterpret_cast<const uint8_t*>(delta);
     to.weight = term.weight;
     to.scale = term.scale;
     to.rescale = term.rescale;
   }
-  kernels().combine(view);
-  if (policy.difference)
-    for (int64_t i = 0; i < m; ++i) scratch.sum[i] = scratch.base[i] + scratch.sum[i];
-  kernels().from_f32(row.out_dtype, scratch.sum, m, row.out + first * dtype_size(row.out_dtype));
+  if (alike) {
+    combine_alike(row, first, m, scratch, view);
+  } else {
+    combine_unlike(row, first, m, scratch, view);
+  }
 }
 
 }  // namespace
