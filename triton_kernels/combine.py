@@ -20,11 +20,12 @@ its row by a search of fan-out 64, so in one or two dependent loads for any mode
 span of it in tiles of 512 elements; a thread has 16 elements in flight per tensor.
 
     up to 8 models     unrolled: all tensors of a tile are loaded before the first is used, and the
-                       election finds them in registers; up to 4 where they would only fill them
+                       election finds them in registers; up to 4 where they would only fill them,
+                       or are float32
     more               a loop over the models by fours; the election sweeps twice, the second time
                        out of the cache, and draws masks twice
     tails              one masked tile per row, always by the loop
-    packed             tiles of 2048 elements, as the layout counts, by four warps; a scan over the
+    packed             tiles of 2048 elements, as the layout counts, by eight warps; a scan over the
                        masks says which value belongs to which element; models one by one
 """
 
@@ -62,7 +63,8 @@ _REDUCE = {"sum": 0, "mean": 1, "max": 2}
 
 # The words of a row in the table: n, base, out, its first entry in the call, its denominator. Then
 # `models` words for each field: address and kind; weight where it is a divisor; key and threshold
-# of a drop; address of the offsets of a packed entry. A kind is the dtype's code, and two flags.
+# of a drop; address of the offsets of a packed entry, and how many values an entry has. A kind is
+# the dtype's code, and two flags.
 _HEAD = 5
 _IS_DELTA = 4
 _IS_PACKED = 8
@@ -136,11 +138,11 @@ def _mask_words(fields, models, k, start, TILE: tl.constexpr):  # type: ignore[n
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _trim(d, lane, code, cut):  # type: ignore[no-untyped-def]
+def _trim(d, lane, code, cut, SHORT: tl.constexpr):  # type: ignore[no-untyped-def]
     """What a threshold keeps; of the elements at it, the lanes below `cut`."""
     at_least = (code + (cut <= 0).to(tl.int64)).to(tl.int64)
     whole = (cut <= 0) | (cut >= lane.shape[0])
-    if whole & (at_least <= 0x7F800000):
+    if SHORT & whole & (at_least <= 0x7F800000):
         # One answer for all that is at the threshold: a comparison of magnitudes, NaN above all.
         limit = tl.maximum(at_least, 0).to(tl.int32).to(tl.float32, bitcast=True)
         d = tl.where(tl.abs(d) < limit, 0.0, d)
@@ -174,8 +176,10 @@ def _deltas(  # type: ignore[no-untyped-def]
                 place = tl.load(offsets + start // TILE) + (
                     spread(before, TILE // 16) + kept_before(spread_bits, lane)
                 )
+            # Offsets of another stream must not read beyond the values.
+            wanted = keep & (place >= 0) & (place < tl.load(fields + 6 * models + k + j))
             x = _load_term(
-                tl.load(fields + k + j), kind, 0, place, keep,
+                tl.load(fields + k + j), kind, 0, place, wanted,
                 (TERMS >> (2 * j)) & 3 if TERMS >= 0 else -1, False, True,
             )  # fmt: skip
             d = x.to(tl.float32)
@@ -196,14 +200,15 @@ def _deltas(  # type: ignore[no-untyped-def]
                 ),
             )  # fmt: skip
         for j in tl.static_range(COUNT):
-            d = loaded[j].to(tl.float32)  # type: ignore[unreachable, unused-ignore]
-            if BASE >= 0:
+            d = loaded[j].to(tl.float32)
+            if BASE >= 0:  # type: ignore[unreachable, unused-ignore]
                 d = d - base
             if SPARSIFY == 1:
                 code = tl.load(codes_ptr + first_entry + k + j)
                 cut = tl.load(cuts_ptr + first_entry + k + j) - start
                 cut = tl.minimum(tl.maximum(cut, 0), TILE).to(tl.int32)
-                d = _trim(d, lane, code, cut)
+                # Where dtypes are mixed the loads branch already, and registers are short.
+                d = _trim(d, lane, code, cut, TERMS >= 0)
             elif SPARSIFY == 2:
                 bits = _mask_words(fields, models, k + j, start, TILE)
                 d = tl.where(kept(spread(bits, TILE // 16), lane), d, 0.0)
@@ -389,8 +394,8 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
     for step in range(full):
         _tile(
             record, models, (first + step) * TILE, n, scales_ptr, rescales_ptr, codes_ptr,
-            cuts_ptr, lam, UNROLLED, 1 if SPARSIFY == 3 else 4, BASE, TERMS, OUT, ALIGNED,
-            SPARSIFY, ELECT, REDUCE, COUNTED, False, TILE,
+            cuts_ptr, lam, UNROLLED, 1 if SPARSIFY == 3 or TERMS < 0 else 4, BASE, TERMS,
+            OUT, ALIGNED, SPARSIFY, ELECT, REDUCE, COUNTED, False, TILE,
         )  # fmt: skip
     edge = (first + full) * TILE
     if (full < steps) & (edge < n):
@@ -474,9 +479,12 @@ def _launches(
     return list(found.values())
 
 
-def _most_unrolled(way: int, elect: str) -> int:
+def _most_unrolled(way: int, elect: str, terms: Sequence[int]) -> int:
+    """Up to how many models a tile is unrolled: as many as leave registers free."""
     if way == _PACKED:
         return 0 if elect == "none" else 4
+    if 2 in terms:  # float32: twice the registers
+        return 4
     return 8 if way == _SPARSIFY["none"] or elect != "none" else 4
 
 
@@ -556,7 +564,7 @@ def combine_rows(
     unweighted = elect != "none" and elect_on == "unweighted"
     by_weight = elect != "none" and reduce == "mean" and divisor == "weights"
     # Later fields need the places of the earlier ones.
-    fields = 6 if way == _PACKED else 5 if way == _SPARSIFY["drop"] else 3 if by_weight else 2
+    fields = 7 if way == _PACKED else 5 if way == _SPARSIFY["drop"] else 3 if by_weight else 2
 
     def row_words(row: int) -> list[int]:
         entries = range(row * models, (row + 1) * models)
@@ -581,10 +589,11 @@ def combine_rows(
         if fields >= 5:
             words += [0 if keys is None else keys[e] for e in entries]
             words += [1 << 32 if keeps is None else keeps[e] for e in entries]
-        if fields >= 6:
+        if fields >= 7:
             assert packed is not None
             offsets = [packed[e] for e in entries]
             words += [0 if table is None else table.data_ptr() for table in offsets]
+            words += [tensors[e].numel() for e in entries]
         return words
 
     numbers: list[int] = []
@@ -611,9 +620,9 @@ def combine_rows(
         for place in factors
     )
 
-    unrolled = models <= _most_unrolled(way, elect)
     with torch.cuda.device_of(outs[0]):
         for launch, place in zip(launches, places, strict=True):
+            unrolled = models <= _most_unrolled(way, elect, launch.signature.terms)
             _combine_kernel[(launch.starts[-1],)](
                 table[place:],
                 len(launch.rows),
@@ -633,6 +642,6 @@ def combine_rows(
                 REDUCE=_REDUCE[reduce],
                 COUNTED=divisor == "count",
                 TILE=_PACK_TILE if packed is not None else _TILE,
-                num_warps=4 if packed is not None else 1,
+                num_warps=8 if packed is not None else 1,
                 enable_fp_fusion=False,
             )

@@ -62,13 +62,14 @@ def philox4x32_10(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
     W0: tl.constexpr = 0x9E3779B9
     W1: tl.constexpr = 0xBB67AE85
     for _ in tl.static_range(10):
-        # One instruction per product; umulhi beside a multiplication would be two.
-        product0 = tl.mul(c0.to(tl.uint64), M0, sanitize_overflow=False)
-        product1 = tl.mul(c2.to(tl.uint64), M1, sanitize_overflow=False)
-        c0 = (product1 >> 32).to(tl.uint32) ^ c1 ^ k0
-        c1 = product1.to(tl.uint32)
-        c2 = (product0 >> 32).to(tl.uint32) ^ c3 ^ k1
-        c3 = product0.to(tl.uint32)
+        high0 = tl.umulhi(c0, tl.full(c0.shape, M0, tl.uint32))
+        high1 = tl.umulhi(c2, tl.full(c2.shape, M1, tl.uint32))
+        low0 = tl.mul(c0, M0, sanitize_overflow=False)
+        low1 = tl.mul(c2, M1, sanitize_overflow=False)
+        c0 = high1 ^ c1 ^ k0
+        c1 = low1
+        c2 = high0 ^ c3 ^ k1
+        c3 = low0
         k0 = tl.add(k0, W0, sanitize_overflow=False)
         k1 = tl.add(k1, W1, sanitize_overflow=False)
     return c0, c1, c2, c3

@@ -15,8 +15,7 @@ from cl_fast.triton_kernels import combine as kernel
 from cl_fast.triton_kernels import tables
 from torch import Tensor
 
-from cl_fast.ops import Policy, combine_reference, keep_mask, keep_threshold, stream_key
-from cl_fast.ops import combining
+from cl_fast.ops import Policy, combine_reference, combining, keep_mask, keep_threshold, stream_key
 from cl_fast.ops.magnitude import kept_by_code, magnitude_codes, select_code
 from cl_fast.ops.policy import trim_keep_count
 
@@ -366,6 +365,27 @@ def test_packed(lengths: tuple[int, ...], with_base: bool, elect: str) -> None:
         )
         for one, other in zip(outs, want, strict=True):
             assert torch.equal(bits(one), bits(other))
+
+
+def test_offsets_of_another_stream_read_nothing_outside() -> None:
+    memory = torch.full((3000,), float("nan"))
+    memory[1000:1100] = 1.0
+    out = torch.full((2500,), 77.0)
+    for wrong in (5000, -5000, 50):
+        kernel.combine_rows(
+            [],
+            [memory[1000:1100]],
+            [out],
+            1,
+            weights=[1.0],
+            scales=[2.0],
+            sparsify="drop",
+            keys=[1],
+            keeps=[1 << 31],
+            packed=[torch.tensor([wrong, wrong, wrong])],
+            kinds=[0],
+        )
+        assert set(out.unique().tolist()) <= {0.0, 2.0}
 
 
 def test_no_packed_entry_is_dense() -> None:
