@@ -102,14 +102,17 @@ def autograd_loop(new: list[Tensor], past: list[Tensor]) -> Tensor:
 
 
 def interleaved(ways: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """The median time of each in ms, one of each in turn."""
+    """The median host time of each in ms, one of each in turn.
+
+    One thread works, and its processor time is taken: what else the machine does is left out.
+    """
     times: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(REPEATS + 1):
         for name, run in ways.items():
-            start = time.perf_counter()
+            start = time.process_time()
             run()
             if repeat:  # the first round warms up
-                times[name].append(time.perf_counter() - start)
+                times[name].append(time.process_time() - start)
     return {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
 
 
