@@ -669,6 +669,10 @@ def read_sanitizer(name: str, ended: Ended) -> dict[str, Any]:
     """What a run of `gpu.sanitized` found, with or without a tool around it."""
     launches = re.search(r"^launches: (\d+), wrong: (\d+)$", ended.output, re.M)
     record: dict[str, Any] = {"launches": int(launches[1]) if launches else 0}
+    refused = re.findall(r"^refused (\d+) of \d+ calls: (.*)$", ended.output, re.M)
+    if refused:
+        counts = [int(count) for count, _ in refused]
+        record |= {"refused": sum(counts), "refusals": [why for _, why in refused]}
     if ended.code == 77 or "Device not supported" in ended.output:
         why = re.search(r"^refused .*|.*Device not supported.*", ended.output, re.M)
         reason = f"{why[0].strip('= ')}" if why else "every call was refused"

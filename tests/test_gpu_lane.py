@@ -288,6 +288,14 @@ def test_reading_the_sanitizer(
     assert words in found.get("reason", "")
 
 
+def test_refused_calls_are_counted(lane: ModuleType) -> None:
+    text = "refused 3 of 9 calls: too many\nrefused 2 of 9 calls: not l1\nlaunches: 4, wrong: 0"
+    found = lane.read_sanitizer("no tool", lane.Ended(0, text, 1.0))
+    assert found == {
+        "status": "ok", "launches": 4, "refused": 5, "refusals": ["too many", "not l1"],
+    }  # fmt: skip
+
+
 def test_programs_are_looked_for_in_the_toolkit(
     lane: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -187,7 +187,15 @@ def _steps(steps: dict[str, dict[str, Any]]) -> Iterator[str]:
         for part, record in parts.items():
             counts = ", ".join(
                 f"{record[key]} {key}"
-                for key in ("passed", "failed", "skipped", "errors", "hazards", "launches")
+                for key in (
+                    "passed",
+                    "failed",
+                    "skipped",
+                    "errors",
+                    "hazards",
+                    "launches",
+                    "refused",
+                )
                 if isinstance(record.get(key), int) and (record[key] or key == "passed")
             )
             text = f"{record['status']}" + (f": {counts}" if counts else "")
