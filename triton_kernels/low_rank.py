@@ -45,7 +45,7 @@ __all__ = ["gram", "rank_update"]
 OUTER_RANK = 8
 STRIP_RANK = 256
 STRIP_TILES = 4
-"""Tiles that a program updates with one U; a strip of odd rank is half as deep."""
+"""Tiles that a program updates with one U."""
 TOKENS_PER_FLUSH = 2048
 """Tokens whose products are summed in float32 before they are added to C."""
 
@@ -513,7 +513,7 @@ def _layer(
     kind, rank = "loop", 0
     if r <= OUTER_RANK:
         kind, factor_vector = "outer", 1
-    elif size == 2 and wide and rounding < 2 and r <= STRIP_RANK // (1 + (factor_vector == 1)):
+    elif size == 2 and wide and rounding < 2 and r <= _deepest_strip(factor_vector, rounding):
         kind, rank = "strip", max(16, triton.next_power_of_2(r))
     types = (_TYPES[out.dtype], _TYPES[base.dtype], _TYPES[u.dtype])
     launch = _Launch(kind, types, vector, factor_vector, rounding, rank)
@@ -531,6 +531,13 @@ def _layer(
             ]
         )  # fmt: skip
     return launch, rows, [out, base, u, v]
+
+
+def _deepest_strip(factor_vector: int, rounding: int) -> int:
+    """The largest rank of a strip: factors read one by one take registers that U needs."""
+    if factor_vector > 1:
+        return STRIP_RANK
+    return 0 if rounding else STRIP_RANK // 2
 
 
 def _step(tensor: torch.Tensor) -> int:

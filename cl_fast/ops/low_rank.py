@@ -59,7 +59,8 @@ _LARGEST = torch.finfo(torch.float32).max
 
 _BLOCK = 8 << 20
 """Bytes of a block of float32 sums: bounds the temporaries of the reference."""
-_FACTOR_BLOCK = 32 << 20
+_FACTOR_BLOCK = 16 << 20
+"""Bytes of the factors, or keys, that are widened at a time."""
 _TOKENS = 2048
 """Tokens whose products are summed in float32 before they are added to C."""
 
@@ -328,7 +329,9 @@ def _update_matrix(
     m, n = out.shape
     r = u.shape[1]
     size = 8 if wide == torch.float64 else 4
-    rows = max(1, _BLOCK // (size * max(n, r, 1)))
+    # Random bits are drawn in int64, with temporaries of their own.
+    block = _BLOCK if key is None else _BLOCK // 4
+    rows = max(1, block // (size * max(n, r, 1)))
     cols = n if v.dtype == wide else max(1, _FACTOR_BLOCK // (size * max(r, 1)))
     right = v.to(wide) if cols >= n else None
     for top in range(0, m, rows):
@@ -375,7 +378,7 @@ def _add_moments(c: Tensor, k: Tensor, mask: Tensor | None, alpha: float) -> Non
     wide = torch.float64 if k.dtype == torch.float64 else torch.float32
     size = 8 if wide == torch.float64 else 4
     step = min(_TOKENS, max(64, _FACTOR_BLOCK // (size * max(d, 1))))
-    panel = max(64, _BLOCK // (size * max(d, 1)))
+    panel = max(64, _BLOCK // (2 * size * max(d, 1)))
     for first in range(0, tokens, step):
         part = k[first : first + step].to(wide)
         if mask is not None:
