@@ -3,7 +3,7 @@
 The package imports nothing heavy: `import cl_fast` loads neither torch nor numpy, so that the
 command line starts at once. Rooms are loaded when they are first named:
 
-    cl_fast.ops        combine, dare, magnitude_threshold as registered torch ops
+    cl_fast.ops        the kernels as registered torch ops
     cl_fast.merging    linear, task_arithmetic, ties, dare_linear, dare_ties, soups, recipes
     cl_fast.checkpoints    sharded safetensors, read in tiles
 """

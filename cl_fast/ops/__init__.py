@@ -1,8 +1,12 @@
 """The ops, registered with torch under the namespace `cl_fast`, and their torch-free ground.
 
     combine, combine_many    one pass over base and finetuned tensors: every merge of this library
+    combine_, combine_many_  the same, written over the base
     dare                     drop and rescale one delta
     magnitude_threshold      the exact k-th largest magnitude and how many of its ties stay
+    PackedDelta, pack, unpack  the kept values of a drop, without their mask
+    rank_update, gram        W + U V^T with one rounding; second moments of keys
+    orthogonal_penalty, orthogonal_project  O-LoRA's penalty and the projection off a subspace
     Policy, trim_keep_count  the variants of a merge
     stream_key, keep_threshold  the documented random stream
 
@@ -18,37 +22,64 @@ from cl_fast.ops.policy import Policy, trim_keep_count
 from cl_fast.ops.streams import keep_threshold, stream_key
 
 if TYPE_CHECKING:
-    from cl_fast.ops.combining import combine, combine_many, combine_reference, model_thresholds
+    from cl_fast.ops.combining import (
+        combine,
+        combine_,
+        combine_many,
+        combine_many_,
+        combine_reference,
+        model_thresholds,
+    )
     from cl_fast.ops.dropping import dare, keep_mask
+    from cl_fast.ops.low_rank import gram, gram_, rank_update, rank_update_, rank_update_many_
     from cl_fast.ops.magnitude import magnitude_threshold
+    from cl_fast.ops.orthogonality import (
+        orthogonal_penalty,
+        orthogonal_project,
+        orthogonal_project_,
+    )
+    from cl_fast.ops.packing import PackedDelta, pack, unpack
 
 __all__ = [
+    "PackedDelta",
     "Policy",
     "combine",
+    "combine_",
     "combine_many",
+    "combine_many_",
     "combine_reference",
     "dare",
+    "gram",
+    "gram_",
     "keep_mask",
     "keep_threshold",
     "magnitude_threshold",
     "model_thresholds",
+    "orthogonal_penalty",
+    "orthogonal_project",
+    "orthogonal_project_",
+    "pack",
+    "rank_update",
+    "rank_update_",
+    "rank_update_many_",
     "stream_key",
     "trim_keep_count",
+    "unpack",
 ]
 
 # Modules are not named like what they export: importing a module would hide the function.
 _HOMES = {
+    "PackedDelta": "packing",
     "combine": "combining",
     "combine_": "combining",
     "combine_many": "combining",
     "combine_many_": "combining",
     "combine_reference": "combining",
     "dare": "dropping",
-    "keep_mask": "dropping",
-    "magnitude_threshold": "magnitude",
-    "PackedDelta": "packing",
     "gram": "low_rank",
     "gram_": "low_rank",
+    "keep_mask": "dropping",
+    "magnitude_threshold": "magnitude",
     "model_thresholds": "combining",
     "orthogonal_penalty": "orthogonality",
     "orthogonal_project": "orthogonality",

@@ -5,7 +5,7 @@
 // A block of 256 threads takes a tile of 4096 elements of one row: 16 per thread, in two 16-byte
 // runs. Up to KT terms are loaded before the first is used, so that enough bytes are in flight; the
 // raw words stay in registers, because an election looks at them twice. More terms than KT are
-// worked off in groups, and read again (from the caches) by the second sweep of an election.
+// worked off in groups (kGroups), and read again, from the caches, by the second sweep.
 #include "combine_device.h"
 
 #include "../cuda/draw.h"
@@ -54,7 +54,12 @@ __device__ __forceinline__ void packed_ranks(const DeviceTerm* terms, int count,
   __syncthreads();
 }
 
-template <int KT, bool kWide, DropForm kForm, bool kElect>
+// Whether eight elements from here on may be read and written 16 bytes at a time.
+__device__ __forceinline__ bool is_whole(const DeviceRow& row, int64_t at) {
+  return row.aligned && at + 8 <= row.n;
+}
+
+template <int KT, bool kWide, DropForm kForm, bool kElect, bool kGroups>
 __global__ void __launch_bounds__(kThreads, kWide || KT > 4 ? 1 : 2)
     combine_kernel(CLF_ARGUMENT(Batch) b, const CombineOnDevice c) {
   constexpr bool kDraws = kForm == DropForm::Drop || kForm == DropForm::Packed;
@@ -66,48 +71,48 @@ __global__ void __launch_bounds__(kThreads, kWide || KT > 4 ? 1 : 2)
   const int64_t tile_start = (int64_t(blockIdx.x) - row.first) * kTile;
   const int64_t warp_start = tile_start + warp * (2 * kRun);
 
-  int64_t at[2];
-  bool whole[2];
-#pragma unroll
-  for (int v = 0; v < 2; ++v) {
-    at[v] = warp_start + v * kRun + lane * 8;
-    whole[v] = row.aligned && at[v] + 8 <= row.n;
-  }
+  const int64_t at[2] = {warp_start + lane * 8, warp_start + kRun + lane * 8};
 
   // An election works off one run after the other, which halves the registers it needs.
   constexpr int kRuns = kElect ? 1 : 2;
-  Raw raw[KT][2], raw_base[2];
+  // Groups come and go: of them only what is worked on is held. One group stays for both runs.
+  constexpr int kHeld = kGroups ? kRuns : 2;
+  Raw raw[KT][kHeld], raw_base[kHeld];
   uint32_t keep[KT];
   int64_t rank[KT][2];
-  if (row.base != nullptr) {
-#pragma unroll
-    for (int v = 0; v < 2; ++v)
-      load8<true>(raw_base[v], row.base, row.base_dtype, at[v], row.n, whole[v]);
-  }
 
-#pragma unroll
+#pragma unroll(kGroups ? 1 : 2)
   for (int run = 0; run < 2; run += kRuns) {
+    if (row.base != nullptr && (kGroups || run == 0)) {
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        const int64_t from = kRuns == 2 || !kGroups ? at[i] : at[0] + run * kRun;
+        load8<true>(raw_base[i], row.base, row.base_dtype, from, row.n, is_whole(row, from));
+      }
+    }
     float base[kRuns][8], sum[kRuns][8], divisor[kRuns][8];  // sum: first of the votes, then of values
     uint32_t plus = 0;                                       // the elected signs, a bit per element
 #pragma unroll
     for (int i = 0; i < kRuns; ++i) {
-      if (row.base != nullptr) widen8<true>(raw_base[run + i], row.base_dtype, base[i]);
+      if (row.base != nullptr) widen8<true>(raw_base[kGroups ? i : run + i], row.base_dtype, base[i]);
 #pragma unroll
       for (int j = 0; j < 8; ++j) sum[i][j] = divisor[i][j] = 0.0f;
     }
-#pragma unroll
+#pragma unroll(kGroups ? 1 : 2)
     for (int sweep = 0; sweep < (kElect ? 2 : 1); ++sweep) {
-      for (int first = 0; first < models; first += KT) {
+      for (int first = 0; first < (kGroups ? models : 1); first += KT) {
         const int count = models - first < KT ? models - first : KT;
-        if ((sweep == 0 && run == 0) || models > KT) {
+        if (kGroups || (sweep == 0 && run == 0)) {
 #pragma unroll
           for (int k = 0; k < KT; ++k) {
             if (k >= count || (kForm == DropForm::Packed && (terms[first + k].flags & kPacked)))
               continue;
 #pragma unroll
-            for (int v = 0; v < 2; ++v)
-              load8<kWide>(raw[k][v], terms[first + k].x, terms[first + k].dtype, at[v], row.n,
-                           whole[v]);
+            for (int i = 0; i < kHeld; ++i) {
+              const int64_t from = kRuns == 2 || !kGroups ? at[i] : at[0] + run * kRun;
+              load8<kWide>(raw[k][i], terms[first + k].x, terms[first + k].dtype, from, row.n,
+                           is_whole(row, from));
+            }
           }
           if constexpr (kDraws) {
             __shared__ DrawScratch<KT> scratch[kWarps];
@@ -139,21 +144,22 @@ __global__ void __launch_bounds__(kThreads, kWide || KT > 4 ? 1 : 2)
 #pragma unroll
           for (int i = 0; i < kRuns; ++i) {
             const int v = run + i;
+            const int64_t here = kGroups ? at[0] + v * kRun : at[v];
             float x[8];
             if (packed) {
-              int64_t from = rank[k][v];
+              int64_t from = v == 0 ? rank[k][0] : rank[k][1];
 #pragma unroll
               for (int j = 0; j < 8; ++j)
                 x[j] = keep[k] >> (8 * v + j) & 1u ? element(t.x, t.dtype, from++) : 0.0f;
             } else {
-              widen8<kWide>(raw[k][v], t.dtype, x);
+              widen8<kWide>(raw[k][kGroups ? i : v], t.dtype, x);
             }
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
               float d = subtract ? x[j] - base[i][j] : x[j];
               if constexpr (kForm == DropForm::Trim) {
                 const int32_t own = int32_t(f32_bits(d) & 0x7fffffffu);
-                d = own > code || (own == code && at[v] + j < cut) ? d : 0.0f;
+                d = own > code || (own == code && here + j < cut) ? d : 0.0f;
               }
               if constexpr (kDraws) d = keep[k] >> (8 * v + j) & 1u ? d : 0.0f;
               const float value = d * scale;
@@ -192,7 +198,7 @@ __global__ void __launch_bounds__(kThreads, kWide || KT > 4 ? 1 : 2)
     }
 #pragma unroll
     for (int i = 0; i < kRuns; ++i) {
-      const int v = run + i;
+      const int64_t here = at[0] + (run + i) * kRun;
       float out[8];
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
@@ -202,23 +208,29 @@ __global__ void __launch_bounds__(kThreads, kWide || KT > 4 ? 1 : 2)
         if (c.lambda != 1.0f) total = total * c.lambda;
         out[j] = c.difference ? base[i][j] + total : total;
       }
-      if (at[v] < row.n) store8(row.out, row.out_dtype, at[v], row.n, whole[v], out);
+      if (here < row.n) store8(row.out, row.out_dtype, here, row.n, is_whole(row, here), out);
     }
   }
 }
 
 template <DropForm kForm, bool kElect>
 void launch(const Batch& b, const CombineOnDevice& c, bool wide, cudaStream_t stream) {
+  const int models = b.models;
   if constexpr (kForm == DropForm::Packed) {  // the values are gathered: few terms at a time
-    CLF_LAUNCH((combine_kernel<2, true, kForm, kElect>), b.total, kThreads, stream, b, c);
+    if (models <= 2)
+      CLF_LAUNCH((combine_kernel<2, true, kForm, kElect, false>), b.total, kThreads, stream, b, c);
+    else
+      CLF_LAUNCH((combine_kernel<2, true, kForm, kElect, true>), b.total, kThreads, stream, b, c);
+  } else if (models > (wide ? 4 : 8)) {
+    CLF_LAUNCH((combine_kernel<4, true, kForm, kElect, true>), b.total, kThreads, stream, b, c);
   } else if (wide) {
-    CLF_LAUNCH((combine_kernel<4, true, kForm, kElect>), b.total, kThreads, stream, b, c);
-  } else if (b.models <= 2) {
-    CLF_LAUNCH((combine_kernel<2, false, kForm, kElect>), b.total, kThreads, stream, b, c);
-  } else if (b.models <= 4) {
-    CLF_LAUNCH((combine_kernel<4, false, kForm, kElect>), b.total, kThreads, stream, b, c);
+    CLF_LAUNCH((combine_kernel<4, true, kForm, kElect, false>), b.total, kThreads, stream, b, c);
+  } else if (models <= 2) {
+    CLF_LAUNCH((combine_kernel<2, false, kForm, kElect, false>), b.total, kThreads, stream, b, c);
+  } else if (models <= 4) {
+    CLF_LAUNCH((combine_kernel<4, false, kForm, kElect, false>), b.total, kThreads, stream, b, c);
   } else {
-    CLF_LAUNCH((combine_kernel<8, false, kForm, kElect>), b.total, kThreads, stream, b, c);
+    CLF_LAUNCH((combine_kernel<8, false, kForm, kElect, false>), b.total, kThreads, stream, b, c);
   }
 }
 

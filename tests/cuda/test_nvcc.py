@@ -63,7 +63,7 @@ def kernels(printed: str) -> dict[str, dict[str, dict[str, int]]]:
 def readable(symbol: str) -> str:
     """The kernel and its template arguments as numbers, from the mangled name."""
     name = re.search(r"\d([a-z]+_kernel)", symbol)[1]  # type: ignore[index]
-    arguments = re.findall(r"L(?:[bi]|N\d*clf\w*?E)(\d+)E", symbol)
+    arguments = re.findall(r"L(?:[bi]|NS_8DropFormE)(\d+)E", symbol)
     return " ".join([name, *arguments])
 
 

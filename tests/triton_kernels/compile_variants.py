@@ -64,7 +64,7 @@ def on_nvidia(built: Any) -> dict[str, Any]:
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),  # type: ignore[index]
         "spilled": int(re.search(r"STACK:(\d+)", usage)[1]),  # type: ignore[index]
         "shared": built.metadata.shared,
-        "vector_loads": len(re.findall(r"ld\.global\S*\.v4\.b32|cp\.async\S* .*16", ptx)),
+        "vector_loads": len(re.findall(r"ld\.global\S*\.v4\.b32|cp\.async\.c[ag]\S* .*0x10", ptx)),
         "vector_stores": len(re.findall(r"st\.global\S*\.v4\.b32", ptx)),
         "matrix": bool(re.search(r"mma\.sync|wgmma", ptx)),
         "fused": bool(re.search(r"\bfma\.", ptx)),
