@@ -33,6 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import triton
@@ -147,8 +148,12 @@ def _trim(d, lane, code, cut, SHORT: tl.constexpr):  # type: ignore[no-untyped-d
         limit = tl.maximum(at_least, 0).to(tl.int32).to(tl.float32, bitcast=True)
         d = tl.where(tl.abs(d) < limit, 0.0, d)
     else:
-        codes = d.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        keep = (codes > code) | ((codes == code) & (lane < cut))
+        # One more than the code where ties are not kept; -1 becomes 0 there, and keeps everything.
+        codes = d.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
+        limits = tl.add(
+            code.to(tl.uint32, bitcast=True), (lane >= cut).to(tl.uint32), sanitize_overflow=False
+        )
+        keep = codes >= limits
         d = tl.where(keep, d, 0.0)
     return d
 
@@ -170,16 +175,18 @@ def _deltas(  # type: ignore[no-untyped-def]
             before = tl.cumsum(in_group, axis=0) - in_group
             spread_bits = spread(bits, TILE // 16)
             keep = kept(spread_bits, lane) & inside
-            place = start + lane
+            origin, place = start, lane
             if is_packed:
                 offsets = tl.load(fields + 5 * models + k + j).to(tl.pointer_type(tl.int64))
-                place = tl.load(offsets + start // TILE) + (
-                    spread(before, TILE // 16) + kept_before(spread_bits, lane)
-                )
+                origin = tl.load(offsets + start // TILE)
+                place = spread(before, TILE // 16) + kept_before(spread_bits, lane)
             # Offsets of another stream must not read beyond the values.
-            wanted = keep & (place >= 0) & (place < tl.load(fields + 6 * models + k + j))
+            count = tl.load(fields + 6 * models + k + j)
+            least = tl.minimum(tl.maximum(-origin, 0), TILE).to(tl.int32)
+            limit = tl.minimum(tl.maximum(count - origin, 0), TILE).to(tl.int32)
             x = _load_term(
-                tl.load(fields + k + j), kind, 0, place, wanted,
+                tl.load(fields + k + j), kind, origin, place,
+                keep & (place >= least) & (place < limit),
                 (TERMS >> (2 * j)) & 3 if TERMS >= 0 else -1, False, True,
             )  # fmt: skip
             d = x.to(tl.float32)
@@ -436,46 +443,46 @@ class _Launch:
     tiles: list[int]
     """Of each row."""
 
-    @property
-    def steps(self) -> int:
-        """Tiles per program: enough programs to fill a card, then fewer searches of the table."""
-        return max(1, min(_MOST_STEPS, sum(self.tiles) // _PROGRAMS))
+    def programs(self) -> tuple[int, list[int]]:
+        """The tiles of a program, and the first program of each row and behind the last.
 
-    @property
-    def starts(self) -> list[int]:
-        """The first program of each row, and the number of programs."""
-        found = [0]
-        for tiles in self.tiles:
-            found.append(found[-1] - (-tiles // self.steps))
-        return found
+        Enough programs to fill a card come first, then fewer searches of the table.
+        """
+        steps = max(1, min(_MOST_STEPS, sum(self.tiles) // _PROGRAMS))
+        return steps, [0, *accumulate(-(-tiles // steps) for tiles in self.tiles)]
 
 
 def _launches(
     bases: Sequence[torch.Tensor],
     tensors: Sequence[torch.Tensor],
     outs: Sequence[torch.Tensor],
+    addresses: Sequence[Sequence[int]],
     models: int,
     packed: bool,
 ) -> list[_Launch]:
+    """`addresses`: of the bases, of the tensors and of the outs."""
     tile = _PACK_TILE if packed else _TILE
-    found: dict[_Signature, _Launch] = {}
+    at_base, at_tensor, at_out = addresses
+    codes = [_CODES[x.dtype] for x in tensors]
+    found: dict[tuple[int, tuple[int, ...], int, bool], _Launch] = {}
     for row, out in enumerate(outs):
-        if out.numel() == 0:
+        n = out.numel()
+        if n == 0:
             continue
-        entries = tensors[row * models : (row + 1) * models]
-        base = bases[row] if bases else None
-        ends = [x for x in (base, out) if x is not None]
-        # Packed values are read one by one; their address says nothing.
-        vectors = ends if packed else [*ends, *entries]
-        signature = _Signature(
-            base=_NO_BASE if base is None else _CODES[base.dtype],
-            terms=tuple(_CODES[x.dtype] for x in entries),
-            out=_CODES[out.dtype],
-            aligned=all(x.data_ptr() % 16 == 0 for x in vectors),
-        )
-        launch = found.setdefault(signature, _Launch(signature, [], []))
+        entries = slice(row * models, (row + 1) * models)
+        every = at_out[row]
+        if bases:
+            every |= at_base[row]
+        if not packed:  # packed values are read one by one; their address says nothing
+            for address in at_tensor[entries]:
+                every |= address
+        base = _CODES[bases[row].dtype] if bases else _NO_BASE
+        key = (base, tuple(codes[entries]), _CODES[out.dtype], every % 16 == 0)
+        launch = found.get(key)
+        if launch is None:
+            launch = found[key] = _Launch(_Signature(*key), [], [])
         launch.rows.append(row)
-        launch.tiles.append(triton.cdiv(out.numel(), tile))
+        launch.tiles.append(-(-n // tile))
     return list(found.values())
 
 
@@ -486,6 +493,13 @@ def _most_unrolled(way: int, elect: str, terms: Sequence[int]) -> int:
     if 2 in terms:  # float32: twice the registers
         return 4
     return 8 if way == _SPARSIFY["none"] or elect != "none" else 4
+
+
+def _options(packed: bool) -> dict[str, int]:
+    if not packed:
+        return {"num_warps": 1}
+    # Left alone, the assembler spills a word to stay at 128 registers.
+    return {"num_warps": 8} | ({} if torch.version.hip else {"maxnreg": 168})
 
 
 def _width(rows: int) -> int:
@@ -557,52 +571,47 @@ def combine_rows(
         packed = None
     if packed is not None and sparsify == "trim":
         raise ValueError("packed entries cannot be trimmed")
-    launches = _launches(bases, tensors, outs, models, packed is not None)
+    at_base = [x.data_ptr() for x in bases]
+    at_tensor = [x.data_ptr() for x in tensors]
+    at_out = [x.data_ptr() for x in outs]
+    launches = _launches(
+        bases, tensors, outs, (at_base, at_tensor, at_out), models, packed is not None
+    )
     if not launches:
         return
     way = _SPARSIFY[sparsify] if packed is None else _PACKED
     unweighted = elect != "none" and elect_on == "unweighted"
     by_weight = elect != "none" and reduce == "mean" and divisor == "weights"
-    # Later fields need the places of the earlier ones.
-    fields = 7 if way == _PACKED else 5 if way == _SPARSIFY["drop"] else 3 if by_weight else 2
 
-    def row_words(row: int) -> list[int]:
-        entries = range(row * models, (row + 1) * models)
-        denominator = 1.0 if denominators is None else denominators[row]
-        words = [
-            outs[row].numel(),
-            bases[row].data_ptr() if bases else 0,
-            outs[row].data_ptr(),
-            row * models,
-            float_bits(denominator),
-        ]
-        words += [tensors[e].data_ptr() for e in entries]
-        for e in entries:
-            kind = _CODES[tensors[e].dtype]
-            if packed is not None and packed[e] is not None:
-                kind |= _IS_PACKED
-            if kinds is not None and kinds[e] == 1:
-                kind |= _IS_DELTA
-            words.append(kind)
-        if fields >= 3:
-            words += [float_bits(weights[e]) for e in entries]
-        if fields >= 5:
-            words += [0 if keys is None else keys[e] for e in entries]
-            words += [1 << 32 if keeps is None else keeps[e] for e in entries]
-        if fields >= 7:
-            assert packed is not None
-            offsets = [packed[e] for e in entries]
-            words += [0 if table is None else table.data_ptr() for table in offsets]
-            words += [tensors[e].numel() for e in entries]
-        return words
+    # What the table holds for each entry, field by field; a later field needs the earlier ones.
+    kind_of = [_CODES[x.dtype] for x in tensors]
+    columns = [at_tensor, kind_of]
+    if way >= _SPARSIFY["drop"] or by_weight:
+        columns.append([float_bits(weight) for weight in weights])
+    if way >= _SPARSIFY["drop"]:
+        columns.append([0] * len(tensors) if keys is None else list(keys))
+        columns.append([1 << 32] * len(tensors) if keeps is None else list(keeps))
+    if packed is not None:
+        columns.append([0 if offsets is None else offsets.data_ptr() for offsets in packed])
+        columns.append([x.numel() for x in tensors])
+        for e, offsets in enumerate(packed):
+            kind_of[e] |= 0 if offsets is None else _IS_PACKED
+            kind_of[e] |= _IS_DELTA if kinds is not None and kinds[e] == 1 else 0
+    divisors = [float_bits(by) for by in denominators or [1.0] * len(outs)]
 
     numbers: list[int] = []
     places = []
     for launch in launches:
-        places.append(len(numbers))
-        numbers += launch.starts[:-1]
+        steps, starts = launch.programs()
+        places.append((len(numbers), steps, starts[-1]))
+        numbers += starts[:-1]
         for row in launch.rows:
-            numbers += row_words(row)
+            first = row * models
+            numbers += (
+                outs[row].numel(), at_base[row] if bases else 0, at_out[row], first, divisors[row],
+            )  # fmt: skip
+            for column in columns:
+                numbers += column[first : first + models]
     device = outs[0].device
     factors: list[tuple[int, int] | torch.Tensor | None] = []
     for given in (scales, rescales if unweighted else None):
@@ -621,27 +630,27 @@ def combine_rows(
     )
 
     with torch.cuda.device_of(outs[0]):
-        for launch, place in zip(launches, places, strict=True):
+        for launch, (place, steps, programs) in zip(launches, places, strict=True):
             unrolled = models <= _most_unrolled(way, elect, launch.signature.terms)
-            _combine_kernel[(launch.starts[-1],)](
+            _combine_kernel[(programs,)](
                 table[place:],
                 len(launch.rows),
                 _width(len(launch.rows)),
                 models,
-                launch.steps,
+                steps,
                 scales_on,
                 rescales_on,
                 codes if way == _SPARSIFY["trim"] else None,
                 cuts if way == _SPARSIFY["trim"] else None,
                 lam,
                 UNROLLED=models if unrolled else 0,
-                FIELDS=fields,
+                FIELDS=len(columns),
                 **launch.signature.constants(unrolled),
                 SPARSIFY=way,
                 ELECT=_ELECT[elect],
                 REDUCE=_REDUCE[reduce],
                 COUNTED=divisor == "count",
                 TILE=_PACK_TILE if packed is not None else _TILE,
-                num_warps=8 if packed is not None else 1,
                 enable_fp_fusion=False,
+                **_options(packed is not None),
             )

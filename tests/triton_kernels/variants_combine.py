@@ -62,8 +62,9 @@ def variant(
             "COUNTED": False,
             "TILE": 2048 if packed else 512,
         },
-        options={"num_warps": 8 if packed else 1, "enable_fp_fusion": False},
-        vectors=aligned and not (packed and base is None),
+        options={"enable_fp_fusion": False, **combine._options(packed)},
+        # Packed values are gathered, and 512 threads have four elements of the base each.
+        vectors=aligned and not packed,
         # On AMD hardware a division rounded to nearest is made of fused steps.
         exact=reduce != "mean",
     )
