@@ -27,6 +27,7 @@ by binary search over the first tiles.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import struct
 from collections.abc import Iterator, Sequence
@@ -513,7 +514,12 @@ def _layer(
     kind, rank = "loop", 0
     if r <= OUTER_RANK:
         kind, factor_vector = "outer", 1
-    elif size == 2 and wide and rounding < 2 and r <= _deepest_strip(factor_vector, rounding):
+    elif (
+        size == 2
+        and wide
+        and rounding < 2
+        and r <= _deepest_strip(out.device, factor_vector, rounding)
+    ):
         kind, rank = "strip", max(16, triton.next_power_of_2(r))
     types = (_TYPES[out.dtype], _TYPES[base.dtype], _TYPES[u.dtype])
     launch = _Launch(kind, types, vector, factor_vector, rounding, rank)
@@ -533,11 +539,20 @@ def _layer(
     return launch, rows, [out, base, u, v]
 
 
-def _deepest_strip(factor_vector: int, rounding: int) -> int:
+def _deepest_strip(device: torch.device, factor_vector: int, rounding: int) -> int:
     """The largest rank of a strip: factors read one by one take registers that U needs."""
     if factor_vector > 1:
-        return STRIP_RANK
+        return STRIP_RANK if _roomy(device) else STRIP_RANK // 2
     return 0 if rounding else STRIP_RANK // 2
+
+
+@functools.cache
+def _roomy(device: torch.device) -> bool:
+    """Whether U of the largest rank fits beside two tiles of V and W: not on small NVIDIA cards."""
+    if device.type == "cpu" or torch.version.hip:
+        return True
+    properties = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin) >= 160 << 10
 
 
 def _step(tensor: torch.Tensor) -> int:
@@ -627,8 +642,8 @@ def gram(
         if not c.numel():
             continue
         written = c
-        if d > 1 and c.stride(-1) != 1:
-            written = c.contiguous()
+        if d > 1 and (c.stride(-1) != 1 or c.stride(-2) >= 1 << 24):
+            written = c.clone(memory_format=torch.contiguous_format)
             copies.append((c, written))
         if d > 1 and k.stride(-1) != 1:
             k = k.contiguous()

@@ -72,6 +72,17 @@ def test_every_kernel(
     assert {kernel for kernel, _ in launches} == {names.get(used, low_rank._loop_kernel)}
 
 
+def test_little_shared_memory(launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a deep U does not fit on the chip, the kernel that steps along the rank serves."""
+    monkeypatch.setattr(low_rank, "_roomy", lambda device: False)
+    for r in (128, 136):
+        w, u, v = layer(9, 16, r, torch.float16, torch.float16)
+        got = rank_update(w, u, v, backend="triton")
+        assert torch.equal(got, rank_update(w, u, v, backend="eager"))
+    kernels = [kernel for kernel, _ in launches]
+    assert kernels == [low_rank._strip_kernel, low_rank._loop_kernel]
+
+
 @pytest.mark.parametrize("r", [2, 20, 300])
 def test_bfloat16_weights(r: int) -> None:
     w, u, v = layer(20, 72, r, torch.bfloat16, torch.bfloat16)
@@ -271,6 +282,14 @@ def test_gram_mirrors_the_upper_triangle() -> None:
     want = upper + keys(5, 70, torch.float64).t() @ keys(5, 70, torch.float64)
     assert torch.equal(c.triu(), want.triu())
     assert torch.equal(c, c.t())
+
+
+def test_gram_with_rows_far_apart() -> None:
+    """Offsets inside a tile are counted in 32 bits; rows that are too far apart are brought in."""
+    k = keys(5, 2, torch.float32)
+    c = torch.zeros((1 << 24) + 2).as_strided((2, 2), (1 << 24, 1))
+    gram_(c, k, backend="triton")
+    assert torch.equal(c, k.t() @ k)
 
 
 def test_float64_goes_to_the_reference() -> None:
