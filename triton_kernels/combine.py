@@ -141,20 +141,24 @@ def _mask_words(fields, models, k, start, TILE: tl.constexpr):  # type: ignore[n
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _trim(d, lane, code, cut, SHORT: tl.constexpr):  # type: ignore[no-untyped-def]
     """What a threshold keeps; of the elements at it, the lanes below `cut`."""
-    at_least = (code + (cut <= 0).to(tl.int64)).to(tl.int64)
-    whole = (cut <= 0) | (cut >= lane.shape[0])
-    if SHORT & whole & (at_least <= 0x7F800000):
-        # One answer for all that is at the threshold: a comparison of magnitudes, NaN above all.
-        limit = tl.maximum(at_least, 0).to(tl.int32).to(tl.float32, bitcast=True)
-        d = tl.where(tl.abs(d) < limit, 0.0, d)
+    if SHORT:
+        at_least = code + (cut <= 0).to(tl.int64)
+        whole = (cut <= 0) | (cut >= lane.shape[0])
+        if whole & (at_least <= 0x7F800000):
+            # One answer for all that is at the threshold: compare magnitudes, NaN above all.
+            limit = tl.maximum(at_least, 0).to(tl.int32).to(tl.float32, bitcast=True)
+            d = tl.where(tl.abs(d) < limit, 0.0, d)
+        else:
+            codes = d.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+            keep = (codes > code) | ((codes == code) & (lane < cut))
+            d = tl.where(keep, d, 0.0)
     else:
         # One more than the code where ties are not kept; -1 becomes 0 there, and keeps everything.
         codes = d.to(tl.uint32, bitcast=True) & 0x7FFFFFFF
         limits = tl.add(
             code.to(tl.uint32, bitcast=True), (lane >= cut).to(tl.uint32), sanitize_overflow=False
         )
-        keep = codes >= limits
-        d = tl.where(keep, d, 0.0)
+        d = tl.where(codes >= limits, d, 0.0)
     return d
 
 
