@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kSumThreads)
     }
     __syncthreads();
     if (work) {
-#pragma unroll
+#pragma unroll 8
       for (int i = 0; i < kLanes; ++i) {
         const float d = size[slot][i * kLanes + lane];
         all = all + double(d);
