@@ -146,6 +146,7 @@ def _round(total, drawn, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _load_base(row, rows, cols, m, n, B: tl.constexpr, VECTOR: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The tile of the base, 0 outside of it."""
     pointer = _pointer(row, 2, B, VECTOR)
     offset = rows[:, None] * _number(row, 9, VECTOR) + cols[None, :]
     inside = (rows < m)[:, None] & (cols < n)[None, :]
@@ -178,6 +179,7 @@ def _outer_kernel(  # type: ignore[no-untyped-def]
     VECTOR: tl.constexpr, ROUNDING: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """One tile of W for ranks so small that a padded matrix product would be mostly padding."""
     tile = tl.program_id(0).to(tl.int64)
     row = _find(table_ptr, tile, layers, steps, 18)
     tile -= tl.load(row)
@@ -208,6 +210,7 @@ def _strip_kernel(  # type: ignore[no-untyped-def]
     RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
     DOT_F32: tl.constexpr,
 ):  # fmt: skip
+    """TILES tiles of W side by side; U is loaded once and stays on the chip."""
     strip = tl.program_id(0).to(tl.int64)
     row = _find(table_ptr, strip, layers, steps, 18)
     strip -= tl.load(row)
@@ -256,6 +259,7 @@ def _loop_kernel(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, GROUP: tl.constexpr,
     DOT_F32: tl.constexpr,
 ):  # fmt: skip
+    """One tile of W; both factors stream past in steps of BLOCK_R ranks."""
     tile = tl.program_id(0).to(tl.int64)
     row = _find(table_ptr, tile, layers, steps, 18)
     tile -= tl.load(row)
@@ -315,6 +319,7 @@ def _gram_kernel(  # type: ignore[no-untyped-def]
     VECTOR: tl.constexpr, C_VECTOR: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, DOT_F32: tl.constexpr,
 ):  # fmt: skip
+    """One tile of C, for the tokens first .. first + block - 1; the last launch mirrors it."""
     tile = tl.program_id(0).to(tl.int64)
     row = _find(table_ptr, tile, layers, steps, 9)
     tile -= tl.load(row)
