@@ -161,6 +161,7 @@ def combine_rows(
     if packed is not None:
         form = "packed"
         rows.offsets = [0 if offsets is None else offsets.data_ptr() for offsets in packed]
+        rows.values = [x.numel() for x in tensors]
         rows.kind = [0] * len(tensors) if kinds is None else list(kinds)
     with _On(outs[0]) as stream:
         _module().combine(

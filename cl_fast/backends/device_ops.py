@@ -32,7 +32,9 @@ __all__ = [
     "Engine",
     "combine",
     "denominator",
+    "dense",
     "engine",
+    "float32",
     "magnitude_threshold",
     "require",
     "takes",
@@ -109,8 +111,8 @@ def takes(call: Call) -> bool:
 
 def combine(call: Call, by: Engine, outs: Sequence[Tensor] | None = None) -> list[Tensor]:
     """All rows of `call`, into `outs` (contiguous; may be its bases) or into new tensors."""
-    bases = [_dense(base) for base in call.bases]
-    tensors = [_dense(tensor) for tensor in call.tensors]
+    bases = [dense(base) for base in call.bases]
+    tensors = [dense(tensor) for tensor in call.tensors]
     sizes = [tensor.numel() for tensor in tensors[:: call.models]]
     if outs is None:
         outs = [
@@ -145,14 +147,14 @@ def combine(call: Call, by: Engine, outs: Sequence[Tensor] | None = None) -> lis
         scales: Any = (weights * factors).float()
         rescales: Any = factors.float()
     else:
-        scales = [_float32(w * r) for w, r in zip(call.weights, factors, strict=True)]
-        rescales = [_float32(r) for r in factors]
+        scales = [float32(w * r) for w, r in zip(call.weights, factors, strict=True)]
+        rescales = [float32(r) for r in factors]
     by.combine_rows(
         bases,
         tensors,
         outs,
         call.models,
-        weights=[_float32(weight) for weight in call.weights],
+        weights=[float32(weight) for weight in call.weights],
         scales=scales,
         rescales=rescales,
         sparsify=sparsify,
@@ -167,7 +169,7 @@ def combine(call: Call, by: Engine, outs: Sequence[Tensor] | None = None) -> lis
         reduce=policy.reduce,
         divisor=policy.divisor,
         denominators=[denominator(policy, call.weights[call.row(r)]) for r in range(call.rows)],
-        lam=_float32(call.lam),
+        lam=float32(call.lam),
     )
     return list(outs)
 
@@ -175,7 +177,7 @@ def combine(call: Call, by: Engine, outs: Sequence[Tensor] | None = None) -> lis
 def denominator(policy: Policy, weights: Sequence[float]) -> float:
     """What a mean without election divides by, as a float32 value."""
     by = sum(weights) if policy.divisor == "weights" else float(len(weights))
-    return 1.0 if abs(by) < _SMALLEST_WEIGHT_SUM else _float32(by)
+    return 1.0 if abs(by) < _SMALLEST_WEIGHT_SUM else float32(by)
 
 
 def _thresholds(
@@ -223,8 +225,8 @@ def magnitude_threshold(
     if k == 0:
         infinite = torch.full((), float("inf"), dtype=torch.float32, device=x.device)
         return infinite, torch.zeros((), dtype=torch.int64, device=x.device)
-    bases = [] if base is None else [_dense(base)]
-    codes, _, at = by.select(bases, [_dense(x)], 1, [k], whole_model=False, ties=ties)
+    bases = [] if base is None else [dense(base)]
+    codes, _, at = by.select(bases, [dense(x)], 1, [k], whole_model=False, ties=ties)
     return codes.view(torch.float32).reshape(()), at.reshape(())
 
 
@@ -239,7 +241,7 @@ def upload(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -
     return host.pin_memory().to(device, non_blocking=True)
 
 
-def _dense(tensor: Tensor) -> Tensor:
+def dense(tensor: Tensor) -> Tensor:
     """Contiguous, and of a dtype that the kernels read."""
     tensor = tensor.detach()
     if tensor.dtype not in KERNEL_DTYPES:
@@ -247,7 +249,7 @@ def _dense(tensor: Tensor) -> Tensor:
     return tensor.resolve_conj().resolve_neg().contiguous()
 
 
-def _float32(value: float) -> float:
+def float32(value: float) -> float:
     """`value` rounded to float32; beyond its range infinite, as a cast of a tensor gives it."""
     try:
         return float(struct.unpack("<f", struct.pack("<f", value))[0])

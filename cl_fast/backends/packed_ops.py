@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cl_fast.backends import native, triton
+from cl_fast.backends import device_ops, native, triton
+from cl_fast.backends.device_ops import KERNEL_DTYPES, Engine, dense, float32
 from cl_fast.backends.native_ops import NAMES, reads
 
 if TYPE_CHECKING:
@@ -21,24 +22,22 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MOST_MODELS",
+    "device_combine",
+    "device_takes",
     "native_combine",
     "native_offsets",
     "native_pack",
     "native_sums",
     "native_takes",
     "native_unpack",
-    "triton_combine",
     "triton_offsets",
     "triton_pack",
     "triton_sums",
-    "triton_takes",
     "triton_unpack",
 ]
 
 MOST_MODELS = 256
 """What the core combines in one pass."""
-MOST_MODELS_TRITON = 32
-KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MASK64 = (1 << 64) - 1
 
 
@@ -240,19 +239,16 @@ def triton_sums(
     return total, kept
 
 
-def triton_takes(call: PackedCall) -> bool:
+def device_takes(call: PackedCall) -> bool:
     """Whether the kernels can carry out `call`."""
-    return call.models <= MOST_MODELS_TRITON
+    return call.models <= device_ops.MOST_MODELS
 
 
-def triton_combine(call: PackedCall) -> list[Tensor] | None:
-    """All rows of `call`, one launch per signature and device."""
-    kernels = triton.load("combine")
-    if kernels is None:
-        return None
+def device_combine(call: PackedCall, by: Engine) -> list[Tensor]:
+    """All rows of `call` on GPU tensors, one call of the kernels per device."""
     outs = call.empty()
-    tensors = [_dense(tensor) for tensor in call.tensors]
-    bases = [_dense(base) for base in call.bases]
+    tensors = [dense(tensor) for tensor in call.tensors]
+    bases = [dense(base) for base in call.bases]
     for device in dict.fromkeys(out.device for out in outs):
         rows = [row for row, out in enumerate(outs) if out.device == device]
         entries = [e for row in rows for e in call.entries(row)]
@@ -263,15 +259,17 @@ def triton_combine(call: PackedCall) -> list[Tensor] | None:
         factors = of(call.factors)
         scales = [w * r for w, r in zip(of(call.weights), factors, strict=True)]
         packed = [call.is_packed(e) for e in entries]
-        kernels.combine_rows(
+        by.combine_rows(
             of(bases, rows) if bases else [],
             of(tensors),
             of(outs, rows),
             call.models,
-            weights=[_float32(weight) for weight in of(call.weights)],
-            scales=[_float32(scale) for scale in scales],
-            rescales=[_float32(factor) for factor in factors],
+            weights=[float32(weight) for weight in of(call.weights)],
+            scales=[float32(scale) for scale in scales],
+            rescales=[float32(factor) for factor in factors],
             sparsify="drop",
+            codes=None,
+            cuts=None,
             keys=of(call.keys),
             # what is dense is kept whole
             keeps=[
@@ -288,7 +286,7 @@ def triton_combine(call: PackedCall) -> list[Tensor] | None:
             reduce=call.reduce,
             divisor=call.divisor,
             denominators=[call.denominator(row) for row in rows],
-            lam=_float32(call.lam),
+            lam=float32(call.lam),
         )
     return outs
 
@@ -296,16 +294,3 @@ def triton_combine(call: PackedCall) -> list[Tensor] | None:
 def _kernels_take(values: Tensor, base: Tensor | None, dtype: torch.dtype) -> bool:
     dtypes = {values.dtype, dtype} | (set() if base is None else {base.dtype})
     return dtypes <= set(KERNEL_DTYPES)
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    """Contiguous, and of a dtype that the kernels read: bfloat16 holds every eight-bit float."""
-    tensor = tensor.detach()
-    if tensor.dtype not in KERNEL_DTYPES:
-        tensor = tensor.to(torch.bfloat16)
-    return tensor.contiguous()
-
-
-def _float32(value: float) -> float:
-    """`value` rounded to float32; beyond its range infinite."""
-    return float(torch.tensor(value, dtype=torch.float64).to(torch.float32))

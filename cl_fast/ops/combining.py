@@ -753,13 +753,9 @@ def combine(
         from cl_fast.ops.packing import PackedDelta, combine_packed
 
         if any(isinstance(tensor, PackedDelta) for tensor in tensors):
-            for argument, value, left_out in (
-                ("density", density, 1.0), ("keys", keys, None), ("thresholds", thresholds, None)
-            ):  # fmt: skip
-                if value != left_out:
-                    raise ValueError(
-                        f"{argument} has no effect where tensors holds a PackedDelta; leave it out"
-                    )
+            _refuse_beside_packed(
+                density=(density, 1.0), keys=(keys, None), thresholds=(thresholds, None)
+            )
             return combine_packed(
                 base, tensors, weights=weights, policy=policy, lam=lam, out_dtype=out_dtype,
                 backend=backend,
@@ -774,7 +770,7 @@ def combine(
 
 def combine_many(
     bases: Sequence[Tensor] | None,
-    tensors: Sequence[Sequence[Tensor]],
+    tensors: Sequence[Sequence[Tensor | PackedDelta]],
     *,
     weights: float | Sequence[float] | Sequence[Sequence[float]],
     policy: Policy | None = None,
@@ -791,7 +787,8 @@ def combine_many(
 
     Args:
         bases: one base per tensor of the model; None with `Policy(difference=False)`.
-        tensors: for each tensor of the model the list of its K versions.
+        tensors: for each tensor of the model the list of its K versions; packed ones as in
+            `combine`.
         weights, density: one number; one per model; or for each tensor one per model.
         keys: for each tensor one stream key per model.
         policy, lam, out_dtype, backend: as in `combine`.
@@ -802,6 +799,15 @@ def combine_many(
     Raises:
         As `combine`; the words name the row.
     """
+    if any(not isinstance(x, Tensor) for row in tensors for x in row):
+        from cl_fast.ops.packing import PackedDelta, combine_packed_many
+
+        if any(isinstance(x, PackedDelta) for row in tensors for x in row):
+            _refuse_beside_packed(density=(density, 1.0), keys=(keys, None))
+            return combine_packed_many(
+                bases, tensors, weights=weights, policy=policy, lam=lam, out_dtype=out_dtype,
+                backend=backend,
+            )  # fmt: skip
     rows, models, policy, rest = _many_arguments(
         tensors, weights, policy, density, keys, lam, out_dtype
     )
@@ -810,6 +816,14 @@ def combine_many(
     if backend is None:
         return cast("list[Tensor]", _many_op(listed, flat, models, *rest))
     return _call(listed, flat, models, *rest).run_on(backend)
+
+
+def _refuse_beside_packed(**arguments: tuple[Any, Any]) -> None:
+    for argument, (value, left_out) in arguments.items():
+        if value is not left_out and value != left_out:
+            raise ValueError(
+                f"{argument} has no effect where tensors holds a PackedDelta; leave it out"
+            )
 
 
 def combine_(
@@ -867,7 +881,7 @@ def combine_many_(
 
 
 def _many_arguments(
-    tensors: Sequence[Sequence[Tensor]],
+    tensors: Sequence[Sequence[Any]],
     weights: Any,
     policy: Policy | None,
     density: Any,

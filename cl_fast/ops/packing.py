@@ -32,7 +32,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from cl_fast.backends import check_backend, native_or_say, packed_ops, require_native
+from cl_fast.backends import check_backend, device_ops, native_or_say, packed_ops, require_native
 from cl_fast.backends.native_ops import reads
 from cl_fast.ops.combining import (
     _SMALLEST_WEIGHT_SUM,
@@ -980,12 +980,12 @@ class PackedCall:
         return packed_ops.native_combine(core, self)
 
     def run_cuda(self) -> list[Tensor]:
-        outs = packed_ops.triton_combine(self) if packed_ops.triton_takes(self) else None
-        return self.run_eager() if outs is None else outs
+        by = device_ops.engine(self.first(0).device) if packed_ops.device_takes(self) else None
+        return self.run_eager() if by is None else packed_ops.device_combine(self, by)
 
     def run_on(self, backend: str) -> list[Tensor]:
         device = self.first(0).device.type
-        check_backend(backend, device, _OFFERED)
+        check_backend(backend, device)
         if backend == "eager":
             return self.run_eager()
         if backend == "native":
@@ -996,15 +996,13 @@ class PackedCall:
                     "leave backend out"
                 )
             return packed_ops.native_combine(core, self)
-        if not packed_ops.triton_takes(self):
+        if not packed_ops.device_takes(self):
             raise ValueError(
-                f"backend='triton' takes at most {packed_ops.MOST_MODELS_TRITON} models; "
+                f"backend={backend!r} takes at most {device_ops.MOST_MODELS} models; "
                 "leave backend out"
             )
-        outs = packed_ops.triton_combine(self)
-        if outs is None:
-            raise RuntimeError("backend='triton' cannot be used: triton is not installed")
-        return outs
+        by = device_ops.require(backend, self.first(0).device)
+        return packed_ops.device_combine(self, by)
 
 
 _COMMON_SCHEMA = (
@@ -1183,7 +1181,7 @@ def combine_packed(
         lam: the factor on the combined delta.
         out_dtype: bfloat16, float16 or float32; the default is that of the base, without one
             that of the first tensor.
-        backend: "eager", "native" or "triton", for tests and benchmarks.
+        backend: "eager", "native", "triton" or "cuda", for tests and benchmarks.
 
     Returns:
         A new contiguous tensor, without a gradient. No packed delta is expanded as a whole.

@@ -149,8 +149,13 @@ __global__ void __launch_bounds__(kThreads, kWide || KT > 4 ? 1 : 2)
             if (packed) {
               int64_t from = v == 0 ? rank[k][0] : rank[k][1];
 #pragma unroll
-              for (int j = 0; j < 8; ++j)
-                x[j] = keep[k] >> (8 * v + j) & 1u ? element(t.x, t.dtype, from++) : 0.0f;
+              for (int j = 0; j < 8; ++j) {
+                x[j] = 0.0f;
+                if (keep[k] >> (8 * v + j) & 1u) {
+                  if (uint64_t(from) < uint64_t(t.values)) x[j] = element(t.x, t.dtype, from);
+                  ++from;
+                }
+              }
             } else {
               widen8<kWide>(raw[k][kGroups ? i : v], t.dtype, x);
             }

@@ -32,6 +32,7 @@ enum TermFlags : uint8_t { kSparse = 1, kPacked = 2, kDelta = 4 };
 struct DeviceTerm {
   const uint8_t* x;
   const int64_t* offsets;  // packed: kept elements before each tile
+  int64_t values;          // packed: how many there are, never to be passed
   uint64_t key;
   uint32_t keep;   // drop: T below 2^32; kSparse is off where everything is kept
   float weight;    // for the divisor
@@ -52,7 +53,7 @@ struct Batch {
   DeviceRow row[kRowsPerBatch];
   DeviceTerm term[kTermsPerBatch];
 };
-static_assert(sizeof(DeviceRow) == 40 && sizeof(DeviceTerm) == 48, "no holes");
+static_assert(sizeof(DeviceRow) == 40 && sizeof(DeviceTerm) == 56, "no holes");
 static_assert(sizeof(Batch) <= 32000, "a kernel takes at most 32764 bytes of arguments");
 
 // What a call hands over; one entry per row, or per term in row-major order. Addresses are
@@ -70,6 +71,7 @@ struct Rows {
   std::vector<float> weight, scale, rescale;
   std::vector<uint64_t> key, keep;  // keep: T in [0, 2^32]
   std::vector<uintptr_t> offsets;   // 0: dense
+  std::vector<int64_t> values;      // of packed terms
   std::vector<int> kind;            // packed: 1 if the values are deltas
 
   int64_t rows() const { return int64_t(n.size()); }
@@ -90,7 +92,7 @@ class Batches {
         !fits(rows.weight.size(), e) || !fits(rows.scale.size(), e) ||
         !fits(rows.rescale.size(), e) || !fits(rows.key.size(), e) ||
         rows.keep.size() != rows.key.size() || !fits(rows.offsets.size(), e) ||
-        !fits(rows.kind.size(), e))
+        !fits(rows.kind.size(), e) || rows.values.size() != rows.offsets.size())
       throw std::invalid_argument("rows: lists of different lengths");
   }
 
@@ -151,6 +153,7 @@ class Batches {
       if (!rows_.offsets.empty() && rows_.offsets[e] != 0) {
         t.flags |= kPacked;
         t.offsets = reinterpret_cast<const int64_t*>(rows_.offsets[e]);
+        t.values = rows_.values[e];
         if (!rows_.kind.empty() && rows_.kind[e] == 1) t.flags |= kDelta;
       } else {
         bits |= rows_.x[e];

@@ -65,6 +65,7 @@ PYBIND11_MODULE(_cuda, m) {
       .def_readwrite("key", &Rows::key)
       .def_readwrite("keep", &Rows::keep)
       .def_readwrite("offsets", &Rows::offsets)
+      .def_readwrite("values", &Rows::values)
       .def_readwrite("kind", &Rows::kind);
 
   m.def(

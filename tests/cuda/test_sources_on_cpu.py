@@ -33,7 +33,15 @@ from test_magnitude import (  # noqa: F401
 )
 
 from cl_fast.backends import cuda_ops, device_ops
-from cl_fast.ops import Policy, combine, combine_many, dare, magnitude_threshold, stream_key
+from cl_fast.ops import (
+    Policy,
+    combine,
+    combine_many,
+    dare,
+    magnitude_threshold,
+    pack,
+    stream_key,
+)
 from cl_fast.ops.dropping import absolute_sum
 
 pytestmark = pytest.mark.slow
@@ -91,6 +99,36 @@ def test_dare(rescale: str, backend: str) -> None:
             want = dare(x, density=density, seed=3, rescale=rescale, backend="eager")
             got = dare(x, density=density, seed=3, rescale=rescale, backend=backend)
             assert torch.equal(got, want), (n, density)
+
+
+@pytest.mark.parametrize("elect", ["none", "mass"])
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_packed_terms(k: int, elect: str, backend: str) -> None:
+    """Straight from kept values: the bits of the dense merge; dense terms among them too."""
+    policy = Policy(sparsify="drop", rescale="keep_rate", elect=elect)  # type: ignore[arg-type]
+    densities = [0.1 + 0.15 * i for i in range(k)]
+    weights = [1.0 - 0.3 * i for i in range(k)]
+    bases, rows, packed, keys = [], [], [], []
+    for n in (1, 2047, 2049, 9000, 0):
+        base, tensors = nasty.models("normal", n, k, torch.bfloat16)
+        bases.append(base)
+        rows.append(tensors)
+        keys.append([stream_key(3, str(i), str(n)) for i in range(k)])
+        packed.append(
+            [
+                pack(x, base=base, density=rho, seed=3, model=str(i), tensor=str(n))
+                for i, (x, rho) in enumerate(zip(tensors, densities, strict=True))
+            ]
+        )
+    arguments = {"weights": weights, "policy": policy, "lam": 0.7}
+    want = combine_many(bases, rows, density=densities, keys=keys, backend="eager", **arguments)
+    got = combine_many(bases, packed, backend=backend, **arguments)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    got = combine(bases[3], packed[3], backend=backend, **arguments)
+    assert torch.equal(got, want[3])
+    mixed = [packed[3][0], *rows[3][1:]]
+    one = combine(bases[3], mixed, backend=backend, **arguments)
+    assert torch.equal(one, combine(bases[3], mixed, backend="eager", **arguments))
 
 
 def test_a_full_queue_of_undecided_elements(backend: str) -> None:
