@@ -463,12 +463,20 @@ bool fused(const TileView& t, Sparsify s, int64_t offset, int64_t n) {
 }
 
 void combine(TileView& t) {
-  Sparsify sparsify;
+  Sparsify sparsify = Sparsify::None;
   const bool common = fusable(t, &sparsify);
   Scratch scratch{t.scratch, t.scratch + kBlock, t.scratch + 2 * kBlock};
   for (int64_t offset = 0; offset < t.n; offset += kBlock) {
     const int64_t n = t.n - offset < kBlock ? t.n - offset : kBlock;
-    if (common && fused(t, sparsify, offset, n)) continue;
+    if (common) {
+      // In place the block that turns out not to be common has overwritten its base.
+      alignas(64) uint8_t before[4 * kBlock];
+      const int64_t size = dtype_size(t.out_dtype);
+      const bool in_place = t.difference && t.out == t.base;
+      if (in_place) std::memcpy(before, t.base + offset * size, size_t(n * size));
+      if (fused(t, sparsify, offset, n)) continue;
+      if (in_place) std::memcpy(t.out + offset * size, before, size_t(n * size));
+    }
     const float* base = nullptr;
     if (t.difference) {
       widen_base(t, offset, n, scratch.base, &t.base_nonfinite);

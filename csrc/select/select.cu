@@ -80,7 +80,7 @@ __device__ __forceinline__ int shift_for(uint32_t width) {
   return shift;
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     sample_kernel(CLF_ARGUMENT(Batch) b, const Work w, const Shape s, int64_t before) {
   const int blocks = kSamples / kThreads;
   const int slot = int(blockIdx.x) % blocks * kThreads + int(threadIdx.x);
@@ -120,7 +120,7 @@ __device__ __forceinline__ void clear_bins(const Work& w, int segment) {
   if (threadIdx.x == 0) w.above[segment] = 0;
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     bracket_kernel(CLF_ARGUMENT(Batch) b, const Work w, const Shape s) {
   __shared__ uint32_t code[kSamples];
   const int row = s.whole_model ? 0 : int(blockIdx.x) / b.models;
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <bool kWide, int G>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     scan_kernel(CLF_ARGUMENT(Batch) b, const Work w, const Shape s, int first_term, int terms) {
   __shared__ uint32_t count[G][kBins], smallest[G][kBins], largest[G][kBins];
   __shared__ uint32_t above_all[G];
@@ -321,7 +321,7 @@ __device__ __forceinline__ int64_t block_scan(int64_t value, int64_t (&warps)[32
   return before + value;
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     finish_kernel(CLF_ARGUMENT(Batch) b, const Work w, const Shape s) {
   __shared__ int64_t warps[32];
   __shared__ int64_t found, rank;

@@ -20,6 +20,7 @@ from test_combine import (  # noqa: F401
 )
 from test_in_place import (  # noqa: F401
     test_many_bases,
+    test_not_finite_in_place,
     test_the_same_bits_in_place,
     test_what_is_not_contiguous,
 )

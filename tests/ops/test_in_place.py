@@ -28,6 +28,18 @@ def test_the_same_bits_in_place(name: str, backend: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
 
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_not_finite_in_place(name: str, backend: str) -> None:
+    """Where a block is worked off a second time, its base is still the one that was given."""
+    base, tensors = nasty.models("normal", 7000, 3)
+    tensors[1][3] = float("nan")
+    tensors[2][5000] = float("inf")
+    want = combine(base, tensors, backend="eager", **call(name, base, tensors))
+    combine_(base, tensors, backend=backend, **call(name, base, tensors))
+    assert torch.equal(base.isnan(), want.isnan())
+    assert torch.equal(base[~base.isnan()], want[~want.isnan()])
+
+
 def test_many_bases(backend: str) -> None:
     models = [nasty.models("normal", n, 2) for n in (100, 0, 17, 3000)]
     bases, rows = [base for base, _ in models], [tensors for _, tensors in models]
