@@ -20,7 +20,8 @@ constexpr int64_t kTile = 4096;
 template <int KT>
 __device__ __forceinline__ void packed_ranks(const DeviceTerm* terms, int count, int64_t tile_start,
                                              int warp, int lane, const uint32_t (&keep)[KT],
-                                             uint32_t (&totals)[KT][kWarps], int64_t (&rank)[KT][2]) {
+                                             uint32_t (&totals)[KT][kWarps], int64_t (&rank)[KT],
+                                             int64_t (&second)[KT]) {
   uint32_t before[KT];
 #pragma unroll
   for (int k = 0; k < KT; ++k) {
@@ -48,8 +49,8 @@ __device__ __forceinline__ void packed_ranks(const DeviceTerm* terms, int count,
     if (first > 0)
       for (int w = 0; w < first; ++w) start += totals[k][w];
     for (int w = first; w < warp; ++w) start += totals[k][w];
-    rank[k][0] = start + (before[k] & 0xffffu);
-    rank[k][1] = start + (before[k] >> 16);
+    rank[k] = start + (before[k] & 0xffffu);
+    second[k] = start + (before[k] >> 16);
   }
   __syncthreads();
 }
@@ -79,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, kWide || KT > 4 ? 1 : 2)
   constexpr int kHeld = kGroups ? kRuns : 2;
   Raw raw[KT][kHeld], raw_base[kHeld];
   uint32_t keep[KT];
-  int64_t rank[KT][2];
+  int64_t rank[KT], second[KT];  // where the kept values of the two runs start
 
 #pragma unroll(kGroups ? 1 : 2)
   for (int run = 0; run < 2; run += kRuns) {
@@ -128,7 +129,8 @@ __global__ void __launch_bounds__(kThreads, kWide || KT > 4 ? 1 : 2)
                 if (at[v] + j < row.n) inside |= 1u << (8 * v + j);
 #pragma unroll
             for (int k = 0; k < KT; ++k) keep[k] &= inside;
-            packed_ranks<KT>(terms + first, count, tile_start, warp, lane, keep, totals, rank);
+            packed_ranks<KT>(terms + first, count, tile_start, warp, lane, keep, totals, rank,
+                             second);
           }
         }
 #pragma unroll
@@ -147,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, kWide || KT > 4 ? 1 : 2)
             const int64_t here = kGroups ? at[0] + v * kRun : at[v];
             float x[8];
             if (packed) {
-              int64_t from = v == 0 ? rank[k][0] : rank[k][1];
+              int64_t from = v == 0 ? rank[k] : second[k];
 #pragma unroll
               for (int j = 0; j < 8; ++j) {
                 x[j] = 0.0f;
