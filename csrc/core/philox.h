@@ -39,7 +39,9 @@ CLF_HD static inline uint32_t stream_byte(uint64_t key, uint64_t index, uint32_t
   const Block b = philox4x32_10(uint32_t(group), uint32_t(group >> 32), level, 0, uint32_t(key),
                                 uint32_t(key >> 32));
   const uint32_t j = uint32_t(index & 15);
-  return (b.w[j >> 2] >> (8 * (j & 3))) & 255u;
+  // Chosen, not indexed: an index would put the block into memory on some cards.
+  const uint32_t word = j < 8 ? (j < 4 ? b.w[0] : b.w[1]) : (j < 12 ? b.w[2] : b.w[3]);
+  return (word >> (8 * (j & 3))) & 255u;
 }
 
 // Whether element `index` is kept given that its bytes before `level` equal the threshold's.
