@@ -4,11 +4,13 @@ A kernel that serves all tensors of a model in one launch reads what differs bet
 table. The table must reach the device without a host sync. Outside of a CUDA graph it travels
 through pinned memory, whose block the allocator gives away again only after the copy. A graph would
 read that memory at every replay, so while one is captured the numbers travel as arguments of
-kernels, which the graph keeps.
+kernels, which the graph keeps. The driver loads no kernel while it captures: this one is loaded
+with the first table outside of a capture.
 """
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Sequence
 from typing import Any
@@ -62,6 +64,7 @@ def upload(numbers: Sequence[int], device: Any) -> torch.Tensor:
     if device.type == "cpu":
         return torch.tensor(signed, dtype=torch.int64)
     if not torch.cuda.is_current_stream_capturing():
+        _load_store_kernel(device)
         host = torch.tensor(signed, dtype=torch.int64).pin_memory()
         return host.to(device, non_blocking=True)
     padded = signed + [0] * (-len(signed) % _PER_LAUNCH)
@@ -70,6 +73,13 @@ def upload(numbers: Sequence[int], device: Any) -> torch.Tensor:
         for first in range(0, len(padded), _PER_LAUNCH):
             store_words(out[first:], padded[first : first + _PER_LAUNCH])
     return out[: len(signed)]
+
+
+@functools.cache
+def _load_store_kernel(device: torch.device) -> None:
+    """Once per device: a warm-up of an op never launches this kernel, the capture after it does."""
+    with torch.cuda.device(device):
+        store_words(torch.empty(_PER_LAUNCH, dtype=torch.int64, device=device), [0] * _PER_LAUNCH)
 
 
 def store_words(out: torch.Tensor, numbers: Sequence[int]) -> None:
