@@ -113,7 +113,7 @@ def test_memory_is_read_and_written_16_bytes_at_a_time(build: tuple[Path, str]) 
         seen.add(name.split()[0])
         if name.startswith(("combine_kernel", "scan_kernel", "sums_kernel")):
             assert re.search(r"LDG\.E\.(\w+\.)*128", part), name
-        # An election over several groups of terms writes by four words; it serves nine models and up.
+        # An election over groups of terms writes word by word; it serves nine models and up.
         if name.startswith("combine_kernel") and not name.endswith("1 1"):
             assert re.search(r"STG\.E\.(\w+\.)*128", part), name
     assert seen >= {"combine_kernel", "scan_kernel", "sums_kernel", "descend_kernel"}
