@@ -168,7 +168,7 @@ def test_graph(device: torch.device) -> None:
 def test_graph_of_a_stream_that_was_never_met(device: torch.device) -> None:
     """The number of kept elements is counted on the host then."""
     x = torch.randn(50_001, device=device)
-    pack(x, density=0.25, seed=11)  # compiles the kernels
+    unpack(pack(x, density=0.25, seed=11))  # compiles the kernels
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = unpack(pack(x, density=0.25, seed=12))
