@@ -19,10 +19,12 @@ OPS = {
     "magnitude_threshold": "merge",
     "pack, unpack, combine of packed deltas": "packed",
     "rank_update, gram": "dense",
-    "orthogonal_penalty, orthogonal_project": "dense",
+    "orthogonal_penalty": "penalty",
+    "orthogonal_project": "dense",
 }
 """Families of ops, and which kernels they have: of a merge (C++, CUDA, Triton), of packed deltas
-(C++, Triton), or dense products (plain torch on the CPU, Triton)."""
+(C++, Triton), of a penalty (C++ for float32, Triton), or dense products (plain torch on the CPU,
+Triton)."""
 _PACKAGES = ("torch", "triton", "numpy", "transformers", "safetensors", "peft", "mergekit")
 
 
@@ -108,7 +110,7 @@ def _on_cpu(kind: str) -> str:
     core = native.load()
     if core is None:
         return f"eager (plain torch), because {native.reason()}"
-    return f"native ({core.isa()})"
+    return f"native ({core.isa()})" + (", float32; else plain torch" if kind == "penalty" else "")
 
 
 def _on_cuda(kind: str) -> str:

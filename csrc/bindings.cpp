@@ -9,6 +9,7 @@
 #include "core/isa.h"
 #include "core/philox.h"
 #include "engine/job.h"
+#include "orthogonality/products.h"
 #include "pack/pack.h"
 
 namespace py = pybind11;
@@ -166,6 +167,33 @@ PYBIND11_MODULE(_native, m) {
       },
       py::arg("src_dtype"), py::arg("dst_dtype"), py::arg("src_ptr"), py::arg("dst_ptr"),
       py::arg("n"));
+
+  // ---- orthogonality: (a, p, out, r, past, d, first) of each pair
+  using PairTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, bool>;
+  const auto pairs_of = [](const std::vector<PairTuple>& tuples) {
+    std::vector<OrthogonalPair> pairs;
+    pairs.reserve(tuples.size());
+    for (const auto& [a, p, out, r, past, d, first] : tuples)
+      pairs.push_back({reinterpret_cast<const float*>(a), reinterpret_cast<const float*>(p),
+                       reinterpret_cast<float*>(out), r, past, d, first});
+    return pairs;
+  };
+  m.def(
+      "orthogonal_products",
+      [pairs_of](const std::vector<PairTuple>& tuples, uintptr_t s) {
+        const auto pairs = pairs_of(tuples);
+        py::gil_scoped_release release;
+        orthogonal_products(pairs, reinterpret_cast<float*>(s));
+      },
+      py::arg("pairs"), py::arg("s_ptr"));
+  m.def(
+      "orthogonal_apply",
+      [pairs_of](const std::vector<PairTuple>& tuples, uintptr_t f) {
+        const auto pairs = pairs_of(tuples);
+        py::gil_scoped_release release;
+        orthogonal_apply(pairs, reinterpret_cast<const float*>(f));
+      },
+      py::arg("pairs"), py::arg("f_ptr"));
 
   // ---- packed deltas
   m.def(

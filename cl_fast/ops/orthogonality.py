@@ -28,7 +28,13 @@ from typing import Any, Literal, cast, overload
 import torch
 from torch import Tensor
 
-from cl_fast.backends import check_backend, triton
+from cl_fast.backends import (
+    check_backend,
+    native_or_say,
+    orthogonal_ops,
+    require_native,
+    triton,
+)
 
 __all__ = ["orthogonal_penalty", "orthogonal_project", "orthogonal_project_"]
 
@@ -38,7 +44,7 @@ Reduction = Literal["sum", "none"]
 _FORMS = ("l1", "squared")
 _REDUCTIONS = ("sum", "none")
 _READABLE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_OFFERED = ("eager", "triton")
+_OFFERED = ("eager", "native", "triton")
 
 
 def _check_matrices(what: str, tensors: Sequence[Tensor], like: str, device: torch.device) -> None:
@@ -170,10 +176,27 @@ def _penalty_eager(
         for (m, i), block in zip(_pairs(counts), _blocks(products, shapes), strict=True):
             p = past[i] if past[i].dtype == wide else past[i].to(wide)
             torch.mm(left[m], p.t(), out=block)
+    return _values(products, modules, form), products
+
+
+def _values(products: Tensor, modules: list[int], form: str) -> Tensor:
+    """One number per module from S."""
     terms = products.abs() if form == "l1" else products.square()
     if min(modules) == max(modules):
-        return terms.view(len(modules), modules[0]).sum(1), products
-    return torch.stack([part.sum() for part in terms.split(modules)]), products
+        return terms.view(len(modules), modules[0]).sum(1)
+    return torch.stack([part.sum() for part in terms.split(modules)])
+
+
+def _factor(grad: Tensor, products: Tensor, modules: list[int], form: str) -> Tensor:
+    """What the past is multiplied with: the upstream gradient goes into this small factor, not into
+    the large result."""
+    factor = products.sign() if form == "l1" else products * 2.0
+    if min(modules) == max(modules):
+        factor.view(len(modules), modules[0]).mul_(grad.unsqueeze(1))
+    else:
+        for part, g in zip(factor.split(modules), grad.unbind(), strict=True):
+            part.mul_(g)
+    return factor
 
 
 def _gradient_eager(
@@ -188,14 +211,7 @@ def _gradient_eager(
     wide = products.dtype
     shapes = _block_shapes(new, past, counts)
     modules = _module_sizes(shapes, counts)
-    # The upstream gradient goes into the small factor, not into the large result.
-    factor = products.sign() if form == "l1" else products * 2.0
-    if min(modules) == max(modules):
-        factor.view(len(modules), modules[0]).mul_(grad.unsqueeze(1))
-    else:
-        for part, g in zip(factor.split(modules), grad.unbind(), strict=True):
-            part.mul_(g)
-    blocks = _blocks(factor, shapes)
+    blocks = _blocks(_factor(grad, products, modules, form), shapes)
     first = [0, *accumulate(counts)]
     out = []
     with _without_autocast(products.device):
@@ -213,6 +229,68 @@ def _gradient_eager(
                         target.addmm_(blocks[i], p)
             out.append(stacked.to(like.dtype))
     return out
+
+
+def _penalty_cpu(
+    new: Sequence[Tensor],
+    past: Sequence[Tensor],
+    counts: Sequence[int],
+    form: str,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    _check_penalty(new, past, counts, form, backend)
+    core = native_or_say() if backend is None else None
+    if backend == "native":
+        core = require_native(backend, new[0].device.type, _OFFERED)
+    if core is None or not orthogonal_ops.takes(new, past):
+        return _penalty(new, past, counts, form, backend or "eager")
+    modules = _module_sizes(_block_shapes(new, past, counts), counts)
+    products = orthogonal_ops.products(core, new, past, _pairs(counts), sum(modules))
+    return _values(products, modules, form), products
+
+
+def _gradient_cpu(
+    grad: Tensor,
+    products: Tensor,
+    new: Sequence[Tensor],
+    past: Sequence[Tensor],
+    counts: Sequence[int],
+    needed: Sequence[bool],
+    form: str,
+    backend: str | None,
+) -> list[Tensor]:
+    groups = _groups(new, needed)
+    stacks = [new[group[0]].new_empty((len(group), *new[group[0]].shape)) for group in groups]
+    targets = {
+        m: out
+        for group, stack in zip(groups, stacks, strict=True)
+        for m, out in zip(group, stack.unbind(), strict=True)
+    }
+    if _gradient_native(grad, products, new, past, counts, form, backend, targets):
+        return stacks
+    return _gradient(grad, products, new, past, counts, needed, form, backend or "eager")
+
+
+def _gradient_native(
+    grad: Tensor,
+    products: Tensor,
+    new: Sequence[Tensor],
+    past: Sequence[Tensor],
+    counts: Sequence[int],
+    form: str,
+    backend: str | None,
+    targets: dict[int, Tensor],
+) -> bool:
+    """The gradients into `targets` by the core; False where it does not take the tensors."""
+    core = native_or_say() if backend is None else None
+    if backend == "native":
+        core = require_native(backend, new[0].device.type, _OFFERED)
+    if core is None or not orthogonal_ops.takes(new, past):
+        return False
+    modules = _module_sizes(_block_shapes(new, past, counts), counts)
+    factor = _factor(grad, products, modules, form)
+    orthogonal_ops.gradients(core, factor, new, past, _pairs(counts), targets)
+    return True
 
 
 def _kernels(backend: str, wide: torch.dtype) -> Any:
@@ -347,6 +425,18 @@ def _penalty_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
     new, past = rest[: ctx.modules], rest[ctx.modules :]
     grads: list[Tensor | None] = [None] * ctx.modules
     if grad is not None:
+        # Nothing records or traces the op here, as in every plain step of training: then its
+        # dispatch, which looks at each tensor of the lists several times, is left out.
+        if type(grad) is Tensor and grad.is_cpu and not torch.is_grad_enabled():
+            targets = {
+                m: torch.empty_like(a, memory_format=torch.contiguous_format)
+                for m, a in enumerate(new)
+                if ctx.needed[m]
+            }
+            if _gradient_native(
+                grad, products, new, past, ctx.counts, ctx.form, ctx.backend, targets
+            ):
+                return [targets.get(m) for m in range(ctx.modules)], [None] * len(past), *[None] * 3
         stacks = _gradient_op(
             grad, products, new, past, ctx.counts, ctx.needed, ctx.form, ctx.backend
         )
@@ -393,6 +483,7 @@ def _gradient_backward(ctx: Any, upstream: list[Tensor]) -> tuple[Any, ...]:
 _penalty_op = torch.library.custom_op(
     "cl_fast::orthogonal_penalty", _penalty_generic, mutates_args=()
 )
+_penalty_op.register_kernel("cpu")(_penalty_cpu)
 _penalty_op.register_kernel("cuda")(_penalty_cuda)
 _penalty_op.register_fake(_penalty_fake)
 _penalty_op.register_autograd(_penalty_backward, setup_context=_penalty_setup)
@@ -400,6 +491,7 @@ _penalty_op.register_autograd(_penalty_backward, setup_context=_penalty_setup)
 _gradient_op = torch.library.custom_op(
     "cl_fast::orthogonal_penalty_backward", _gradient_generic, mutates_args=()
 )
+_gradient_op.register_kernel("cpu")(_gradient_cpu)
 _gradient_op.register_kernel("cuda")(_gradient_cuda)
 _gradient_op.register_fake(_gradient_fake)
 _gradient_op.register_autograd(_gradient_backward, setup_context=_gradient_setup)

@@ -671,7 +671,7 @@ BAD: list[Case] = [
      "form must be one of 'l1', 'squared'; got 'l2'"),
     (penalty, ([A], [P]), {"reduction": "mean"}, ValueError,
      "reduction must be one of 'sum', 'none'; got 'mean'"),
-    (penalty, ([A], [P]), {"backend": "native"}, ValueError, "backend must be one of"),
+    (penalty, ([A], [P]), {"backend": "cuda"}, ValueError, "backend must be one of"),
     (penalty, ([A], [P]), {"backend": "triton"}, ValueError, "needs tensors on cuda; got cpu"),
     (orthogonal_project, ([A], []), {}, ValueError, "q must hold one basis for each of the 1 of a"),
     (orthogonal_project, ([], []), {}, ValueError, "a must hold at least one matrix"),
@@ -740,3 +740,26 @@ def test_same_words_under_compile(bad: Callable[..., Tensor], words: str) -> Non
         bad(A, P)
     with pytest.raises(Exception, match=re.escape(words)):
         torch.compile(bad, fullgraph=True, backend="aot_eager")(A, P)
+
+
+@pytest.mark.parametrize("form", ["l1", "squared"])
+def test_the_core_is_as_near_to_float64_as_torch(form: str, backend: str) -> None:
+    """Ragged modules, some without a past, some frozen; value and gradient."""
+    g = torch.Generator().manual_seed(1)
+    new = [torch.randn(r, d, generator=g) for r, d in ((8, 100), (4, 33), (8, 100), (1, 7))]
+    past = [[torch.randn(k, a.size(1), generator=g) for k in ranks]
+            for a, ranks in zip(new, ((8, 3), (), (5,), (2, 2, 2)), strict=True)]  # fmt: skip
+
+    def run(dtype: torch.dtype, **more: str) -> list[torch.Tensor]:
+        leaves = [a.to(dtype).requires_grad_(m != 2) for m, a in enumerate(new)]
+        old = [[p.to(dtype) for p in ps] for ps in past]
+        value = orthogonal_penalty(leaves, old, form=form, **more)  # type: ignore[call-overload]
+        (3.0 * value).backward()
+        assert leaves[2].grad is None
+        return [value.detach(), *(leaves[m].grad for m in (0, 1, 3))]
+
+    exact = run(torch.float64)
+    got, plain = run(torch.float32, backend=backend), run(torch.float32, backend="eager")
+    for x, y, z in zip(got, plain, exact, strict=True):
+        error = (x.double() - z).abs().max()
+        assert error <= 2.0 * (y.double() - z).abs().max() + 2.0**-22 * z.abs().max()
