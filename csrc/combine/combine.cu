@@ -60,8 +60,13 @@ __device__ __forceinline__ bool is_whole(const DeviceRow& row, int64_t at) {
   return row.aligned && at + 8 <= row.n;
 }
 
+// Two blocks per multiprocessor, so that one loads while the other computes; where that spills, one.
+constexpr int blocks_for(int terms, DropForm form, bool elects, bool groups) {
+  return groups || (terms > 4 && form == DropForm::Drop && elects) ? 1 : 2;
+}
+
 template <int KT, bool kWide, DropForm kForm, bool kElect, bool kGroups>
-__global__ void __launch_bounds__(kThreads, kWide || KT > 4 ? 1 : 2)
+__global__ void __launch_bounds__(kThreads, blocks_for(KT, kForm, kElect, kGroups))
     combine_kernel(CLF_ARGUMENT(Batch) b, const CombineOnDevice c) {
   constexpr bool kDraws = kForm == DropForm::Drop || kForm == DropForm::Packed;
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
@@ -88,14 +93,20 @@ __global__ void __launch_bounds__(kThreads, kWide || KT > 4 ? 1 : 2)
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) {
         const int64_t from = kRuns == 2 || !kGroups ? at[i] : at[0] + run * kRun;
-        load8<true>(raw_base[i], row.base, row.base_dtype, from, row.n, is_whole(row, from));
+        load8<kWide>(raw_base[i], row.base, row.base_dtype, from, row.n, is_whole(row, from));
       }
     }
     float base[kRuns][8], sum[kRuns][8], divisor[kRuns][8];  // sum: first of the votes, then of values
     uint32_t plus = 0;                                       // the elected signs, a bit per element
+    const auto widen_base = [&] {
+      if (row.base == nullptr) return;
+#pragma unroll
+      for (int i = 0; i < kRuns; ++i)
+        widen8<kWide>(raw_base[kGroups ? i : run + i], row.base_dtype, base[i]);
+    };
+    if constexpr (kGroups) widen_base();
 #pragma unroll
     for (int i = 0; i < kRuns; ++i) {
-      if (row.base != nullptr) widen8<true>(raw_base[kGroups ? i : run + i], row.base_dtype, base[i]);
 #pragma unroll
       for (int j = 0; j < 8; ++j) sum[i][j] = divisor[i][j] = 0.0f;
     }
@@ -133,6 +144,8 @@ __global__ void __launch_bounds__(kThreads, kWide || KT > 4 ? 1 : 2)
                              second);
           }
         }
+        // Only now, with all loads under way, wait for the base.
+        if (!kGroups && sweep == 0) widen_base();
 #pragma unroll
         for (int k = 0; k < KT; ++k) {
           if (k >= count) continue;
@@ -254,6 +267,7 @@ void launch(const Batch& b, const CombineOnDevice& c, bool wide, cudaStream_t st
 void combine_on_device(const Rows& rows, const CombineOnDevice& call, cudaStream_t stream) {
   bool wide = false;
   for (const int dtype : rows.dtype) wide |= DType(dtype) == DType::F32;
+  for (const int dtype : rows.base_dtype) wide |= DType(dtype) == DType::F32;
   Batches batches(rows, Unit::Tiles, kTile);
   for (Batch b; batches.next(b);) {
     switch (call.form) {
