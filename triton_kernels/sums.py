@@ -24,6 +24,7 @@ import triton.language as tl
 
 from .philox import keep_bits, kept
 from .rows import (
+    MIXED,
     base_address,
     entry_address,
     find_row,
@@ -43,7 +44,7 @@ ALL, TRIM, DROP = 0, 1, 2
 # Chunks of a program, rows of 16 elements that a turn of its loop takes, warps. A thread reads 16
 # bytes at once, on waves of 64 too; in a drop it has one element, since it computes more.
 SHAPES = {ALL: (32, 4, 1), TRIM: (32, 4, 1), DROP: (8, 16, 4)}
-_UNALIGNED_STEPS = 1
+_UNALIGNED_STEPS, _UNALIGNED_WARPS = 1, 4
 _AT_ONCE = 16
 
 
@@ -166,9 +167,16 @@ def _entries_kernel(  # type: ignore[no-untyped-def]
     tl.store(kept_ptr + place, some)
 
 
-def _steps(mode: int, aligned: bool) -> int:
-    """Single elements wait in many registers: without vectors a turn is one row."""
-    return SHAPES[mode][1] if aligned or mode == DROP else _UNALIGNED_STEPS
+def _shape(mode: int, kind: int, aligned: bool) -> tuple[int, int, int]:
+    """As in SHAPES, but where registers would run out."""
+    chunks, steps, warps = SHAPES[mode]
+    if mode == DROP:
+        # Each access of a mixture holds the code of three dtypes.
+        return chunks, steps // 2 if kind == MIXED else steps, warps
+    if aligned:
+        return chunks, steps, warps
+    # Single elements hold an address each: a turn is one row, and more threads share it.
+    return chunks, _UNALIGNED_STEPS, _UNALIGNED_WARPS
 
 
 def absolute_sums(
@@ -208,7 +216,7 @@ def absolute_sums(
             raise ValueError(f"keys must have {entries} numbers, got {len(drops) // 2}")
     else:
         mode = ALL if codes is None else TRIM
-    chunks, _, warps = SHAPES[mode]
+    chunks = SHAPES[mode][0]
     device = tensors[0].device
     with torch.cuda.device_of(tensors[0]):
         table, groups = tabulate(bases, tensors, models, chunks * CHUNK)
@@ -219,11 +227,12 @@ def absolute_sums(
             shape = (group.programs * chunks * models * 2,)
             by_chunk = torch.empty(shape, dtype=torch.float64, device=device)
             where = (group.first, group.rows, models)
+            _, steps, warps = _shape(mode, group.kind, group.aligned)
             _chunks_kernel[(group.programs * models,)](
                 numbers, numbers[len(table) :], codes if codes is not None else numbers, by_chunk,
                 *where, MODE=mode, BASE_KIND=group.base_kind, KIND=group.kind,
                 ALIGNED=group.aligned, CHUNKS=chunks, CHUNK=CHUNK,
-                STEPS=_steps(mode, group.aligned), num_warps=warps, enable_fp_fusion=False,
+                STEPS=steps, num_warps=warps, enable_fp_fusion=False,
             )  # fmt: skip
             _entries_kernel[(group.rows * models,)](
                 numbers, by_chunk, totals, kept, *where,

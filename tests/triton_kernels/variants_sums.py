@@ -9,7 +9,7 @@ MODES = {"all": s.ALL, "trim": s.TRIM, "drop": s.DROP}
 
 
 def chunks(mode: str, base: str, kind: str, aligned: bool = True) -> Variant:
-    count, _, warps = s.SHAPES[MODES[mode]]
+    count, steps, warps = s._shape(MODES[mode], KINDS[kind], aligned)
     return Variant(
         name=f"{mode} {base} {kind}{'' if aligned else ' unaligned'}",
         kernel=s._chunks_kernel,
@@ -20,8 +20,7 @@ def chunks(mode: str, base: str, kind: str, aligned: bool = True) -> Variant:
         },
         constexprs={
             "MODE": MODES[mode], "BASE_KIND": KINDS[base], "KIND": KINDS[kind],
-            "ALIGNED": aligned, "CHUNKS": count, "CHUNK": s.CHUNK,
-            "STEPS": s._steps(MODES[mode], aligned),
+            "ALIGNED": aligned, "CHUNKS": count, "CHUNK": s.CHUNK, "STEPS": steps,
         },
         aligned=("table_ptr", "drops_ptr", "codes_ptr", "o_ptr"),
         options={"num_warps": warps, "enable_fp_fusion": False},
