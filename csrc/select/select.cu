@@ -162,85 +162,99 @@ __global__ void __launch_bounds__(kThreads, 1)
   w.segment[segment] = g;
 }
 
+// code[j], chosen so that the codes stay in registers.
+__device__ __forceinline__ uint32_t one_of(const uint32_t (&code)[8], int j) {
+  const bool one = j & 1, two = j & 2;
+  const uint32_t a = one ? code[1] : code[0], b = one ? code[3] : code[2];
+  const uint32_t c = one ? code[5] : code[4], d = one ? code[7] : code[6];
+  return j & 4 ? (two ? d : c) : (two ? b : a);
+}
+
 template <bool kWide, int G>
 __global__ void __launch_bounds__(kThreads, 1)
     scan_kernel(CLF_ARGUMENT(Batch) b, const Work w, const Shape s, int first_term, int terms) {
   __shared__ uint32_t count[G][kBins], smallest[G][kBins], largest[G][kBins];
-  __shared__ uint32_t above_all[G];
+  __shared__ uint32_t above_all[G], low_of[G], high_of[G];  // the brackets; registers are scarce
+  __shared__ int shift_of[G];
   const int r = find_row(b, blockIdx.x);
   const DeviceRow& row = b.row[r];
   const int64_t chunk = int64_t(blockIdx.x) - row.first;
   const int64_t start = chunk * s.chunk;
   const int64_t end = start + s.chunk < row.n ? start + s.chunk : row.n;
 
-  uint32_t low[G], high[G], above[G];
-  int shift[G];
-  bool active[G], any = false;
+  uint32_t above[G] = {}, active = 0;  // active: a bit per term
 #pragma unroll
-  for (int k = 0; k < G; ++k) {
-    active[k] = false;
-    low[k] = high[k] = above[k] = 0;
-    shift[k] = 0;
-    if (k >= terms) continue;
-    const Segment& g = w.segment[segment_of(b, s, r, first_term + k)];
-    active[k] = !g.done;
-    low[k] = g.low;
-    shift[k] = g.shift;
-    high[k] = end_of(g.low, g.shift);
-    any |= active[k];
-  }
-  if (!any) return;
+  for (int k = 0; k < G; ++k)
+    if (k < terms) active |= uint32_t(!w.segment[segment_of(b, s, r, first_term + k)].done) << k;
+  if (active == 0) return;
   for (int i = int(threadIdx.x); i < G * kBins; i += kThreads) {
     (&count[0][0])[i] = 0;
     (&smallest[0][0])[i] = 0xffffffffu;
     (&largest[0][0])[i] = 0;
   }
-  if (threadIdx.x < G) above_all[threadIdx.x] = 0;
+  if (int(threadIdx.x) < terms) {
+    const int k = int(threadIdx.x);
+    const Segment& g = w.segment[segment_of(b, s, r, first_term + k)];
+    above_all[k] = 0;
+    low_of[k] = g.low;
+    high_of[k] = end_of(g.low, g.shift);
+    shift_of[k] = g.shift;
+  }
   __syncthreads();
 
-  for (int64_t at = start + int64_t(threadIdx.x) * 8; at < end; at += kStep) {
-    const bool whole = row.aligned && at + 8 <= row.n;
+  const int length = int(end - start);
+  for (int o = int(threadIdx.x) * 8; o < length; o += int(kStep)) {
+    const int64_t at = start + o;
+    const int inside = length - o < 8 ? length - o : 8;
+    const bool whole = row.aligned && inside == 8;
     Raw raw[G], from;
 #pragma unroll
     for (int k = 0; k < G; ++k) {
-      if (!active[k]) continue;
+      if (!(active >> k & 1u)) continue;
       const DeviceTerm& t = b.term[r * b.models + first_term + k];
       load8<kWide>(raw[k], t.x, t.dtype, at, row.n, whole);
     }
     float base[8];
     if (s.difference) {
-      load8<true>(from, row.base, row.base_dtype, at, row.n, whole);
-      widen8<true>(from, row.base_dtype, base);
+      load8<kWide>(from, row.base, row.base_dtype, at, row.n, whole);
+      widen8<kWide>(from, row.base_dtype, base);
     }
 #pragma unroll
     for (int k = 0; k < G; ++k) {
-      if (!active[k]) continue;
+      if (!(active >> k & 1u)) continue;
       float x[8];
       widen8<kWide>(raw[k], b.term[r * b.models + first_term + k].dtype, x);
+      const uint32_t low = low_of[k], high = high_of[k];
+      uint32_t code[8], hits = 0;
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        if (at + j >= row.n) continue;
-        const uint32_t code = code_of(s.difference ? x[j] - base[j] : x[j]);
-        above[k] += code >= high[k];
-        if (code >= low[k] && code < high[k]) {
-          const uint32_t bin = (code - low[k]) >> shift[k];
-          atomicAdd(&count[k][bin], 1u);
-          // a glance first: after a few elements there is hardly anything left to change
-          if (code < smallest[k][bin]) atomicMin(&smallest[k][bin], code);
-          if (code > largest[k][bin]) atomicMax(&largest[k][bin], code);
-        }
+        code[j] = code_of(s.difference ? x[j] - base[j] : x[j]);
+        above[k] += j < inside && code[j] >= high;
+        hits |= uint32_t(j < inside && code[j] - low < high - low) << j;
+      }
+      // Few fall into the bracket. Each lane walks its own, so that a warp takes as many turns as
+      // one lane has hits at most, and not a turn for every element that some lane hits.
+#pragma unroll 1
+      for (; hits != 0; hits &= hits - 1) {
+        const uint32_t c = one_of(code, __ffs(int(hits)) - 1);
+        const uint32_t bin = (c - low) >> shift_of[k];
+        // a glance first: after a few elements there is hardly anything left to change
+        const uint32_t least = smallest[k][bin], most = largest[k][bin];
+        atomicAdd(&count[k][bin], 1u);
+        if (c < least) atomicMin(&smallest[k][bin], c);
+        if (c > most) atomicMax(&largest[k][bin], c);
       }
     }
   }
 #pragma unroll
   for (int k = 0; k < G; ++k)
-    if (active[k] && above[k] != 0) atomicAdd(&above_all[k], above[k]);
+    if ((active >> k & 1u) && above[k] != 0) atomicAdd(&above_all[k], above[k]);
   __syncthreads();
 
   const int64_t chunks = (row.n + s.chunk - 1) / s.chunk;
 #pragma unroll
   for (int k = 0; k < G; ++k) {
-    if (!active[k]) continue;
+    if (!(active >> k & 1u)) continue;
     const int segment = segment_of(b, s, r, first_term + k);
     uint32_t* const own = reinterpret_cast<uint32_t*>(row.out) +
                           ((first_term + k) * chunks + chunk) * kBins;
@@ -468,6 +482,7 @@ void select_on_device(const Rows& rows, const SelectOnDevice& call, cudaStream_t
   here.out_dtype.assign(here.out.size(), int(DType::F32));
   bool wide = false;
   for (const int dtype : rows.dtype) wide |= DType(dtype) == DType::F32;
+  for (const int dtype : rows.base_dtype) wide |= DType(dtype) == DType::F32;
 
   const auto cut = [&](Unit unit) {
     std::vector<Batch> all;
