@@ -55,6 +55,7 @@ LEFT = "left"
 # for them takes long. N shares no factor with the variants, so that each of them has its turn.
 EVERY = {"memcheck": 1, "racecheck": 5}
 TOOLS = tuple(EVERY)
+ERROR_EXIT = 86  # of compute-sanitizer, if it has found anything
 CRASHES_PER_CASE = 3
 
 # Whether the built modules load, in the words of the package.
@@ -421,7 +422,7 @@ class Lane:
         command += ["--every", str(every)]
         if name in TOOLS:
             assert program is not None
-            command = [program, "--tool", name, "--error-exitcode", "86", *command]
+            command = [program, "--tool", name, "--error-exitcode", str(ERROR_EXIT), *command]
         limit = min(SANITIZE_S[1], self.seconds_left())
         ended = call(
             command, self.log(f"sanitize {name}"), limit,
@@ -688,10 +689,17 @@ def read_sanitizer(name: str, ended: Ended) -> dict[str, Any]:
             reason = f"no summary: {ended.how()}"
             return {"status": FAILED, "reason": reason, **record, "output": ended.tail(40)}
         count = int(found[1] or found[2])
+        # torch asks the driver for what it may not have; what our launches return is looked at.
+        asked = len(re.findall(r"^=+ Program hit ", ended.output, re.M)) if found[1] else 0
+        if asked:
+            record["api_errors"] = asked
+        count = max(0, count - asked)
         record["errors" if found[1] else "hazards"] = count
         if count:
             reason = f"{name} found {count}"
             return {"status": FAILED, "reason": reason, **record, "output": ended.tail(60)}
+        if asked and launches and ended.code == ERROR_EXIT:
+            return {"status": OK, **record}
     if ended.code != 0 or not launches:
         return {"status": FAILED, "reason": ended.how(), **record, "output": ended.tail(40)}
     return {"status": OK, **record}
