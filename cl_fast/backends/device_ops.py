@@ -47,6 +47,7 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _SMALLEST_L1 = 1e-7
 _SMALLEST_WEIGHT_SUM = 1e-8
 _NOTHING = 0x7FFFFFFF
+_filled: set[tuple[torch.device, torch.dtype]] = set()
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,8 @@ def _thresholds(
     if max(given) >= 0:
         known = upload(given, torch.int32, codes.device)
         end = (1 << 62) if policy.trim_ties == "all" else 0
-        cuts = torch.where(known >= 0, end, cuts)
+        # The code that means that nothing is kept is one that NaN may have: it has no ties.
+        cuts = torch.where(known >= 0, torch.where(known == _NOTHING, 0, end), cuts)
         codes = torch.where(known >= 0, known, codes)
     return codes, cuts, at
 
@@ -232,13 +234,19 @@ def magnitude_threshold(
 
 def upload(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A small list as a tensor on `device`, without a host sync; a CUDA graph keeps the numbers."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # A copy would be read from host memory at every replay; a fill carries its number itself.
-        return torch.stack([torch.full((), n, dtype=dtype, device=device) for n in numbers])
-    host = torch.tensor(numbers, dtype=dtype)
     if device.type == "cpu":
-        return host
-    return host.pin_memory().to(device, non_blocking=True)
+        return torch.tensor(numbers, dtype=dtype)
+    # A copy would be read from host memory at every replay of a graph; a fill carries its number
+    # itself. The first call fills too, because kernels may not be loaded during a capture.
+    capturing = torch.cuda.is_current_stream_capturing()
+    filled = None
+    if capturing or (device, dtype) not in _filled:
+        filled = torch.stack([torch.full((), n, dtype=dtype, device=device) for n in numbers])
+        _filled.add((device, dtype))
+    if capturing:
+        assert filled is not None
+        return filled
+    return torch.tensor(numbers, dtype=dtype).pin_memory().to(device, non_blocking=True)
 
 
 def dense(tensor: Tensor) -> Tensor:

@@ -3,9 +3,9 @@
 // float32 without fused multiply-add, so the bits are those of every other backend.
 //
 // A block of 256 threads takes a tile of 4096 elements of one row: 16 per thread, in two 16-byte
-// runs. Up to KT terms are loaded before the first is used, so that enough bytes are in flight; the
-// raw words stay in registers, because an election looks at them twice. More terms than KT are
-// worked off in groups (kGroups), and read again, from the caches, by the second sweep.
+// runs. Up to KT terms are loaded before the first is used, so that enough bytes are in flight. An
+// election adds up what both signs would give and chooses in the end: one sweep over the terms. More
+// of them than KT are worked off in groups (kGroups).
 #include "combine_device.h"
 
 #include "../cuda/draw.h"
@@ -60,13 +60,19 @@ __device__ __forceinline__ bool is_whole(const DeviceRow& row, int64_t at) {
   return row.aligned && at + 8 <= row.n;
 }
 
+// Of reduce="max": the first of equals stays, and NaN, once met.
+__device__ __forceinline__ float larger(float value, float known) {
+  return fabsf(value) > fabsf(known) || (value != value && known == known) ? value : known;
+}
+
 // Two blocks per multiprocessor, so that one loads while the other computes; where that spills, one.
-constexpr int blocks_for(int terms, DropForm form, bool elects, bool groups) {
-  return groups || (terms > 4 && form == DropForm::Drop && elects) ? 1 : 2;
+constexpr int blocks_for(int terms, bool wide, DropForm form, bool elects, bool groups) {
+  const bool crowded = (wide && terms > 2) || (terms > 4 && form == DropForm::Drop);
+  return groups || (elects && crowded) ? 1 : 2;
 }
 
 template <int KT, bool kWide, DropForm kForm, bool kElect, bool kGroups>
-__global__ void __launch_bounds__(kThreads, blocks_for(KT, kForm, kElect, kGroups))
+__global__ void __launch_bounds__(kThreads, blocks_for(KT, kWide, kForm, kElect, kGroups))
     combine_kernel(CLF_ARGUMENT(Batch) b, const CombineOnDevice c) {
   constexpr bool kDraws = kForm == DropForm::Drop || kForm == DropForm::Packed;
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
@@ -96,8 +102,9 @@ __global__ void __launch_bounds__(kThreads, blocks_for(KT, kForm, kElect, kGroup
         load8<kWide>(raw_base[i], row.base, row.base_dtype, from, row.n, is_whole(row, from));
       }
     }
-    float base[kRuns][8], sum[kRuns][8], divisor[kRuns][8];  // sum: first of the votes, then of values
-    uint32_t plus = 0;                                       // the elected signs, a bit per element
+    float base[kRuns][8], sum[kRuns][8];
+    // Of an election: the votes, and besides sum and divisor, which are of plus, those of minus.
+    float mass[8], minus[8], divisor[8], minus_divisor[8];
     const auto widen_base = [&] {
       if (row.base == nullptr) return;
 #pragma unroll
@@ -108,111 +115,104 @@ __global__ void __launch_bounds__(kThreads, blocks_for(KT, kForm, kElect, kGroup
 #pragma unroll
     for (int i = 0; i < kRuns; ++i) {
 #pragma unroll
-      for (int j = 0; j < 8; ++j) sum[i][j] = divisor[i][j] = 0.0f;
+      for (int j = 0; j < 8; ++j) sum[i][j] = 0.0f;
     }
-#pragma unroll(kGroups ? 1 : 2)
-    for (int sweep = 0; sweep < (kElect ? 2 : 1); ++sweep) {
-      for (int first = 0; first < (kGroups ? models : 1); first += KT) {
-        const int count = models - first < KT ? models - first : KT;
-        if (kGroups || (sweep == 0 && run == 0)) {
 #pragma unroll
-          for (int k = 0; k < KT; ++k) {
-            if (k >= count || (kForm == DropForm::Packed && (terms[first + k].flags & kPacked)))
-              continue;
-#pragma unroll
-            for (int i = 0; i < kHeld; ++i) {
-              const int64_t from = kRuns == 2 || !kGroups ? at[i] : at[0] + run * kRun;
-              load8<kWide>(raw[k][i], terms[first + k].x, terms[first + k].dtype, from, row.n,
-                           is_whole(row, from));
-            }
-          }
-          if constexpr (kDraws) {
-            __shared__ DrawScratch<KT> scratch[kWarps];
-            draw<KT>(terms + first, count, warp_start, lane, scratch[warp], keep);
-          }
-          if constexpr (kForm == DropForm::Packed) {
-            __shared__ uint32_t totals[KT][kWarps];
-            uint32_t inside = 0;
-#pragma unroll
-            for (int v = 0; v < 2; ++v)
-#pragma unroll
-              for (int j = 0; j < 8; ++j)
-                if (at[v] + j < row.n) inside |= 1u << (8 * v + j);
-#pragma unroll
-            for (int k = 0; k < KT; ++k) keep[k] &= inside;
-            packed_ranks<KT>(terms + first, count, tile_start, warp, lane, keep, totals, rank,
-                             second);
-          }
-        }
-        // Only now, with all loads under way, wait for the base.
-        if (!kGroups && sweep == 0) widen_base();
+    for (int j = 0; j < 8; ++j) mass[j] = minus[j] = divisor[j] = minus_divisor[j] = 0.0f;
+    for (int first = 0; first < (kGroups ? models : 1); first += KT) {
+      const int count = models - first < KT ? models - first : KT;
+      if (kGroups || run == 0) {
 #pragma unroll
         for (int k = 0; k < KT; ++k) {
-          if (k >= count) continue;
-          const DeviceTerm& t = terms[first + k];
-          const bool packed = kForm == DropForm::Packed && (t.flags & kPacked);
-          const bool subtract = c.difference && !(packed && (t.flags & kDelta));
-          const float scale = c.scales != nullptr ? c.scales[t.entry] : t.scale;
-          const float rescale = c.rescales != nullptr ? c.rescales[t.entry] : t.rescale;
-          const int32_t code = kForm == DropForm::Trim ? c.codes[t.entry] : 0;
-          const int64_t cut = kForm == DropForm::Trim ? c.cuts[t.entry] : 0;
+          if (k >= count || (kForm == DropForm::Packed && (terms[first + k].flags & kPacked)))
+            continue;
 #pragma unroll
-          for (int i = 0; i < kRuns; ++i) {
-            const int v = run + i;
-            const int64_t here = kGroups ? at[0] + v * kRun : at[v];
-            float x[8];
-            if (packed) {
-              int64_t from = v == 0 ? rank[k] : second[k];
+          for (int i = 0; i < kHeld; ++i) {
+            const int64_t from = kRuns == 2 || !kGroups ? at[i] : at[0] + run * kRun;
+            load8<kWide>(raw[k][i], terms[first + k].x, terms[first + k].dtype, from, row.n,
+                         is_whole(row, from));
+          }
+        }
+        if constexpr (kDraws) {
+          __shared__ DrawScratch<KT> scratch[kWarps];
+          draw<KT>(terms + first, count, warp_start, lane, scratch[warp], keep);
+        }
+        if constexpr (kForm == DropForm::Packed) {
+          __shared__ uint32_t totals[KT][kWarps];
+          uint32_t inside = 0;
 #pragma unroll
-              for (int j = 0; j < 8; ++j) {
-                x[j] = 0.0f;
-                if (keep[k] >> (8 * v + j) & 1u) {
-                  if (uint64_t(from) < uint64_t(t.values)) x[j] = element(t.x, t.dtype, from);
-                  ++from;
-                }
-              }
-            } else {
-              widen8<kWide>(raw[k][kGroups ? i : v], t.dtype, x);
-            }
+          for (int v = 0; v < 2; ++v)
+#pragma unroll
+            for (int j = 0; j < 8; ++j)
+              if (at[v] + j < row.n) inside |= 1u << (8 * v + j);
+#pragma unroll
+          for (int k = 0; k < KT; ++k) keep[k] &= inside;
+          packed_ranks<KT>(terms + first, count, tile_start, warp, lane, keep, totals, rank,
+                           second);
+        }
+      }
+      // Only now, with all loads under way, wait for the base.
+      if constexpr (!kGroups) widen_base();
+#pragma unroll
+      for (int k = 0; k < KT; ++k) {
+        if (k >= count) continue;
+        const DeviceTerm& t = terms[first + k];
+        const bool packed = kForm == DropForm::Packed && (t.flags & kPacked);
+        const bool subtract = c.difference && !(packed && (t.flags & kDelta));
+        const float scale = c.scales != nullptr ? c.scales[t.entry] : t.scale;
+        const float rescale = c.rescales != nullptr ? c.rescales[t.entry] : t.rescale;
+        const int32_t code = kForm == DropForm::Trim ? c.codes[t.entry] : 0;
+        const int64_t cut = kForm == DropForm::Trim ? c.cuts[t.entry] : 0;
+#pragma unroll
+        for (int i = 0; i < kRuns; ++i) {
+          const int v = run + i;
+          const int64_t here = kGroups ? at[0] + v * kRun : at[v];
+          float x[8];
+          if (packed) {
+            int64_t from = v == 0 ? rank[k] : second[k];
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
-              float d = subtract ? x[j] - base[i][j] : x[j];
-              if constexpr (kForm == DropForm::Trim) {
-                const int32_t own = int32_t(f32_bits(d) & 0x7fffffffu);
-                d = own > code || (own == code && here + j < cut) ? d : 0.0f;
+              x[j] = 0.0f;
+              if (keep[k] >> (8 * v + j) & 1u) {
+                if (uint64_t(from) < uint64_t(t.values)) x[j] = element(t.x, t.dtype, from);
+                ++from;
               }
-              if constexpr (kDraws) d = keep[k] >> (8 * v + j) & 1u ? d : 0.0f;
-              const float value = d * scale;
-              if constexpr (!kElect) {
-                sum[i][j] = first + k == 0 ? value : sum[i][j] + value;
+            }
+          } else {
+            widen8<kWide>(raw[k][kGroups ? i : v], t.dtype, x);
+          }
+#pragma unroll
+          for (int j = 0; j < 8; ++j) {
+            float d = subtract ? x[j] - base[i][j] : x[j];
+            if constexpr (kForm == DropForm::Trim) {
+              const int32_t own = int32_t(f32_bits(d) & 0x7fffffffu);
+              d = own > code || (own == code && here + j < cut) ? d : 0.0f;
+            }
+            if constexpr (kDraws) d = keep[k] >> (8 * v + j) & 1u ? d : 0.0f;
+            const float value = d * scale;
+            if constexpr (!kElect) {
+              sum[i][j] = first + k == 0 ? value : sum[i][j] + value;
+            } else {
+              const float vote = c.vote_weighted ? value : d * rescale;
+              mass[j] += c.elect == Elect::Frequency
+                             ? (vote > 0.0f ? 1.0f : 0.0f) - (vote < 0.0f ? 1.0f : 0.0f)
+                             : vote;
+              // Said by what does not agree, so that NaN agrees and reaches the output.
+              const bool for_plus = !(vote <= 0.0f), for_minus = !(vote >= 0.0f);
+              if (c.reduce == Reduce::Max) {
+                sum[0][j] = for_plus ? larger(value, sum[0][j]) : sum[0][j];
+                minus[j] = for_minus ? larger(value, minus[j]) : minus[j];
               } else {
-                const float vote = c.vote_weighted ? value : d * rescale;
-                if (sweep == 0) {
-                  sum[i][j] += c.elect == Elect::Frequency
-                                   ? (vote > 0.0f ? 1.0f : 0.0f) - (vote < 0.0f ? 1.0f : 0.0f)
-                                   : vote;
-                } else {
-                  // Said by what does not agree, so that NaN agrees and reaches the output.
-                  const bool agrees = plus >> j & 1u ? !(vote <= 0.0f) : !(vote >= 0.0f);
-                  if (c.reduce == Reduce::Max) {
-                    const bool larger = fabsf(value) > fabsf(sum[i][j]) ||
-                                        (value != value && sum[i][j] == sum[i][j]);
-                    sum[i][j] = agrees && larger ? value : sum[i][j];
-                  } else {
-                    sum[i][j] += agrees ? value : 0.0f;
-                    divisor[i][j] += agrees ? (c.divide_by_weights ? t.weight : 1.0f) : 0.0f;
-                  }
+                sum[0][j] += for_plus ? value : 0.0f;
+                minus[j] += for_minus ? value : 0.0f;
+                if (c.reduce == Reduce::Mean) {
+                  const float share = c.divide_by_weights ? t.weight : 1.0f;
+                  divisor[j] += for_plus ? share : 0.0f;
+                  minus_divisor[j] += for_minus ? share : 0.0f;
                 }
               }
             }
           }
-        }
-      }
-      if (kElect && sweep == 0) {
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          plus |= uint32_t(sum[0][j] >= 0.0f) << j;
-          sum[0][j] = 0.0f;
         }
       }
     }
@@ -222,9 +222,14 @@ __global__ void __launch_bounds__(kThreads, blocks_for(KT, kForm, kElect, kGroup
       float out[8];
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
-        float total = sum[i][j];
-        if (c.reduce == Reduce::Mean)
-          total = total / (!kElect ? row.denominator : divisor[i][j] == 0.0f ? 1.0f : divisor[i][j]);
+        float total = sum[i][j], by = row.denominator;
+        if constexpr (kElect) {
+          const bool plus = mass[j] >= 0.0f;
+          total = plus ? total : minus[j];
+          by = plus ? divisor[j] : minus_divisor[j];
+          by = by == 0.0f ? 1.0f : by;
+        }
+        if (c.reduce == Reduce::Mean) total = total / by;
         if (c.lambda != 1.0f) total = total * c.lambda;
         out[j] = c.difference ? base[i][j] + total : total;
       }
