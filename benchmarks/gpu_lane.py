@@ -53,7 +53,7 @@ STEPS = ("build", "test", "sanitize", "bench")
 LEFT = "left"
 # Of the calls of gpu.sanitized each N-th is made: races do not depend on a policy, and watching
 # for them takes long. N shares no factor with the variants, so that each of them has its turn.
-EVERY = {"memcheck": 1, "racecheck": 5}
+EVERY = {"memcheck": 3, "racecheck": 5}
 TOOLS = tuple(EVERY)
 ERROR_EXIT = 86  # of compute-sanitizer, if it has found anything
 CRASHES_PER_CASE = 3
