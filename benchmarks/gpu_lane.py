@@ -241,7 +241,12 @@ class Lane:
         if not found["device"]:
             say(f"no card: {found['why']}; --dry-run DIR tries the lane on a processor")
             return 2
-        self.cases = [c for c in found.pop("cases") if self.pattern in c["name"]]
+        known = found.pop("cases")
+        self.cases = [c for c in known if self.pattern in c["name"]]
+        if not self.cases:
+            say(f"--cases {self.pattern!r} is in the name of no case; some are: "
+                + ", ".join(c["name"] for c in known[:5]))  # fmt: skip
+            return 2
         arch = found.pop("arch")
         self.arch = self.arch or arch
         nvcc = tool("nvcc", *cuda_folders())
@@ -785,6 +790,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     a = parse(arguments)
     if a.table is not None:
+        if not a.table.is_file():
+            say(f"--table {a.table}: there is no such file; the lane writes one for each card")
+            return 2
         print(table(json.loads(a.table.read_text(encoding="utf-8"))))
         return 0
     lane = Lane(

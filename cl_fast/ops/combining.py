@@ -34,6 +34,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Real
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -371,7 +372,12 @@ class Call:
         for weight in self.weights:
             if not math.isfinite(weight):
                 raise ValueError(f"weights must be finite, got {weight}")
-        for density in self.densities:
+        for density, code in zip(self.densities, self.thresholds, strict=True):
+            if code >= 0 and density >= 1.0:
+                raise ValueError(
+                    f"thresholds have no effect with density={density}, which keeps everything; "
+                    "give the density that they were found for"
+                )
             if not 0.0 < density <= 1.0:
                 raise ValueError(f"density must be in (0, 1]; got {density}")
             if density < 1.0 and self.policy.sparsify == "none":
@@ -651,9 +657,12 @@ def _numbers(argument: str, value: Any, rows: int, models: int, default: Any = N
     """`value` for every entry of rows x models: a number, one per model, or one list per row."""
     if value is None:
         value = default
-    if isinstance(value, bool):
-        raise TypeError(f"{argument} must hold numbers, got bool")
-    if isinstance(value, (int, float)):
+    if isinstance(value, (bool, str)) or not isinstance(value, (Real, Sequence)):
+        raise TypeError(
+            f"{argument} must hold numbers, one or a list with one per model; got "
+            f"{type(value).__name__}"
+        )
+    if isinstance(value, Real):
         return [value] * (rows * models)
     listed = list(value)
     nested = bool(listed) and isinstance(listed[0], (list, tuple))
@@ -666,10 +675,21 @@ def _numbers(argument: str, value: Any, rows: int, models: int, default: Any = N
                 f"{argument} must have one entry per model, {models}; got {len(entries)}"
             )
         for entry in entries:
-            if isinstance(entry, bool) or not isinstance(entry, (int, float)):
+            if isinstance(entry, bool) or not isinstance(entry, Real):
                 raise TypeError(f"{argument} must hold numbers, got {type(entry).__name__}")
         flat += entries
     return flat if nested else flat * rows
+
+
+def _code(code: Any) -> int:
+    """A magnitude code as `model_thresholds` gives it: the bits of a float32, or -1."""
+    if not isinstance(code, int):
+        raise TypeError(
+            f"thresholds must hold the integer codes of model_thresholds, got {type(code).__name__}"
+        )
+    if not -1 <= code <= 0x7FFFFFFF:
+        raise ValueError(f"thresholds must be -1 or in [0, 2^31), got {code}")
+    return code
 
 
 def _arguments(
@@ -686,6 +706,10 @@ def _arguments(
     """What follows the tensors in both schemas."""
     if not isinstance(policy, Policy):
         raise TypeError(f"policy must be a cl_fast.ops.Policy, got {type(policy).__name__}")
+    if density is None and policy.sparsify != "none":
+        raise ValueError(
+            f"density must be given with policy.sparsify={policy.sparsify!r}: the fraction to keep"
+        )
     if keys is not None and policy.sparsify != "drop":
         raise ValueError(f"keys have no effect with policy.sparsify={policy.sparsify!r}")
     if keys is None and policy.sparsify == "drop":
@@ -698,9 +722,9 @@ def _arguments(
                 raise ValueError(f"keys must be 64-bit integers, got {entry!r}")
     return [
         [float(weight) for weight in _numbers("weights", weights, rows, models)],
-        [float(share) for share in _numbers("density", density, rows, models)],
+        [float(share) for share in _numbers("density", density, rows, models, default=1.0)],
         [signed_key(key) for key in _numbers("keys", keys, rows, models, default=0)],
-        [int(code) for code in _numbers("thresholds", thresholds, rows, models, default=-1)],
+        [_code(code) for code in _numbers("thresholds", thresholds, rows, models, default=-1)],
         *(getattr(policy, name) for name in _POLICY_FIELDS),
         float(lam),
         out_dtype,
@@ -713,7 +737,7 @@ def combine(
     *,
     weights: float | Sequence[float],
     policy: Policy | None = None,
-    density: float | Sequence[float] = 1.0,
+    density: float | Sequence[float] | None = None,
     keys: Sequence[int] | None = None,
     thresholds: Sequence[int] | None = None,
     lam: float = 1.0,
@@ -730,10 +754,12 @@ def combine(
             so `density` and `keys` are left out, and dense tensors beside it are not dropped.
         weights: one per model, or one for all.
         policy: the variants of the steps; the default is Task Arithmetic.
-        density: the fraction of a delta to keep, in (0, 1]: one per model, or one for all.
+        density: the fraction of a delta to keep, in (0, 1]: one per model, or one for all. To be
+            given with sparsify="trim" and "drop", and only with them.
         keys: one stream key per model (`stream_key(seed, model, tensor)`), for sparsify="drop".
         thresholds: one magnitude code per model (`model_thresholds`) for a trim over more tensors
-            than this one; without, trim_scope="model" takes this tensor for the whole model.
+            than this one, beside the density that they were found for; without,
+            trim_scope="model" takes this tensor for the whole model.
         lam: the factor on the combined delta.
         out_dtype: bfloat16, float16 or float32; the default is the dtype of `base`, without base
             that of `tensors[0]`.
@@ -754,7 +780,7 @@ def combine(
 
         if any(isinstance(tensor, PackedDelta) for tensor in tensors):
             _refuse_beside_packed(
-                density=(density, 1.0), keys=(keys, None), thresholds=(thresholds, None)
+                density=(density, None), keys=(keys, None), thresholds=(thresholds, None)
             )
             return combine_packed(
                 base, tensors, weights=weights, policy=policy, lam=lam, out_dtype=out_dtype,
@@ -774,7 +800,7 @@ def combine_many(
     *,
     weights: float | Sequence[float] | Sequence[Sequence[float]],
     policy: Policy | None = None,
-    density: float | Sequence[float] | Sequence[Sequence[float]] = 1.0,
+    density: float | Sequence[float] | Sequence[Sequence[float]] | None = None,
     keys: Sequence[Sequence[int]] | None = None,
     lam: float = 1.0,
     out_dtype: torch.dtype | None = None,
@@ -803,7 +829,7 @@ def combine_many(
         from cl_fast.ops.packing import PackedDelta, combine_packed_many
 
         if any(isinstance(x, PackedDelta) for row in tensors for x in row):
-            _refuse_beside_packed(density=(density, 1.0), keys=(keys, None))
+            _refuse_beside_packed(density=(density, None), keys=(keys, None))
             return combine_packed_many(
                 bases, tensors, weights=weights, policy=policy, lam=lam, out_dtype=out_dtype,
                 backend=backend,
@@ -832,7 +858,7 @@ def combine_(
     *,
     weights: float | Sequence[float],
     policy: Policy | None = None,
-    density: float | Sequence[float] = 1.0,
+    density: float | Sequence[float] | None = None,
     keys: Sequence[int] | None = None,
     lam: float = 1.0,
     backend: str | None = None,
@@ -854,7 +880,7 @@ def combine_many_(
     *,
     weights: float | Sequence[float] | Sequence[Sequence[float]],
     policy: Policy | None = None,
-    density: float | Sequence[float] | Sequence[Sequence[float]] = 1.0,
+    density: float | Sequence[float] | Sequence[Sequence[float]] | None = None,
     keys: Sequence[Sequence[int]] | None = None,
     lam: float = 1.0,
     backend: str | None = None,
@@ -873,6 +899,11 @@ def combine_many_(
     )
     flat = [tensor for row in rows for tensor in row]
     listed = _listed("bases", bases)
+    if torch.is_grad_enabled() and any(base.requires_grad for base in listed):
+        raise ValueError(
+            "a base that requires grad cannot be written in place, since autograd would not know; "
+            "call this under torch.no_grad()"
+        )
     if backend is None:
         _in_place_op(listed, flat, models, *rest[:-1])
     else:

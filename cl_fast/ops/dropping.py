@@ -311,6 +311,9 @@ def dare(
         raise TypeError(f"delta must be a torch.Tensor, got {type(delta).__name__}")
     if (density is None) == (drop_rate is None):
         raise ValueError("give exactly one of density and drop_rate")
+    for argument, number in (("density", density), ("drop_rate", drop_rate)):
+        if number is not None and (isinstance(number, (bool, str)) or not hasattr(number, "real")):
+            raise TypeError(f"{argument} must be a number, got {type(number).__name__}")
     if drop_rate is not None:
         if not 0.0 <= drop_rate < 1.0:
             raise ValueError(f"drop_rate must be in [0, 1); got {drop_rate}")

@@ -232,6 +232,8 @@ def magnitude_threshold(
             raise ValueError(f"density must be in (0, 1]; got {density}")
         k = trim_keep_count(density, x.numel(), count)
     assert k is not None
+    if isinstance(k, (bool, float, str)):
+        raise TypeError(f"k must be an int, got {type(k).__name__}")
     if backend is None:
         return cast(tuple[Tensor, Tensor], _op(x, base, k, ties))
     _check(x, base, k, ties)

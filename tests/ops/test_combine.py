@@ -452,6 +452,9 @@ def test_whole_model_trim_that_keeps_nothing(backend: str) -> None:
 
 X = torch.zeros(4)
 DROP = Policy(sparsify="drop")
+WHOLE = {
+    "policy": Policy(sparsify="trim", trim_scope="model", trim_ties="all"), "density": 0.5,
+}  # fmt: skip
 BAD = [
     ({"tensors": []}, ValueError, "tensors must hold at least one tensor"),
     ({"tensors": X}, TypeError, "tensors must be a list of tensors"),
@@ -475,9 +478,16 @@ BAD = [
     ({"density": True, "policy": TRIM}, TypeError, "density must hold numbers"),
     ({"density": 0.5, "policy": DROP}, ValueError, "keys must be given"),
     ({"keys": [1, 2]}, ValueError, "keys have no effect"),
-    ({"keys": [1], "policy": DROP}, ValueError, "keys must have one entry per model, 2"),
-    ({"keys": [1, 2**64], "policy": DROP}, ValueError, "keys must be 64-bit integers"),
+    ({"keys": [1], "policy": DROP, "density": 0.5}, ValueError, "keys must have one entry"),
+    ({"keys": [1, 2**64], "policy": DROP, "density": 0.5}, ValueError, "keys must be 64-bit"),
     ({"thresholds": [1, 2]}, ValueError, "thresholds have no effect"),
+    ({"policy": TRIM}, ValueError, "density must be given with policy.sparsify='trim'"),
+    ({"policy": DROP, "keys": [1, 2]}, ValueError, "density must be given with"),
+    ({"weights": None}, TypeError, "weights must hold numbers, one or a list"),
+    ({"weights": "ab"}, TypeError, "weights must hold numbers, one or a list"),
+    ({"thresholds": 0.05, **WHOLE}, TypeError, "thresholds must hold the integer codes"),
+    ({"thresholds": -5, **WHOLE}, ValueError, "thresholds must be -1 or in [0, 2^31), got -5"),
+    ({"thresholds": 7, **WHOLE, "density": 1.0}, ValueError, "thresholds have no effect with"),
     ({"lam": float("inf")}, ValueError, "lam must be finite, got inf"),
     ({"out_dtype": torch.float64}, TypeError, "out_dtype must be one of bfloat16, float16"),
     ({"out_dtype": torch.int8}, TypeError, "out_dtype must be one of bfloat16, float16"),

@@ -103,6 +103,15 @@ def test_bad_input_in_place() -> None:
         combine_many_([], [[X]], weights=1.0)
 
 
+def test_a_base_that_autograd_watches_is_refused() -> None:
+    base = torch.zeros(4, requires_grad=True)
+    with pytest.raises(ValueError, match=r"requires grad.*torch.no_grad\(\)"):
+        combine_(base, [X[:4]], weights=1.0)
+    with torch.no_grad():
+        combine_(base, [X[:4]], weights=1.0)
+    assert torch.equal(base.detach(), X[:4])
+
+
 def test_opcheck_and_compile() -> None:
     base, tensors = nasty.models("normal", 40, 3)
     arguments = ([base], tensors, 3, *numbers(TIES, 3)[:-1])
