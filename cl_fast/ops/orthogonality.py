@@ -517,7 +517,8 @@ def orthogonal_penalty(
             is fastest.
         form: "l1", sum |A_new A_past^T| as in the authors' code, or "squared", as in the paper.
         reduction: "sum" over the modules, or "none": one value per module.
-        backend: "eager" or "triton", for tests and benchmarks; otherwise the fastest there is.
+        backend: "eager", "native" or "triton", for tests and benchmarks; otherwise the fastest
+            there is.
 
     Returns:
         float32 (float64 where an input is float64), of no dimension or [modules].
