@@ -63,10 +63,15 @@ def _check_matrices(what: str, tensors: Sequence[Tensor], like: str, device: tor
             )
 
 
-def _check_backend(backend: str | None, device: torch.device, wide: torch.dtype) -> None:
+def _check_backend(
+    backend: str | None,
+    device: torch.device,
+    wide: torch.dtype,
+    offered: Sequence[str] = ("eager", "triton"),
+) -> None:
     if backend is None:
         return
-    check_backend(backend, device.type, _OFFERED)
+    check_backend(backend, device.type, offered)
     if backend == "triton" and wide == torch.float64:
         raise ValueError("backend='triton' computes in float32; got float64 tensors")
 
@@ -110,7 +115,9 @@ def _check_penalty(
                 f"past of module {m} must have {new[m].size(1)} columns like new[{m}]; "
                 f"got {past[i].size(1)}"
             )
-    _check_backend(backend, new[0].device, _wide(new, past))
+    _check_backend(backend, new[0].device, _wide(new, past), _OFFERED)
+    if backend == "native" and any(x.dtype != torch.float32 for x in (*new, *past)):
+        raise ValueError("backend='native' takes float32 matrices only; leave backend out")
 
 
 def _pairs(counts: Sequence[int]) -> list[tuple[int, int]]:
