@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import accumulate, islice
+from types import ModuleType
 from typing import Any, Literal, cast, overload
 
 import torch
@@ -238,6 +239,15 @@ def _gradient_eager(
     return out
 
 
+def _core(
+    backend: str | None, new: Sequence[Tensor], past: Sequence[Tensor]
+) -> ModuleType | None:
+    """The C++ core where it is to compute in float32 on the CPU, else None."""
+    if backend not in (None, "native") or not orthogonal_ops.takes(new, past):
+        return None
+    return native_or_say() if backend is None else require_native(backend, "cpu", _OFFERED)
+
+
 def _penalty_cpu(
     new: Sequence[Tensor],
     past: Sequence[Tensor],
@@ -246,10 +256,8 @@ def _penalty_cpu(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     _check_penalty(new, past, counts, form, backend)
-    core = native_or_say() if backend is None else None
-    if backend == "native":
-        core = require_native(backend, new[0].device.type, _OFFERED)
-    if core is None or not orthogonal_ops.takes(new, past):
+    core = _core(backend, new, past)
+    if core is None:
         return _penalty(new, past, counts, form, backend or "eager")
     modules = _module_sizes(_block_shapes(new, past, counts), counts)
     products = orthogonal_ops.products(core, new, past, _pairs(counts), sum(modules))
@@ -266,6 +274,9 @@ def _gradient_cpu(
     form: str,
     backend: str | None,
 ) -> list[Tensor]:
+    core = _core(backend, new, past)
+    if core is None:
+        return _gradient(grad, products, new, past, counts, needed, form, backend or "eager")
     groups = _groups(new, needed)
     stacks = [new[group[0]].new_empty((len(group), *new[group[0]].shape)) for group in groups]
     targets = {
@@ -273,31 +284,24 @@ def _gradient_cpu(
         for group, stack in zip(groups, stacks, strict=True)
         for m, out in zip(group, stack.unbind(), strict=True)
     }
-    if _gradient_native(grad, products, new, past, counts, form, backend, targets):
-        return stacks
-    return _gradient(grad, products, new, past, counts, needed, form, backend or "eager")
+    _gradient_native(core, grad, products, new, past, counts, form, targets)
+    return stacks
 
 
 def _gradient_native(
+    core: ModuleType,
     grad: Tensor,
     products: Tensor,
     new: Sequence[Tensor],
     past: Sequence[Tensor],
     counts: Sequence[int],
     form: str,
-    backend: str | None,
     targets: dict[int, Tensor],
-) -> bool:
-    """The gradients into `targets` by the core; False where it does not take the tensors."""
-    core = native_or_say() if backend is None else None
-    if backend == "native":
-        core = require_native(backend, new[0].device.type, _OFFERED)
-    if core is None or not orthogonal_ops.takes(new, past):
-        return False
+) -> None:
+    """The gradients into `targets`, by the core."""
     modules = _module_sizes(_block_shapes(new, past, counts), counts)
     factor = _factor(grad, products, modules, form)
     orthogonal_ops.gradients(core, factor, new, past, _pairs(counts), targets)
-    return True
 
 
 def _kernels(backend: str, wide: torch.dtype) -> Any:
@@ -434,16 +438,16 @@ def _penalty_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
     if grad is not None:
         # Nothing records or traces the op here, as in every plain step of training: then its
         # dispatch, which looks at each tensor of the lists several times, is left out.
-        if type(grad) is Tensor and grad.is_cpu and not torch.is_grad_enabled():
+        plain = type(grad) is Tensor and grad.is_cpu and not torch.is_grad_enabled()
+        core = _core(ctx.backend, new, past) if plain else None
+        if core is not None:
             targets = {
                 m: torch.empty_like(a, memory_format=torch.contiguous_format)
                 for m, a in enumerate(new)
                 if ctx.needed[m]
             }
-            if _gradient_native(
-                grad, products, new, past, ctx.counts, ctx.form, ctx.backend, targets
-            ):
-                return [targets.get(m) for m in range(ctx.modules)], [None] * len(past), *[None] * 3
+            _gradient_native(core, grad, products, new, past, ctx.counts, ctx.form, targets)
+            return [targets.get(m) for m in range(ctx.modules)], [None] * len(past), *[None] * 3
         stacks = _gradient_op(
             grad, products, new, past, ctx.counts, ctx.needed, ctx.form, ctx.backend
         )
