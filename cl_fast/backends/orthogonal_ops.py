@@ -19,12 +19,9 @@ Pairs = Sequence[tuple[int, int]]
 
 
 def takes(new: Sequence[Tensor], past: Sequence[Tensor]) -> bool:
-    """Whether the core can take these tensors."""
-    return all(
-        x.dtype == torch.float32 and x.layout == torch.strided and x.device.type == "cpu"
-        for tensors in (new, past)
-        for x in tensors
-    )
+    """Whether the core can take these tensors, all of which are on one device."""
+    kinds = {(x.dtype, x.layout) for tensors in (new, past) for x in tensors}
+    return new[0].is_cpu and kinds == {(torch.float32, torch.strided)}
 
 
 def _dense(tensors: Sequence[Tensor]) -> list[Tensor]:
