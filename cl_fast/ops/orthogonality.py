@@ -118,7 +118,9 @@ def _check_penalty(
             )
     _check_backend(backend, new[0].device, _wide(new, past), _OFFERED)
     if backend == "native" and any(x.dtype != torch.float32 for x in (*new, *past)):
-        raise ValueError("backend='native' takes float32 matrices only; leave backend out")
+        raise ValueError(
+            "backend='native' cannot be used for matrices other than float32; leave backend out"
+        )
 
 
 def _pairs(counts: Sequence[int]) -> list[tuple[int, int]]:

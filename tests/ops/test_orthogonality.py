@@ -673,7 +673,7 @@ BAD: list[Case] = [
      "reduction must be one of 'sum', 'none'; got 'mean'"),
     (penalty, ([A], [P]), {"backend": "cuda"}, ValueError, "backend must be one of"),
     (penalty, ([A.double()], [P.double()]), {"backend": "native"}, ValueError,
-     "backend='native' takes float32 matrices only"),
+     "backend='native' cannot be used for matrices other than float32"),
     (orthogonal_project, (A, torch.ones(3, 1)), {"backend": "native"}, ValueError,
      "backend must be one of 'eager', 'triton' or None"),
     (penalty, ([A], [P]), {"backend": "triton"}, ValueError, "needs tensors on cuda; got cpu"),
