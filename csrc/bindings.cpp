@@ -8,6 +8,7 @@
 #include "core/crc64.h"
 #include "core/isa.h"
 #include "core/philox.h"
+#include "divergence/rows.h"
 #include "engine/job.h"
 #include "orthogonality/products.h"
 #include "pack/pack.h"
@@ -194,6 +195,100 @@ PYBIND11_MODULE(_native, m) {
         orthogonal_apply(pairs, reinterpret_cast<const float*>(f));
       },
       py::arg("pairs"), py::arg("f_ptr"));
+
+  // ---- rows of logits: (scale, softcap, temperature, probs); (dtype, address, stride, columns, how)
+  using HowTuple = std::tuple<float, float, float, bool>;
+  using RowsTuple = std::tuple<std::string, uintptr_t, int64_t, int64_t, HowTuple>;
+  using RowsOutTuple = std::tuple<std::string, uintptr_t, int64_t>;
+  const auto rows_of = [](const RowsTuple& t) {
+    const auto& [dtype, data, stride, columns, how] = t;
+    const auto& [scale, softcap, temperature, probs] = how;
+    return Rows{float_dtype(dtype), pointer(data), stride, columns,
+                RowValues{scale, softcap, temperature, probs}};
+  };
+  const auto rows_out_of = [](const RowsOutTuple& t) {
+    return RowsOut{float_dtype(std::get<0>(t)), writable(std::get<1>(t)), std::get<2>(t)};
+  };
+  const auto divergence_of = [rows_of](int64_t rows, const RowsTuple& student,
+                                       const RowsTuple& teacher, const std::string& kind,
+                                       float mix) {
+    return DivergenceCall{
+        rows, rows_of(student), rows_of(teacher),
+        one_of<Divergence>("kind", kind,
+                           {{"forward_kl", Divergence::ForwardKl},
+                            {"reverse_kl", Divergence::ReverseKl},
+                            {"jsd", Divergence::Jsd},
+                            {"skew_forward_kl", Divergence::SkewForwardKl},
+                            {"skew_reverse_kl", Divergence::SkewReverseKl},
+                            {"tvd", Divergence::Tvd}}),
+        mix};
+  };
+  const auto floats = [](uintptr_t p) { return reinterpret_cast<float*>(p); };
+  const auto integers = [](uintptr_t p) { return reinterpret_cast<const int64_t*>(p); };
+  m.def(
+      "row_normalisers",
+      [=](int64_t rows, const RowsTuple& x, uintptr_t out, int threads) {
+        const Rows from = rows_of(x);
+        py::gil_scoped_release release;
+        row_normalisers(rows, from, floats(out), threads);
+      },
+      py::arg("rows"), py::arg("x"), py::arg("out_ptr"), py::arg("threads"));
+  m.def(
+      "divergence_sums",
+      [=](int64_t rows, const RowsTuple& student, const RowsTuple& teacher,
+          const std::string& kind, float mix, uintptr_t normal_s, uintptr_t normal_t,
+          uintptr_t out, int threads) {
+        const DivergenceCall call = divergence_of(rows, student, teacher, kind, mix);
+        py::gil_scoped_release release;
+        divergence_sums(call, floats(normal_s), floats(normal_t), floats(out), threads);
+      },
+      py::arg("rows"), py::arg("student"), py::arg("teacher"), py::arg("kind"), py::arg("mix"),
+      py::arg("normal_s_ptr"), py::arg("normal_t_ptr"), py::arg("out_ptr"), py::arg("threads"));
+  m.def(
+      "divergence_forward",
+      [=](int64_t rows, const RowsTuple& student, const RowsTuple& teacher,
+          const std::string& kind, float mix, uintptr_t losses, uintptr_t stats, int threads) {
+        const DivergenceCall call = divergence_of(rows, student, teacher, kind, mix);
+        py::gil_scoped_release release;
+        divergence_forward(call, floats(losses), floats(stats), threads);
+      },
+      py::arg("rows"), py::arg("student"), py::arg("teacher"), py::arg("kind"), py::arg("mix"),
+      py::arg("losses_ptr"), py::arg("stats_ptr"), py::arg("threads"));
+  m.def(
+      "divergence_gradient",
+      [=](int64_t rows, const RowsTuple& student, const RowsTuple& teacher,
+          const std::string& kind, float mix, const RowsOutTuple& out, uintptr_t grad,
+          uintptr_t stats, uintptr_t extra_grad, uintptr_t extra_normal, uintptr_t extra_ids,
+          int threads) {
+        const DivergenceCall call = divergence_of(rows, student, teacher, kind, mix);
+        const RowsOut to = rows_out_of(out);
+        const CrossEntropy extra{floats(extra_grad), floats(extra_normal), integers(extra_ids)};
+        py::gil_scoped_release release;
+        divergence_gradient(call, to, floats(grad), floats(stats), extra, threads);
+      },
+      py::arg("rows"), py::arg("student"), py::arg("teacher"), py::arg("kind"), py::arg("mix"),
+      py::arg("out"), py::arg("grad_ptr"), py::arg("stats_ptr"), py::arg("extra_grad_ptr"),
+      py::arg("extra_normal_ptr"), py::arg("extra_ids_ptr"), py::arg("threads"));
+  m.def(
+      "logprob_forward",
+      [=](int64_t rows, const RowsTuple& x, uintptr_t ids, uintptr_t out, int threads) {
+        const Rows from = rows_of(x);
+        py::gil_scoped_release release;
+        logprob_forward(rows, from, integers(ids), floats(out), threads);
+      },
+      py::arg("rows"), py::arg("x"), py::arg("ids_ptr"), py::arg("out_ptr"), py::arg("threads"));
+  m.def(
+      "logprob_gradient",
+      [=](int64_t rows, const RowsTuple& x, const RowsOutTuple& out, uintptr_t grad,
+          uintptr_t entropy_grad, uintptr_t ids, uintptr_t stats, int threads) {
+        const Rows from = rows_of(x);
+        const RowsOut to = rows_out_of(out);
+        py::gil_scoped_release release;
+        logprob_gradient(rows, from, to, floats(grad), floats(entropy_grad), integers(ids),
+                         floats(stats), threads);
+      },
+      py::arg("rows"), py::arg("x"), py::arg("out"), py::arg("grad_ptr"),
+      py::arg("entropy_grad_ptr"), py::arg("ids_ptr"), py::arg("stats_ptr"), py::arg("threads"));
 
   // ---- packed deltas
   m.def(

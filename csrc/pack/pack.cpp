@@ -1,15 +1,11 @@
 #include "pack.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
-#include <exception>
 #include <memory>
-#include <mutex>
 #include <stdexcept>
-#include <system_error>
-#include <thread>
 
+#include "../core/in_parallel.h"
 #include "../core/isa.h"
 
 namespace clf {
@@ -18,35 +14,6 @@ namespace {
 constexpr int64_t kUnit = 32 * kPackTile;  // elements that a thread takes at a time
 static_assert(kUnit == kStatChunk, "sums are taken by chunk");
 static_assert(kPackTile == kBlock, "a tile is a block of the kernels");
-
-// Units 0 .. units - 1, each once, on up to `threads` threads; begin() makes what a thread calls.
-template <class Begin>
-void in_parallel(int64_t units, int threads, Begin&& begin) {
-  std::atomic<int64_t> next{0};
-  std::exception_ptr failure;
-  std::mutex mutex;
-  const auto work = [&] {
-    DefaultFloatEnvironment environment;
-    try {
-      auto body = begin();
-      for (int64_t unit; (unit = next++) < units;) body(unit);
-    } catch (...) {
-      std::lock_guard<std::mutex> lock(mutex);
-      if (!failure) failure = std::current_exception();
-      next = units;
-    }
-  };
-  std::vector<std::thread> others;
-  const int64_t crew = std::min<int64_t>(threads, units);
-  try {
-    for (int64_t i = 1; i < crew; ++i) others.emplace_back(work);
-  } catch (const std::system_error&) {
-    // No more threads to be had: those that there are do all of it.
-  }
-  work();
-  for (std::thread& t : others) t.join();
-  if (failure) std::rethrow_exception(failure);
-}
 
 struct Bits {
   uint64_t word[kPackTile / 64];
