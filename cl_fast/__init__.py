@@ -5,6 +5,8 @@ command line starts at once. Rooms are loaded when they are first named:
 
     cl_fast.ops        the kernels as registered torch ops
     cl_fast.merging    linear, task_arithmetic, ties, dare_linear, dare_ties, soups, recipes
+    cl_fast.losses     distillation, log-probs and preferences without the logits
+    cl_fast.integrations   the losses in HF Trainer, TRL, PEFT models and torchtitan
     cl_fast.checkpoints    sharded safetensors, read in tiles
 """
 
@@ -15,7 +17,7 @@ from types import ModuleType
 
 from cl_fast._version import __version__
 
-_ROOMS = ("backends", "checkpoints", "errors", "merging", "ops")
+_ROOMS = ("backends", "checkpoints", "errors", "integrations", "losses", "merging", "ops")
 
 __all__ = ["__version__", *_ROOMS]
 

@@ -21,11 +21,12 @@ OPS = {
     "rank_update, gram": "dense",
     "orthogonal_penalty": "penalty",
     "orthogonal_project": "dense",
+    "divergences, log-probs of tokens": "rows",
 }
 """Families of ops, and which kernels they have: of a merge (C++, CUDA, Triton), of packed deltas
-(C++, Triton), of a penalty (C++ for float32, Triton), or dense products (plain torch on the CPU,
-Triton)."""
-_PACKAGES = ("torch", "triton", "numpy", "transformers", "safetensors", "peft", "mergekit")
+(C++, Triton), of a penalty (C++ for float32, Triton), dense products (plain torch on the CPU,
+Triton), or rows of logits (C++, Triton; float64 in plain torch)."""
+_PACKAGES = ("torch", "triton", "numpy", "transformers", "safetensors", "peft", "trl", "mergekit")
 
 
 def describe() -> list[str]:
