@@ -169,6 +169,18 @@ def _check_values(ids: Tensor, logprobs: Tensor, columns: int, tail: str, debug:
         )
 
 
+def _harmless(ids: Tensor, logprobs: Tensor, row_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows that do not count get a support that is one."""
+    if row_weight is None:
+        return ids, logprobs
+    idle = (row_weight == 0)[:, None]
+    k = ids.size(1)
+    return (
+        torch.where(idle, torch.arange(k, device=ids.device), ids),
+        torch.where(idle, -math.log(k), logprobs),
+    )
+
+
 # --- the small problem -------------------------------------------------------------------------
 
 _CONSTANTS = {
@@ -227,10 +239,7 @@ def _small(
     same = (near | (lp[:, :k] == size)).all(1, keepdim=True)
     lp = torch.where(same, lq, lp)
     u = lp.exp()
-    student_mass = u[:, :k].sum(1)
-    if task.tail == "renorm":
-        student_mass = torch.full_like(student_mass, torch.nan)
-    masses = torch.stack([student_mass, teacher_mass], 1)
+    masses = torch.stack([u[:, :k].sum(1), teacher_mass], 1)
     if task.tail == "none":
         loss, h = _truncated(lp, lq, u, k, task)
         return loss, h, masses
@@ -463,16 +472,14 @@ def _linear_forward(
             row_weight[index].to(wide),
             None if labels is None else labels[index],
         )
-    elif row_weight is not None:
-        # A graph is captured: rows that do not count stay, with a support that does no harm.
-        idle = (row_weight == 0)[:, None]
-        rows = _Rows(
-            torch.where(idle, 0, ids), torch.where(idle, 0, logprobs), row_weight.to(wide), labels
-        )
     else:
-        rows = _Rows(ids, logprobs, None, labels)
-    if index is not None or row_weight is None:
-        _check_values(rows.ids, rows.logprobs, weight.size(0), tail, debug)
+        # Without weights, or while a graph is captured: rows that do not count stay.
+        rows = _Rows(
+            *_harmless(ids, logprobs, row_weight),
+            None if row_weight is None else row_weight.to(wide),
+            labels,
+        )
+    _check_values(rows.ids, rows.logprobs, weight.size(0), tail, debug)
     with torch.autocast(hidden.device.type, enabled=False):
         head = Head(hidden, weight, bias, index)
         need_hidden, need_weight, need_bias = needed
@@ -684,6 +691,12 @@ def _detached(ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
     return ids.long(), logprobs
 
 
+def _masses(masses: Tensor, tail: str) -> tuple[Tensor, Tensor]:
+    """Of student and teacher; what "renorm" does not know is nan."""
+    student, teacher = masses.unbind(1)
+    return torch.full_like(student, torch.nan) if tail == "renorm" else student, teacher
+
+
 def linear_topk(
     hidden: Tensor,
     weight: Tensor,
@@ -742,7 +755,7 @@ def linear_topk(
         hidden, weight, bias, ids, logprobs, row_weight, labels, tail, kind, mix, list(how[:3]),
         teacher_temperature, ce_weight, chunk_tokens, needed, uniform, debug, backend,
     )  # fmt: skip
-    return loss, masses[:, 0], masses[:, 1]
+    return loss, *_masses(masses, tail)
 
 
 # --- logits that exist -------------------------------------------------------------------------
@@ -766,14 +779,6 @@ def _check_rows(
         raise ValueError("ce_weight needs labels")
 
 
-def _harmless(ids: Tensor, logprobs: Tensor, row_weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows that do not count get ids that exist."""
-    if row_weight is None:
-        return ids, logprobs
-    idle = (row_weight == 0)[:, None]
-    return torch.where(idle, 0, ids), torch.where(idle, 0, logprobs)
-
-
 def _rows_forward(
     logits: Tensor,
     ids: Tensor,
@@ -792,12 +797,8 @@ def _rows_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     task = _Task(tail, kind, mix, _how(how), teacher_temperature, ce_weight)
     _check_rows(logits, ids, logprobs, row_weight, labels, task)
-    if row_weight is None:
-        _check_values(ids, logprobs, logits.size(1), tail, debug)
-    elif not logits.is_cuda:
-        counting = row_weight != 0
-        _check_values(ids[counting], logprobs[counting], logits.size(1), tail, debug)
     ids, logprobs = _harmless(ids, logprobs, row_weight)
+    _check_values(ids, logprobs, logits.size(1), tail, debug)
     kernels = vocabulary_rows.kernels(backend, logits)
     wide = wide_dtype(logits, logprobs)
     needed = task.has_tail(ids.size(1), logits.size(1))
@@ -980,7 +981,8 @@ def _rows_backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]
     row_weight, labels = (next(rest) if there else None for there in ctx.given)
     factor = grad.contiguous()
     if row_weight is not None:
-        ids, factor = torch.where(row_weight[:, None] == 0, 0, ids), factor * row_weight
+        ids, _ = _harmless(ids, h[:, : ids.size(1)], row_weight)
+        factor = torch.where(row_weight == 0, 0, factor * row_weight)
     arguments = (
         factor, logits, ids, h, normals, labels, stats, ctx.ce_weight, ctx.how, ctx.backend,
     )  # fmt: skip
@@ -1027,4 +1029,4 @@ def topk_from_logits(
         logits, ids, logprobs, row_weight, labels, tail, kind, mix, list(how[:3]),
         teacher_temperature, ce_weight, inplace, debug, backend,
     )  # fmt: skip
-    return loss, masses[:, 0], masses[:, 1]
+    return loss, *_masses(masses, tail)
