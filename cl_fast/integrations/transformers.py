@@ -36,7 +36,9 @@ from cl_fast.ops.heads import Head, chunks
 __all__ = [
     "DistillMixin",
     "LinearHead",
+    "capture",
     "distill_loss_func",
+    "forward_replaced",
     "head_of",
     "hidden_states",
     "last_hidden",
@@ -185,7 +187,7 @@ def head_of(model: nn.Module) -> LinearHead:
 
 
 @contextlib.contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """`module(...)` calls `forward` while this lasts; hooks run as ever."""
     own = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
@@ -215,7 +217,7 @@ def run_inside(model: nn.Module, function: Callable[..., Any], **inputs: Any) ->
             inner.__dict__["forward"] = own
         return function(inner, **given)
 
-    with _forward_replaced(inner, forward):
+    with forward_replaced(inner, forward):
         return model(**inputs)
 
 
@@ -241,7 +243,7 @@ def capture(
         probe = torch.linspace(-60, 60, columns, device=hidden.device)
         return probe.reshape(*[1] * (hidden.dim() - 1), columns)
 
-    with _forward_replaced(head.module, stand_in):
+    with forward_replaced(head.module, stand_in):
         output = forward(*args, **inputs)
     if len(taken) != 1:
         raise ValueError(

@@ -1,0 +1,288 @@
+"""Distillation in a real Trainer of transformers: its gradients are those of eager code."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import NoLogits, batch, gemma2, gradients, llama
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from cl_fast.integrations.transformers import DistillMixin, distill_loss_func, next_labels
+
+
+class Distiller(DistillMixin, Trainer):
+    """What a user would write."""
+
+
+EIGHT = batch(seed=3, size=8)
+# Rows with unlike numbers of labels, so that a mean of means would be wrong.
+for _row in range(8):
+    EIGHT["labels"][_row, 8 - _row % 5 :] = -100
+ROWS = [{k: v[i] for k, v in EIGHT.items()} for i in range(8)]
+
+
+def arguments(folder: Path, **changes: Any) -> TrainingArguments:
+    options = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 8,
+        "max_steps": 1,
+        "learning_rate": 0.0,
+        "max_grad_norm": 0.0,
+        "use_cpu": True,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "dataloader_pin_memory": False,
+        **changes,
+    }
+    return TrainingArguments(**options)
+
+
+class Gradients(TrainerCallback):
+    """Keeps them from just before the optimiser's step."""
+
+    def on_pre_optimizer_step(self, *_: Any, model: nn.Module, **__: Any) -> None:
+        self.seen = gradients(model)
+
+
+def trained(trainer: Trainer) -> tuple[dict[str, Tensor], float]:
+    keeper = Gradients()
+    trainer.add_callback(keeper)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return keeper.seen, losses[-1]
+
+
+def eager(student: nn.Module, teacher: nn.Module, ce_weight: float = 0.0) -> Tensor:
+    """KL(student, teacher) at temperature 2 over all eight rows."""
+    inputs = {k: EIGHT[k] for k in ("input_ids", "attention_mask")}
+    labels = next_labels(EIGHT["labels"])
+    student.train()
+    z = student(**inputs).logits
+    with torch.no_grad():
+        q = (teacher.eval()(**inputs).logits / 2).log_softmax(-1)
+    p = (z / 2).log_softmax(-1)
+    rows = (p.exp() * (p - q)).sum(-1)
+    counts = labels != -100
+    loss = rows[counts].mean()
+    return loss + ce_weight * nn.functional.cross_entropy(z[counts], labels[counts])
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        tolerance = 1e-5 * float(gradient.abs().max()) + 1e-8
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("make", [llama, gemma2])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_gradient_and_loss_do_not_depend_on_accumulation(
+    make: Callable[..., nn.Module], steps: int, tmp_path: Path
+) -> None:
+    student, teacher = make(0), make(1)
+    expected = eager(student, teacher, ce_weight=0.3)
+    expected.backward()
+    wanted = gradients(student)
+    student.zero_grad()
+    split = {"per_device_train_batch_size": 8 // steps, "gradient_accumulation_steps": steps}
+    trainer = Distiller(
+        student,
+        arguments(tmp_path, **split),
+        train_dataset=ROWS,
+        teacher=teacher,
+        kind="reverse_kl",
+        temperature=2.0,
+        ce_weight=0.3,
+    )
+    with NoLogits(8 // steps * 9):
+        found, loss = trained(trainer)
+    assert_same(found, wanted)
+    assert loss == pytest.approx(float(expected), rel=1e-3)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_loss_function_of_a_plain_trainer(steps: int, tmp_path: Path) -> None:
+    student, teacher = llama(0), llama(1)
+    expected = eager(student, teacher, ce_weight=0.3)
+    expected.backward()
+    wanted = gradients(student)
+    student.zero_grad()
+    split = {"per_device_train_batch_size": 8 // steps, "gradient_accumulation_steps": steps}
+    loss_func = distill_loss_func(
+        teacher, student, kind="reverse_kl", temperature=2.0, ce_weight=0.3
+    )
+    trainer = Trainer(
+        student, arguments(tmp_path, **split), train_dataset=ROWS, compute_loss_func=loss_func
+    )
+    found, loss = trained(trainer)
+    assert_same(found, wanted)
+    assert loss == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_teacher_of_columns(tmp_path: Path) -> None:
+    """All ids of the vocabulary as top-k: the full loss."""
+    student, teacher = llama(0), llama(1).eval()
+    inputs = {k: EIGHT[k] for k in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        logprobs, ids = (teacher(**inputs).logits / 2).log_softmax(-1).sort(-1, descending=True)
+    rows = [
+        {**row, "teacher_ids": i, "teacher_logprobs": q}
+        for row, i, q in zip(ROWS, ids, logprobs, strict=True)
+    ]
+    expected = eager(student, teacher)
+    expected.backward()
+    wanted = gradients(student)
+    student.zero_grad()
+    options = {"kind": "reverse_kl", "temperature": 2.0, "teacher_temperature": 1.0}
+    trainer = Distiller(student, arguments(tmp_path), train_dataset=rows, **options)
+    found, _ = trained(trainer)
+    assert_same(found, wanted)
+    with pytest.raises(ValueError, match="one of them"):
+        both = Distiller(student, arguments(tmp_path), train_dataset=rows, teacher=teacher)
+        both.train()
+
+
+def test_base_of_an_adapter_is_its_teacher(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    options = {"r": 4, "target_modules": ["q_proj", "lm_head"], "lora_dropout": 0.0}
+    student = get_peft_model(llama(0), LoraConfig(**options))
+    for name, parameter in student.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    expected = eager(student, llama(0))
+    expected.backward()
+    wanted = gradients(student)
+    student.zero_grad()
+    trainer = Distiller(
+        student,
+        arguments(tmp_path),
+        train_dataset=ROWS,
+        teacher="base",
+        kind="reverse_kl",
+        temperature=2.0,
+    )
+    with NoLogits(8 * 9):
+        found, _ = trained(trainer)
+    assert any("lm_head.lora_A" in name for name in found)
+    assert_same(found, wanted)
+
+
+def test_token_weights_count(tmp_path: Path) -> None:
+    student, teacher = llama(0), llama(1)
+    weights = torch.rand(8, 9)
+    rows = [{**row, "token_weight": w} for row, w in zip(ROWS, weights, strict=True)]
+    trainer = Distiller(student, arguments(tmp_path), train_dataset=rows, teacher=teacher)
+    weighted, _ = trained(trainer)
+    zero = [{**row, "token_weight": torch.zeros(9)} for row in ROWS]
+    trainer = Distiller(llama(0), arguments(tmp_path), train_dataset=zero, teacher=teacher)
+    nothing, loss = trained(trainer)
+    assert loss == 0
+    assert all(not gradient.any() for gradient in nothing.values())
+    assert any(gradient.any() for gradient in weighted.values())
+
+
+def test_it_learns_and_evaluates(tmp_path: Path) -> None:
+    student, teacher = llama(0), llama(1)
+    before = copy.deepcopy(teacher.state_dict())
+    options = {"learning_rate": 5e-3, "max_steps": 30, "logging_steps": 30, "bf16": False}
+    trainer = Distiller(
+        student,
+        arguments(tmp_path, **options),
+        train_dataset=ROWS,
+        eval_dataset=ROWS,
+        teacher=teacher,
+    )
+    start = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    with NoLogits(8 * 9):
+        end = trainer.evaluate()["eval_loss"]
+    assert end < 0.7 * start
+    assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_autocast_of_the_trainer_reaches_the_head(tmp_path: Path) -> None:
+    student, teacher = llama(0), llama(1)
+    eager(student, teacher).backward()
+    wanted = gradients(student)
+    student.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = eager(student, teacher)
+    loss.backward()
+    low = gradients(student)
+    student.zero_grad()
+    trainer = Distiller(
+        student,
+        arguments(tmp_path, bf16=True),
+        train_dataset=ROWS,
+        teacher=teacher,
+        kind="reverse_kl",
+        temperature=2.0,
+    )
+    found, _ = trained(trainer)
+
+    def distance(given: dict[str, Tensor]) -> float:
+        return sum(float((given[k] - g).norm() / g.norm()) for k, g in wanted.items())
+
+    # bfloat16 took part, and did no more harm than it does in eager code.
+    assert 1e-4 < distance(found) < 1.25 * distance(low)
+
+
+@pytest.mark.parametrize(
+    ("changes", "given", "words"),
+    [
+        ({}, {"compute_metrics": lambda _: {}}, "compute_metrics needs logits"),
+        ({}, {"compute_loss_func": lambda *_, **__: 0}, "compute_loss_func needs logits"),
+        ({"label_smoothing_factor": 0.1}, {}, "label_smoother needs logits"),
+        ({}, {"teacher": "itself"}, "teacher must be a model, 'base' or None; got 'itself'"),
+        ({}, {"teacher": "base"}, "needs a PEFT model"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(
+    changes: dict[str, Any], given: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        Distiller(llama(), arguments(tmp_path, **changes), train_dataset=ROWS, **given)
+
+
+def test_no_teacher_is_refused(tmp_path: Path) -> None:
+    trainer = Distiller(llama(), arguments(tmp_path), train_dataset=ROWS)
+    with pytest.raises(ValueError, match="no teacher"):
+        trainer.train()
+
+
+def test_no_labels_are_refused(tmp_path: Path) -> None:
+    rows = [{k: v for k, v in row.items() if k != "labels"} for row in ROWS]
+    trainer = Distiller(llama(), arguments(tmp_path), train_dataset=rows, teacher=llama(1))
+    with pytest.raises(ValueError, match="needs labels"):
+        trainer.train()
+
+
+def test_a_student_that_is_not_trained_is_noticed(tmp_path: Path) -> None:
+    loss_func = distill_loss_func(llama(1), llama(2))
+    trainer = Trainer(
+        llama(0), arguments(tmp_path), train_dataset=ROWS, compute_loss_func=loss_func
+    )
+    with pytest.raises(ValueError, match="student's forward was not seen"):
+        trainer.train()
+
+
+def test_labels_are_shifted_without_copying_logits() -> None:
+    labels = torch.tensor([[1, 2, -100, 4]])
+    assert next_labels(labels).tolist() == [[2, -100, 4, -100]]
+
+
+def test_columns_survive_the_trainer(tmp_path: Path) -> None:
+    trainer = Distiller(llama(), arguments(tmp_path), train_dataset=ROWS, teacher=llama(1))
+    trainer._set_signature_columns_if_needed()
+    columns = {"teacher_ids", "teacher_logprobs", "token_weight", "input_ids"}
+    assert columns <= set(trainer._signature_columns)
