@@ -20,7 +20,7 @@ from torch import Tensor
 __all__ = ["Head", "HeadGradients", "chunks"]
 
 _LOW = (torch.bfloat16, torch.float16)
-_CHUNK_BYTES = 1 << 25
+_CHUNK_BYTES = 1 << 26
 """Of the logits of a chunk, at least: smaller chunks would read the weight too often."""
 _BLOCK_BYTES = 1 << 25
 """Of a widened block of the weight."""
@@ -32,7 +32,7 @@ def chunks(rows: int, columns: int, chunk_tokens: int | None = None, many: int =
     Args:
         rows, columns: of the logits.
         chunk_tokens: rows of a chunk; by default a `many`-th of all of them, but no fewer than what
-            fills 32 MB of float32.
+            fills 64 MB of float32.
         many: fewer chunks where each reads and writes a sum as large as the weight.
 
     Raises:
@@ -41,10 +41,8 @@ def chunks(rows: int, columns: int, chunk_tokens: int | None = None, many: int =
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1; got {chunk_tokens}")
     if chunk_tokens is None:
-        least = max(16, _CHUNK_BYTES // (4 * max(1, columns)))
-        step = max(-(-rows // many), least)
-        # Whole tiles of a matrix product.
-        step = -(-step // 64) * 64 if step > 64 else step
+        step = max(-(-rows // many), _CHUNK_BYTES // (4 * max(1, columns)), 16)
+        step = step // 64 * 64 or step  # whole tiles of a matrix product
     else:
         step = chunk_tokens
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
