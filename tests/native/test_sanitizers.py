@@ -17,7 +17,7 @@ SANITIZERS = "address,undefined"
 SELECTION = (
     "not sanitizers and not 31_elements and not 300017"
     " and not (not_finite and not (66000 and dtype0))"
-    " and not (same_bits and not dtype0)"
+    " and not (same_bits and not dtype0) and not 262144"
 )
 
 
