@@ -1,7 +1,8 @@
 """The fused divergence against eager torch on the CPU: time, and what it needs in memory.
 
-    python benchmarks/linear_divergence.py            # the table of times, then that of memory
-    python benchmarks/linear_divergence.py --quick    # small sizes
+    python benchmarks/linear_divergence.py             # the table of times, then that of memory
+    python benchmarks/linear_divergence.py --quick     # small sizes
+    python benchmarks/linear_divergence.py --out DIR   # and DIR/linear_divergence_cpu.json, .md
 
 A row is forward + backward of one loss of student hidden states and a frozen head. Eager is what
 trainers write: both products, log_softmax of both sides, the formula. Providers run in turns in one
@@ -12,6 +13,7 @@ largest resident size of a process of its own, beyond what it held before the ca
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
 import resource
@@ -30,7 +32,7 @@ from cl_fast.losses import Hidden, Logits, linear_divergence
 
 # tokens, hidden size, vocabulary: from a toy to the shapes of SmolLM 135M and Qwen 2.5 0.5B.
 SIZES = [
-    (64, 256, 1_000),
+    (128, 256, 4_096),
     (256, 256, 8_192),
     (512, 576, 32_000),
     (2_048, 256, 32_000),
@@ -135,7 +137,7 @@ def interleaved(runs: dict[str, Callable[[], object]], seconds: float) -> dict[s
 def spread(times: list[float]) -> str:
     ordered = sorted(times)
     low, high = ordered[len(ordered) // 5], ordered[-1 - len(ordered) // 5]
-    return f"{statistics.median(times):9.1f} ({low:.1f} - {high:.1f})"
+    return f"{statistics.median(times):.1f} ({low:.1f} - {high:.1f})"
 
 
 def peak(provider: str, tokens: int, width: int, vocabulary: int) -> int:
@@ -155,16 +157,19 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=["forward_kl", "jsd"])
     parser.add_argument("--teachers", nargs="+", default=["hidden", "logits"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--peak", nargs=4, metavar=("PROVIDER", "N", "H", "V"))
     arguments = parser.parse_args()
     if arguments.peak:
         provider, *size = arguments.peak
         print(json.dumps(peak(provider, *map(int, size))))
         return
-    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__}, {arguments.dtype}; ms, median (p20 - p80)")  # fmt: skip
-    print(f"{'tokens':>7} {'H':>5} {'V':>7} {'teacher':8} {'kind':12} "
-          f"{'cl_fast':>28} {'eager':>28}  eager / cl_fast")  # fmt: skip
+    rows = []
+    say(f"{about()['cpu']}, {torch.get_num_threads()} threads, torch "
+        f"{torch.__version__}, {arguments.dtype}, commit {about()['commit']}. Milliseconds of "
+        "forward + backward with a frozen head, in turns: median (p20 - p80).\n")  # fmt: skip
+    say("| tokens | H | V | teacher | kind | cl_fast | eager | eager / cl_fast |")
+    say("|---|---|---|---|---|---|---|---|")
     for tokens, width, vocabulary in QUICK if arguments.quick else SIZES:
         for teacher in arguments.teachers:
             for kind in arguments.kinds:
@@ -173,15 +178,57 @@ def main() -> None:
                 case.verify()
                 times = interleaved({"ours": case.ours, "eager": case.eager}, arguments.seconds)
                 ratio = statistics.median(times["eager"]) / statistics.median(times["ours"])
-                print(f"{tokens:7} {width:5} {vocabulary:7} {teacher:8} {kind:12} "
-                      f"{spread(times['ours']):>28} {spread(times['eager']):>28}  {ratio:.2f}",
-                      flush=True)  # fmt: skip
+                rows.append({"tokens": tokens, "width": width, "vocabulary": vocabulary,
+                             "teacher": teacher, "kind": kind, "milliseconds": times,
+                             "ratio": ratio})  # fmt: skip
+                say(f"| {tokens} | {width} | {vocabulary} | {teacher} | {kind} | "
+                    f"{spread(times['ours'])} | {spread(times['eager'])} | "
+                    f"{ratio:.2f} |")  # fmt: skip
     size = ("256", "64", "8192") if arguments.quick else ("4096", "576", "128256")
-    print(f"\nextra peak of one call, {size[0]} tokens x {size[2]} ids, H {size[1]}, float32")
-    for provider in ("ours",) if not arguments.quick else ("ours", "eager"):
+    say(f"\nMemory of one call beyond its inputs, {size[0]} tokens x {size[2]} ids, "
+        f"H {size[1]}, teacher as hidden states, float32:\n")  # fmt: skip
+    memory = {}
+    for provider in ("ours", "eager"):
         command = [sys.executable, str(Path(__file__)), "--peak", provider, *size]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        print(f"  {provider:8} {json.loads(done.stdout) / 1e9:.3f} GB")
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            say(f"- {provider}: did not finish (exit {done.returncode})")
+            continue
+        memory[provider] = json.loads(done.stdout)
+        say(f"- {provider}: {memory[provider] / 1e9:.3f} GB")
+    if arguments.out:
+        report = {**about(), "dtype": arguments.dtype, "rows": rows, "memory": memory}
+        path = arguments.out / f"linear_divergence_cpu_{arguments.dtype}"
+        path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+        path.with_suffix(".md").write_text("\n".join(said) + "\n")
+
+
+said: list[str] = []
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+    said.append(line)
+
+
+def about() -> dict[str, str]:
+    """The machine, the versions and the commit."""
+    cpu = platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                cpu = line.split(":", 1)[1].strip()
+                break
+    root = Path(__file__).parents[1]
+    done = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"],
+                          capture_output=True, text=True)  # fmt: skip
+    return {
+        "cpu": cpu,
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "commit": done.stdout.strip() or "unknown",
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from cl_fast.losses.teachers import Teacher
 __all__ = ["Divergence", "LinearDivergence", "TokenLogprobs"]
 
 
-class _Options(nn.Module):
+class _Options(nn.Module):  # type: ignore[misc, unused-ignore]
     def __init__(self, **options: Any) -> None:
         super().__init__()
         self.options = options
