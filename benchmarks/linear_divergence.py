@@ -89,7 +89,7 @@ class Case:
         return loss.detach(), torch.autograd.grad(loss, self.hidden)[0]
 
     def verify(self) -> None:
-        """Against float64, on the first rows: no further from it than twice eager."""
+        """Against float64, on the first rows: no further from it than twice eager, and four ulp."""
         few = Case.__new__(Case)
         few.kind, few.given = self.kind, self.given
         few.hidden = self.hidden.detach()[:32].requires_grad_()
@@ -115,9 +115,11 @@ class Case:
         truth = loss.detach(), torch.autograd.grad(loss, exact.hidden)[0]
         for mine, theirs, true in zip(few.ours(), few.eager(), truth, strict=True):
             error = (mine.double() - true).abs().max().item()
-            allowed = 2 * (theirs.double() - true).abs().max().item() + 1e-9
+            # A float32 result may be lucky by an ulp or two; that is not held against ours.
+            lucky = 4 * torch.finfo(torch.float32).eps * true.abs().max().item()
+            allowed = 2 * (theirs.double() - true).abs().max().item() + lucky
             if error > allowed:
-                raise SystemExit(f"wrong: error {error:.3g}, eager's {allowed / 2:.3g}")
+                raise SystemExit(f"wrong: error {error:.3g}, allowed {allowed:.3g}")
 
 
 def interleaved(runs: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
