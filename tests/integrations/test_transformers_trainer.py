@@ -146,8 +146,8 @@ def test_teacher_of_columns(tmp_path: Path) -> None:
     trainer = Distiller(student, arguments(tmp_path), train_dataset=rows, **options)
     found, _ = trained(trainer)
     assert_same(found, wanted)
+    both = Distiller(student, arguments(tmp_path), train_dataset=rows, teacher=teacher)
     with pytest.raises(ValueError, match="one of them"):
-        both = Distiller(student, arguments(tmp_path), train_dataset=rows, teacher=teacher)
         both.train()
 
 
