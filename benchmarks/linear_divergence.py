@@ -6,8 +6,10 @@
 
 A row is forward + backward of one loss of student hidden states and a frozen head. Eager is what
 trainers write: both products, log_softmax of both sides, the formula. Providers run in turns in one
-process; losses and gradients are compared with float64 before anything is timed. Memory is the
-largest resident size of a process of its own, beyond what it held before the call.
+process; losses and gradients are compared with float64 before anything is timed. The floor is the
+time of the matrix products alone, which both ways share: the wider the hidden states, the closer
+all three. Memory is the largest resident size of a process of its own, beyond what it held before
+the call.
 """
 
 from __future__ import annotations
@@ -87,6 +89,13 @@ class Case:
             teacher = self.teacher @ self.weight.T if self.logits is None else self.logits
         loss = eager(self.hidden @ self.weight.T, teacher, self.kind)
         return loss.detach(), torch.autograd.grad(loss, self.hidden)[0]
+
+    def products(self) -> Tensor:
+        """The floor: the matrix products that any way to the loss needs, and nothing else."""
+        with torch.no_grad():
+            if self.logits is None:
+                self.teacher @ self.weight.T
+            return self.hidden @ self.weight.T @ self.weight
 
     def verify(self) -> None:
         """Against float64, on the first rows: no further from it than twice eager, and four ulp."""
@@ -170,22 +179,26 @@ def main() -> None:
     say(f"{about()['cpu']}, {torch.get_num_threads()} threads, torch "
         f"{torch.__version__}, {arguments.dtype}, commit {about()['commit']}. Milliseconds of "
         "forward + backward with a frozen head, in turns: median (p20 - p80).\n")  # fmt: skip
-    say("| tokens | H | V | teacher | kind | cl_fast | eager | eager / cl_fast |")
-    say("|---|---|---|---|---|---|---|---|")
+    say("| tokens | H | V | teacher | kind | cl_fast | eager | eager / cl_fast | cl_fast / floor |")
+    say("|---|---|---|---|---|---|---|---|---|")
     for tokens, width, vocabulary in QUICK if arguments.quick else SIZES:
         for teacher in arguments.teachers:
             for kind in arguments.kinds:
                 dtype = getattr(torch, arguments.dtype)
                 case = Case(tokens, width, vocabulary, teacher, kind, dtype)
                 case.verify()
-                times = interleaved({"ours": case.ours, "eager": case.eager}, arguments.seconds)
-                ratio = statistics.median(times["eager"]) / statistics.median(times["ours"])
+                times = interleaved(
+                    {"ours": case.ours, "eager": case.eager, "floor": case.products},
+                    arguments.seconds,
+                )
+                ours, other, floor = (statistics.median(x) for x in times.values())
                 rows.append({"tokens": tokens, "width": width, "vocabulary": vocabulary,
                              "teacher": teacher, "kind": kind, "milliseconds": times,
-                             "ratio": ratio})  # fmt: skip
+                             "eager / cl_fast": other / ours,
+                             "cl_fast / floor": ours / floor})  # fmt: skip
                 say(f"| {tokens} | {width} | {vocabulary} | {teacher} | {kind} | "
                     f"{spread(times['ours'])} | {spread(times['eager'])} | "
-                    f"{ratio:.2f} |")  # fmt: skip
+                    f"{other / ours:.2f} | {ours / floor:.2f} |")  # fmt: skip
     size = ("256", "64", "8192") if arguments.quick else ("4096", "576", "128256")
     say(f"\nMemory of one call beyond its inputs, {size[0]} tokens x {size[2]} ids, "
         f"H {size[1]}, teacher as hidden states, float32:\n")  # fmt: skip
