@@ -106,6 +106,25 @@ def _hows(how_s: list[float], how_t: list[float]) -> tuple[How, How]:
     return How(how_s[0], how_s[1], how_s[2]), How(scale, softcap, temperature, bool(probs))
 
 
+class _Once(torch.autograd.Function):  # type: ignore[misc]
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise RuntimeError("this gradient is in closed form, which is not differentiable twice")
+
+
+def once(gradient: Tensor) -> Tensor:
+    """The gradient that a backward pass made without autograd.
+
+    Where a graph of the backward pass is made, one that refuses to be differentiated: left as it
+    is, it would pass for a constant.
+    """
+    return _Once.apply(gradient.requires_grad_()) if torch.is_grad_enabled() else gradient
+
+
 # --- logits that exist -------------------------------------------------------------------------
 
 
@@ -220,12 +239,14 @@ def _rows_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
         raise RuntimeError("the teacher of a divergence has no gradient: detach it")
     student, teacher, stats = ctx.saved_tensors
     arguments = (grad.contiguous(), student, teacher, stats, *ctx.options, ctx.backend)
-    if not ctx.inplace:
-        return (_rows_gradient(*arguments), *[None] * 7)
-    # A second backward pass would read what this one wrote; torch's version counter refuses it.
     with torch.no_grad():
-        _rows_gradient_(*arguments)
-    return (student.detach(), *[None] * 7)
+        if ctx.inplace:
+            # A second backward pass would read what this one wrote; torch refuses it by versions.
+            _rows_gradient_(*arguments)
+            gradient = student.detach()
+        else:
+            gradient = _rows_gradient(*arguments)
+    return (once(gradient), *[None] * 7)
 
 
 _divergence_rows.register_autograd(_rows_backward, setup_context=_rows_setup)
@@ -352,12 +373,16 @@ def _linear_forward(
         ce_weight, kind, mix, student_how, teacher_how,
     )  # fmt: skip
     index = counting_rows(row_weight)
+    if row_weight is not None and index is None:
+        # Their gradient is 0, and 0 times what they hold must be 0 in the gradient of the weight.
+        hidden = torch.where(row_weight[:, None] == 0, 0, hidden)
     with torch.autocast(hidden.device.type, enabled=False):
         student = Head(hidden, weight, bias, index)
         other = (
             None if teacher_weight is None else Head(teacher, teacher_weight, teacher_bias, index)
         )
-        rows = vocabulary_rows.kernels(backend, hidden, weight, teacher)
+        tensors = [hidden, weight, teacher, *([] if teacher_weight is None else [teacher_weight])]
+        rows = vocabulary_rows.kernels(backend, *tensors)
         loss, aux, gradients = _by_chunks(
             student, other, teacher, row_weight, labels, ce_weight, kind, mix, student_how,
             teacher_how, chunk_tokens, needed, uniform, measure, rows,
@@ -427,7 +452,8 @@ def _by_chunks(
                 aux[part] = torch.stack([ce, entropy], 1).to(wide)
             if ce_weight:
                 loss = loss + ce_weight * ce
-                extra = Extra(weights[part] * ce_weight, plain[:, :2].contiguous(), ids)
+                upstream = torch.where(ids < 0, 0, weights[part] * ce_weight)
+                extra = Extra(upstream, plain[:, :2].contiguous(), ids)
         losses[part] = loss
         if gradients.wanted:
             out = gradients.target(z)
@@ -437,6 +463,8 @@ def _by_chunks(
             gradients.add(part, out)
     if row_weight is not None:
         losses = torch.where(weights == 0, 0, losses * weights)
+        if index is None:
+            aux = torch.where(weights[:, None] == 0, 0, aux) if measure else aux
     if index is not None:
         losses = hidden.new_zeros(hidden.size(0), dtype=wide).index_copy_(0, index, losses)
         if measure:
@@ -496,7 +524,7 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _linear_backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
+def _linear_gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     d_hidden, d_weight, d_bias, *saved = ctx.saved_tensors
     need_hidden, need_weight, need_bias = ctx.needed
     wide = d_hidden.dtype
@@ -511,14 +539,21 @@ def _linear_backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ..
         # One number for all rows; none where there are no rows.
         common = grad[:1].sum().to(wide)
         d_weight, d_bias = d_weight * common, d_bias * common
-    out: list[Tensor | None] = [None] * (8 + len(ctx.options))
+    out: list[Tensor | None] = [None] * 3
     if need_hidden:
         out[0] = (d_hidden * grad[:, None].to(wide)).to(ctx.hidden_dtype)
     if need_weight:
         out[1] = d_weight.to(ctx.weight_dtype)
     if need_bias:
         out[2] = d_bias.to(ctx.bias_dtype)
-    return tuple(out)
+    return out
+
+
+def _linear_backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
+    with torch.no_grad():
+        gradients = _linear_gradients(ctx, grad)
+    rest = [None] * (5 + len(ctx.options))
+    return (*(None if x is None else once(x) for x in gradients), *rest)
 
 
 _linear_divergence.register_autograd(_linear_backward, setup_context=_linear_setup)
