@@ -20,12 +20,12 @@ All ranks give the same rows, labels and weights, and make the same calls in the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cl_fast.ops.heads import Head, HeadGradients, chunks
 from cl_fast.ops.supports import _small, _Task
@@ -412,6 +412,33 @@ class Support:
 # --- a head without its logits -----------------------------------------------------------------
 
 
+class _Last(torch.autograd.Function):  # type: ignore[misc]
+    """A gradient that has none itself, and says so."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, anchor: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise RuntimeError("a loss with process_group is not differentiable twice")
+
+
+def _once(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
+    """A backward pass that is not recorded, whose results refuse to be differentiated."""
+
+    def inner(ctx: Any, grad: Tensor) -> Any:
+        with torch.no_grad():
+            out = backward(ctx, grad)
+        if not torch.is_grad_enabled():
+            return out
+        return tuple(
+            x if x is None else _Last.apply(x, x.new_zeros((), requires_grad=True)) for x in out
+        )
+
+    return inner
+
+
 class _Plan(NamedTuple):
     rows: Rows
     needed: tuple[bool, bool, bool]
@@ -447,13 +474,13 @@ class _FromHead(torch.autograd.Function):  # type: ignore[misc]
             for y in dx:
                 rows.ranks.add(y)
         ctx.plan, ctx.again = plan, (need_weight or need_bias) and not uniform
-        kept = [hidden, weight, bias, stats] if ctx.again else [hidden[:0], weight[:0], None, None]
+        kept = [hidden, weight, bias, stats] if ctx.again else [None] * 4
         ctx.dtypes = [None if y is None else y.dtype for y in (hidden, weight, bias)]
         ctx.save_for_backward(*kept, first.weight, first.bias, *dx)
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @_once
     def backward(ctx: Any, grad: Tensor) -> Any:
         hidden, weight, bias, stats, d_weight, d_bias, *dx = ctx.saved_tensors
         rows, (need_hidden, need_weight, need_bias), _, parts = ctx.plan
@@ -527,7 +554,7 @@ class _FromLogits(torch.autograd.Function):  # type: ignore[misc]
         return rows.finish(stats) if found else stats[:, : rows.outputs]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @_once
     def backward(ctx: Any, grad: Tensor) -> Any:
         logits, stats = ctx.saved_tensors
         logits = logits.detach()
