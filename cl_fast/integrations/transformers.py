@@ -30,6 +30,7 @@ from cl_fast.losses import (
     TopK,
     divergence_from_logits,
     linear_divergence,
+    token_logprobs_from_logits,
 )
 from cl_fast.ops.heads import Head, chunks
 
@@ -402,8 +403,6 @@ def distill_loss_func(
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
         loss = divergence_from_logits(logits, Logits(given), labels=targets, denom=denom, **options)
         if ce_weight:
-            from cl_fast.losses import token_logprobs_from_logits
-
             if denom is None:
                 denom = (targets != IGNORED).sum().clamp(min=1)
             loss = loss - ce_weight * token_logprobs_from_logits(logits, targets).sum() / denom
