@@ -14,8 +14,8 @@
 namespace clf {
 namespace {
 
-constexpr int64_t kRowBlock = 1024;       // columns worked on at a time
-constexpr int64_t kSmallest = 1 << 14;    // elements that a thread takes at least
+constexpr int64_t kRowBlock = 1024;     // columns worked on at a time
+constexpr int64_t kSmallest = 1 << 16;  // elements that a thread takes at least
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 static_assert(kRowBlock <= kBlock, "a block is converted in one go");
 
