@@ -75,13 +75,17 @@ CLF_INLINE V exp_tail(V r) {
 constexpr float kLeast = 1.17549435e-38f;  // 2^-126
 constexpr float kLogLeast = -87.3365447505f;
 
-// (e^r - 1) 2^n + 2^n, with r and n from `reduced`
+// 2^n, from what `reduced` shifted
+CLF_INLINE V power_of(V shifted) { return from_bits((bits(shifted) << 23) + 0x3f800000u); }
+
+// e^x and e^x - 1 from e^r - 1. Times a power and not an integer added to the bits, which would
+// take the payload of a NaN for an exponent.
 CLF_INLINE V exp_of(V x, V tail, V shifted) {
-  const V scaled = from_bits(bits(tail + 1.0f) + (bits(shifted) << 23));
-  return x < kLogLeast ? V{} : scaled;
+  const V y = (tail + 1.0f) * power_of(shifted);
+  return x < kLogLeast ? V{} : y;
 }
 CLF_INLINE V expm1_of(V x, V tail, V shifted) {
-  const V power = from_bits((bits(shifted) << 23) + 0x3f800000u);
+  const V power = power_of(shifted);
   const V y = tail * power + (power - 1.0f);
   return x < -18.0f ? all(-1.0f) : y;
 }
