@@ -14,6 +14,11 @@ def words(form: str, scaled: bool, aligned: bool) -> str:
     return f" {form}" + ", scaled" * scaled + ", unaligned" * (not aligned)
 
 
+def in_vectors(aligned: bool, block: int, *dtypes: str) -> bool:
+    """Waves of 64 share half a block of 16-bit numbers in vectors of 8 bytes."""
+    return aligned and (block == kernels.BLOCK or "fp32" in dtypes)
+
+
 def pair(
     x: str, y: str, x_form: str = "plain", y_form: str = "plain", scaled: bool = False,
     aligned: bool = True,
@@ -61,6 +66,7 @@ def sums(
     s: str, t: str, kind: str, s_form: str = "plain", t_form: str = "plain", scaled: bool = False,
     aligned: bool = True,
 ) -> Variant:  # fmt: skip
+    block = kernels.flat_block(FORMS[s_form], FORMS[t_form])
     return Variant(
         name=f"sums {kind} {s} {t} {s_form}{words(t_form, scaled, aligned)}",
         kernel=kernels._sums_kernel,
@@ -73,11 +79,11 @@ def sums(
         constexprs={
             "KIND": kernels.KINDS[kind], "S_FORM": FORMS[s_form], "S_SCALED": scaled,
             "T_FORM": FORMS[t_form], "T_SCALED": scaled, "ALIGNED": aligned,
-            "BLOCK": kernels.SUMS_BLOCK, "SPAN": kernels.SPAN,
+            "BLOCK": block, "SPAN": kernels.SPAN,
         },
         aligned=("s_ptr", "t_ptr", "o_ptr") if aligned else ("o_ptr",),
         options=WARPS,
-        vectors=aligned,
+        vectors=in_vectors(aligned, block, s, t),
     )  # fmt: skip
 
 
@@ -85,6 +91,7 @@ def gradient(
     out: str, s: str, t: str, kind: str, s_form: str = "plain", t_form: str = "plain",
     scaled: bool = False, extra: bool = False, aligned: bool = True,
 ) -> Variant:  # fmt: skip
+    block = kernels.flat_block(FORMS[s_form], FORMS[t_form], crowded=extra and not aligned)
     end = ", cross-entropy" * extra + words(t_form, scaled, aligned)
     return Variant(
         name=f"gradient {kind} {out} {s} {t} {s_form}{end}",
@@ -101,11 +108,11 @@ def gradient(
         constexprs={
             "KIND": kernels.KINDS[kind], "S_FORM": FORMS[s_form], "S_SCALED": scaled,
             "T_FORM": FORMS[t_form], "T_SCALED": scaled, "EXTRA": extra, "C_SCALED": scaled,
-            "ALIGNED": aligned, "BLOCK": kernels.SUMS_BLOCK, "SPAN": kernels.SPAN,
+            "ALIGNED": aligned, "BLOCK": block, "SPAN": kernels.SPAN,
         },
         aligned=("o_ptr", "s_ptr", "t_ptr") if aligned else (),
         options=WARPS,
-        vectors=aligned,
+        vectors=in_vectors(aligned, block, s, t),
     )  # fmt: skip
 
 
@@ -113,6 +120,7 @@ def logprob_gradient(
     out: str, x: str, entropy: bool, form: str = "plain", scaled: bool = False,
     aligned: bool = True,
 ) -> Variant:  # fmt: skip
+    block = kernels.flat_block(FORMS[form])
     return Variant(
         name=f"log-prob gradient {out} {x}{' entropy' * entropy}{words(form, scaled, aligned)}",
         kernel=kernels._logprob_gradient_kernel,
@@ -124,11 +132,11 @@ def logprob_gradient(
         },
         constexprs={
             "FORM": FORMS[form], "SCALED": scaled, "ENTROPY": entropy, "ALIGNED": aligned,
-            "BLOCK": kernels.SUMS_BLOCK, "SPAN": kernels.SPAN,
+            "BLOCK": block, "SPAN": kernels.SPAN,
         },
         aligned=("o_ptr", "x_ptr") if aligned else (),
         options=WARPS,
-        vectors=aligned,
+        vectors=in_vectors(aligned, block, x),
     )  # fmt: skip
 
 
@@ -147,6 +155,7 @@ VARIANTS = [
     *(sums("bf16", "bf16", kind) for kind in ("reverse_kl", "skew_forward_kl", "tvd")),
     sums("fp32", "fp32", "skew_reverse_kl", "softcap", "softcap", scaled=True),
     sums("bf16", "fp32", "jsd", "plain", "probs", scaled=True),
+    sums("fp32", "fp32", "forward_kl", "softcap", "softcap", scaled=True),
     sums("bf16", "bf16", "jsd", aligned=False),
     *(gradient(d, d, d, kind) for d in ("bf16", "fp32") for kind in ("forward_kl", "jsd")),
     *(
@@ -154,12 +163,17 @@ VARIANTS = [
         for kind in ("reverse_kl", "skew_forward_kl", "skew_reverse_kl", "tvd")
     ),
     *(
-        gradient(d, d, d, "jsd", "softcap", "softcap", scaled=True, extra=True)
+        gradient(d, d, d, kind, "softcap", "softcap", scaled=True, extra=True)
         for d in ("bf16", "fp32")
+        for kind in ("jsd", "skew_reverse_kl")
     ),
+    gradient("fp32", "fp32", "fp32", "skew_forward_kl", "softcap", "softcap", scaled=True),
+    gradient("fp32", "fp32", "fp32", "jsd", scaled=True, extra=True),
     gradient("fp32", "fp32", "fp32", "forward_kl", extra=True),
     gradient("fp32", "bf16", "fp32", "forward_kl", "plain", "probs"),
-    gradient("bf16", "bf16", "bf16", "jsd", aligned=False),
+    gradient("bf16", "bf16", "bf16", "skew_forward_kl", scaled=True, aligned=False),
+    gradient("bf16", "bf16", "bf16", "jsd", extra=True, aligned=False),
+    gradient("bf16", "bf16", "bf16", "skew_reverse_kl", "softcap", "softcap", True, True, False),
     *(logprob_gradient(d, d, e) for d in ("bf16", "fp32") for e in (False, True)),
     logprob_gradient("bf16", "bf16", True, "softcap", scaled=True),
     logprob_gradient("fp32", "bf16", False, aligned=False),
