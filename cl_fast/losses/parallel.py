@@ -11,6 +11,8 @@ A first message tells sizes and whether a rank refuses its arguments, so that al
 one does. What each rank receives for the loss must be the same on all ranks, as it is where the
 loss is what `backward` is called on.
 
+Under torch.compile these functions break the graph, and run as they are.
+
 A `DTensor` is made a plain tensor by `plain`, or refused with words.
 """
 
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -177,6 +179,17 @@ def _teacher_shard(teacher: Teacher, ranks: Ranks) -> Teacher:
     return type(teacher)(**fields)
 
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _eager(function: F) -> F:
+    """What torch.compile runs as it is, after a break of the graph."""
+    disabled: F = torch.compiler.disable(
+        function, reason="the ranks of process_group first agree on sizes, on the host"
+    )
+    return disabled
+
+
 # --- what the ranks agree on -------------------------------------------------------------------
 
 
@@ -207,8 +220,8 @@ class _Offer(NamedTuple):
     teacher_columns: int
     rows: int
     wide: torch.dtype
-    gradients: tuple[bool, bool]
-    """Of what all ranks have, and of anything."""
+    gradients: list[bool]
+    """Which tensors require one."""
     fingerprint: int
     """Of labels, weights and ids; 0 without `debug`."""
     device: torch.device
@@ -230,12 +243,12 @@ def _agree(ranks: Ranks, prepare: Callable[[], tuple[_Offer, Any]], x: Tensor) -
     device = x.device
     try:
         offer, made = prepare()
-    except (TypeError, ValueError, RuntimeError) as found:
+    except Exception as found:
         error = found
     else:
         row = [
             offer.columns, offer.teacher_columns, offer.rows, offer.wide.itemsize,
-            offer.gradients[0] + 2 * offer.gradients[1], offer.fingerprint,
+            sum(g << i for i, g in enumerate(offer.gradients)), offer.fingerprint,
         ]  # fmt: skip
     table = ranks.table(row, device)
     if error is not None:
@@ -403,10 +416,10 @@ def _prepare(
     index = counting_rows(weights)
     wide = wide_dtype(*tensors)
     on = torch.is_grad_enabled()
-    some = [x.requires_grad for x in (rows, weight, bias) if x is not None]
+    some = [on and x is not None and x.requires_grad for x in (rows, weight, bias)]
     offer = _Offer(
         columns, teacher_columns, rows.size(0) if index is None else index.size(0), wide,
-        (on and rows.requires_grad, on and any(some)),
+        some,
         _fingerprint(labels, token_weight, *(
             (teacher.ids, teacher.logprobs) if isinstance(teacher, TopK) else ()
         )) if debug else 0,
@@ -487,6 +500,7 @@ def _rows_of(
     ), columns  # fmt: skip
 
 
+@_eager
 def linear_divergence(
     hidden: Tensor,
     weight: Tensor,
@@ -556,6 +570,7 @@ def linear_divergence(
     return reduce(losses.to(side.wide), side.weights, reduction, denom, side.lead)
 
 
+@_eager
 def divergence_from_logits(
     logits: Tensor,
     teacher: Teacher,
@@ -676,11 +691,11 @@ def _token_logprobs(
         index = None if head is None else counting_rows(counts)
         wide = wide_dtype(*tensors)
         on = torch.is_grad_enabled()
-        some = any(y is not None and y.requires_grad for y in (rows, head, offset))
+        some = [on and y is not None and y.requires_grad for y in (rows, head, offset)]
         offer = _Offer(
             rows.size(1) if head is None else head.size(0), 0,
             rows.size(0) if index is None else index.size(0), wide,
-            (on and rows.requires_grad, on and some), _fingerprint(ids) if debug else 0,
+            some, _fingerprint(ids) if debug else 0,
             rows.device,
         )  # fmt: skip
         return offer, (rows, head, offset, kernels, how, index, counts, wide, x.shape[:-1])
@@ -705,6 +720,7 @@ def _token_logprobs(
     return out[:, 0].reshape(lead)
 
 
+@_eager
 def token_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -739,6 +755,7 @@ def token_logprobs(
     )  # fmt: skip
 
 
+@_eager
 def token_logprobs_from_logits(
     logits: Tensor,
     ids: Tensor,

@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cl_fast.ops.divergences import once
 from cl_fast.ops.heads import Head, HeadGradients, chunks
 from cl_fast.ops.supports import _small, _Task
 from cl_fast.ops.vocabulary_rows import Extra, How, _chain, _values
@@ -412,29 +413,13 @@ class Support:
 # --- a head without its logits -----------------------------------------------------------------
 
 
-class _Last(torch.autograd.Function):  # type: ignore[misc]
-    """A gradient that has none itself, and says so."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, anchor: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        raise RuntimeError("a loss with process_group is not differentiable twice")
-
-
 def _once(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
     """A backward pass that is not recorded, whose results refuse to be differentiated."""
 
     def inner(ctx: Any, grad: Tensor) -> Any:
         with torch.no_grad():
             out = backward(ctx, grad)
-        if not torch.is_grad_enabled():
-            return out
-        return tuple(
-            x if x is None else _Last.apply(x, x.new_zeros((), requires_grad=True)) for x in out
-        )
+        return tuple(x if x is None else once(x) for x in out)
 
     return inner
 

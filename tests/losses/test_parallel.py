@@ -30,6 +30,7 @@ from cl_fast.losses import (
     divergence_from_logits,
     linear_divergence,
     parallel,
+    token_logprobs,
 )
 from cl_fast.ops.vocabulary_rows import KINDS
 
@@ -288,7 +289,7 @@ def logprobs(rank: int) -> None:
         ours_x = x.detach().clone().requires_grad_()
         ours_w = mine(w, rank).detach().clone().requires_grad_(not frozen)
         ours_b = mine(b, rank).detach().clone().requires_grad_(not frozen)
-        found = parallel.token_logprobs(
+        found = token_logprobs(
             ours_x, ours_w, ids, bias=ours_b, entropy=entropy, process_group=group,
             chunk_tokens=4, **how,
         )  # fmt: skip
@@ -499,6 +500,23 @@ def bad_input_is_refused_on_all_ranks(rank: int) -> None:
     (grad,) = torch.autograd.grad(loss, x, create_graph=True)
     with refused(RuntimeError, "not differentiable twice"):
         grad.sum().backward()
+
+
+@check
+def compiled(rank: int) -> None:
+    x, w = torch.randn(*LEAD, H), torch.randn(SIZES[rank], H)
+    teacher = part_of(teachers(torch.float32)["logits"], rank)
+
+    def step(x: Tensor) -> Tensor:
+        hidden = torch.tanh(x)
+        return 2 * linear_divergence(hidden, w, teacher, process_group=dist.group.WORLD)
+
+    grads = []
+    for function in (step, torch.compile(step, backend="eager")):
+        x = x.detach().requires_grad_()
+        function(x).backward()
+        grads.append(x.grad)
+    close(*grads, "gradient", 1e-6)
 
 
 # --- models ------------------------------------------------------------------------------------
