@@ -386,12 +386,18 @@ def _mixture(d, w):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def _half_sign(x):  # type: ignore[no-untyped-def]
+    """0 of 0, and NaN of NaN."""
+    return tl.where(x > 0.0, 0.5, tl.where(x < 0.0, -0.5, x))
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _slopes(lp, lq, mix, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
     """g of all kinds but forward KL; NaN where both sides give nothing."""
     if KIND == TVD:
         p = tl.exp(lp)
         q = tl.exp(lq)
-        g = tl.where(p > q, 0.5, tl.where(p < q, -0.5, 0.0))
+        g = _half_sign(p - q)
     elif KIND == REVERSE:
         g = lp - lq
     elif KIND == SKEW_REVERSE:
@@ -419,7 +425,7 @@ def _terms(lp, lq, mix, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
         k = loss
     elif KIND == TVD:
         loss = tl.abs(p - q) * 0.5
-        k = p * tl.where(p > q, 0.5, tl.where(p < q, -0.5, 0.0))
+        k = p * _half_sign(p - q)
     elif KIND == SKEW_REVERSE:
         r, _ = _mixture(lq - lp, 1.0 - mix)
         loss = tl.where(p == 0.0, 0.0, p * -r)

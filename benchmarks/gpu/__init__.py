@@ -9,4 +9,5 @@ selection.py      magnitude_threshold
 packing.py        pack, unpack, combine from packed deltas
 low_rank.py       rank updates and gram matrices
 orthogonality.py  penalty with gradient, projection
+divergence.py     divergences and log-probs with their gradients, from logits and from hidden states
 """
