@@ -2,8 +2,8 @@
 
 A tiny teacher learns a language of numbers (each is the sum of the two before it, modulo 97, with
 some noise), says once what it would expect after each prefix, and a smaller student learns from
-that alone. With TAIL = "renorm" the student would need only k rows of its head per token, but nobody
-would tell it how little all other tokens deserve. Runs in seconds on a CPU:
+that alone. With TAIL = "renorm" the student would need only k rows of its head per token, but
+nobody would tell it how little all other tokens deserve. Runs in seconds on a CPU:
 
     python examples/distill_from_cache.py
 """

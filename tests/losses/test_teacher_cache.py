@@ -343,6 +343,7 @@ WORKER = """
     torch.set_num_threads(1)  # nothing of a pool is lost in a fork
     import test_teacher_cache as t
     from cl_fast.losses import cache
+    t.model()  # loads what children would load one by one
 
     dies, written, asked = 0, 0, 0
     fsync, ask = os.fsync, cache._Teacher.topk
@@ -483,3 +484,23 @@ def test_shards_are_safetensors_files(tmp_path: Path) -> None:
         ids: Any = file.get_tensor("ids")
     stored: Tensor = torch.cat([x.ids for x in cache])
     assert ids.tolist() == stored.tolist()
+
+
+def test_what_the_page_shows_runs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "teacher-cache.md").read_text(encoding="utf-8")
+    code = "\n".join(part.split("```")[0] for part in page.split("```python\n")[1:])
+    names: dict[str, Any] = {}
+    exec(compile(code, "teacher-cache.md", "exec"), names)
+    assert names["some"].ids.shape == (2, 20, 16)
+    assert names["loss"].isfinite()
+
+
+def test_the_example_teaches() -> None:
+    example = Path(__file__).parents[2] / "examples" / "distill_from_cache.py"
+    done = subprocess.run(
+        [sys.executable, str(example)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.split("held-out loss: ")[1].replace(",", "").split()
+    teacher, before, after = float(words[1]), float(words[3]), float(words[5])
+    assert after < teacher + 0.35 * (before - teacher)

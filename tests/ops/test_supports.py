@@ -527,6 +527,69 @@ def test_opcheck(tail: str, requires_grad: bool) -> None:
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("tail", TAILS)
+def test_opcheck_of_the_gradients(tail: str) -> None:
+    x, ids, logs = teacher(4, 50, 3)
+    labels, how = torch.tensor([0, -1, 5, 7]), [1.0, 0.0, 1.0]
+    _, _, h, normals, stats = torch.ops.cl_fast.support_rows(
+        x, ids, logs, None, labels, tail, "jsd", 0.5, how, 1.0, 0.5, False, False, None
+    )
+    for op in ("support_rows_gradient", "support_rows_gradient_"):
+        torch.library.opcheck(
+            getattr(torch.ops.cl_fast, op).default,
+            (upstream(4), x, ids, h, normals, labels, stats, 0.5, how, None),
+        )
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_strided_logits(inplace: bool, backend: str) -> None:
+    x, ids, logs = teacher(6, 40, 5)
+    x, logs, up = x.float(), logs.float(), torch.ones(6)
+    want = loss_and_grad(lambda x: topk_from_logits(x, ids, logs)[0], x, up)
+    layouts = {
+        "transposed": lambda x: x.t().contiguous().t(),
+        "padded": lambda x: torch.nn.functional.pad(x, (1, 6))[:, 1:41],
+        "every other": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    }
+    for name, laid_out in layouts.items():
+        got = loss_and_grad(
+            lambda x, f=laid_out: topk_from_logits(
+                f(x), ids.t().contiguous().t(), logs.t().contiguous().t(), inplace=inplace,
+                backend=backend,
+            )[0],
+            x, up,
+        )  # fmt: skip
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, msg=name)
+
+
+@pytest.mark.parametrize(("columns", "k"), [(1, 1), (2, 1), (2, 2), (3, 1), (17, 1), (17, 16)])
+@pytest.mark.parametrize("tail", TAILS)
+def test_small_vocabularies(columns: int, k: int, tail: str, backend: str) -> None:
+    x, ids, logs = teacher(3, columns, k)
+    x, logs, up = x.float(), logs.float(), torch.ones(3)
+    want = loss_and_grad(lambda x: told(x, ids, logs, tail=tail, kind="jsd"), x.double(), up)
+    got = loss_and_grad(
+        lambda x: topk_from_logits(x, ids, logs, tail=tail, kind="jsd", backend=backend)[0], x, up
+    )
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_compiled_rows(inplace: bool) -> None:
+    x, ids, logs = teacher(4, 50, 3)
+
+    def step(x: Tensor) -> Tensor:
+        return topk_from_logits(3 * x, ids, logs, inplace=inplace)[0].sum()
+
+    x.requires_grad_()
+    (want,) = torch.autograd.grad(step(x), x)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    (got,) = torch.autograd.grad(compiled(x), x)
+    torch.testing.assert_close(got, want)
+
+
 def test_compiled_without_breaks() -> None:
     _, ids, logs = teacher(4, 50, 3)
     logs = logs.float()
