@@ -473,7 +473,7 @@ def _rows_of(
         kernels = vocabulary_rows.kernels(backend, *tensors)
         return Support(
             ranks, kernels, support, logprobs, weights, ids, task, side.wide, sizes.start, columns,
-            sizes.total,
+            sizes.total, head=side.head is not None,
         ), columns  # fmt: skip
     _check_split(sizes, pad_vocab, side.kind)
     numbers, head, offset, teacher_how = side.given

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from cl_fast.ops.divergences import once
 from cl_fast.ops.heads import Head, HeadGradients, chunks
-from cl_fast.ops.supports import _small, _Task
+from cl_fast.ops.supports import _GATHER_BYTES, _SCATTERED, _small, _Task
 from cl_fast.ops.vocabulary_rows import Extra, How, _chain, _values
 
 __all__ = ["Dense", "Ranks", "Rows", "Support", "Tokens", "from_head", "from_logits"]
@@ -267,12 +267,14 @@ class Tokens:
 class Support:
     """The divergence from a teacher known on k ids of a row: see `cl_fast.ops.supports`.
 
-    The logits that it is given are scratch: they are overwritten for a while, or for good.
+    The logits that it is given are scratch: they are overwritten for a while, or for good. Where it
+    `gathers` they are [C, k], those of the support alone.
 
     Args:
         ids, logprobs: [C, k], of the rows that count; ids of the whole vocabulary.
         start, columns: of this rank.
         total: size of the vocabulary.
+        head: whether the logits are those of a head, made by `from_head`.
     """
 
     outputs = 1
@@ -290,13 +292,14 @@ class Support:
         start: int,
         columns: int,
         total: int,
+        head: bool,
     ) -> None:
         self.ranks, self.wide = ranks, torch.float64
         self._rows_wide, self._kernels, self._task = wide, kernels, task
         local = ids - start
         self._mine = (local >= 0) & (local < columns)
         # Spread, so that what other ranks own does not meet in one column.
-        self._local = local.remainder(columns)
+        self.local = local.remainder(columns)
         self._logprobs, self._weights, self._labels = logprobs, weights, labels
         how = task.how
         self._tail = task.has_tail(ids.size(1), total)
@@ -304,6 +307,10 @@ class Support:
         self._plain = how.scale > 0 and not how.softcap
         self._inner = how if self._plain else How(temperature=how.temperature)
         k = ids.size(1)
+        scattered = _SCATTERED.get(ids.device.type, _SCATTERED["cuda"])
+        self.gathers = head and task.tail == "renorm" and not task.ce_weight
+        self.gathers = self.gathers and k * scattered <= total
+        """Whether k rows of a head per token cost less than all."""
         self._widths = [k, k + self._tail, 2 * self._tail, 1, 3 if task.ce_weight else 0]
 
     def _put(self, x: Tensor, part: slice, values: Tensor | float, lowest: bool) -> None:
@@ -311,7 +318,7 @@ class Support:
         nothing = torch.inf if lowest else -torch.inf
         mine = self._mine[part]
         source = torch.where(mine, values, nothing).to(x.dtype)
-        x.scatter_reduce_(1, self._local[part], source, "amin" if lowest else "amax")
+        x.scatter_reduce_(1, self.local[part], source, "amin" if lowest else "amax")
 
     def _outside(self, x: Tensor, part: slice) -> Tensor:
         """The logits without the support; x itself where -inf says so."""
@@ -322,7 +329,7 @@ class Support:
 
     def measure(self, x: Tensor, part: slice) -> Tensor:
         ranks, task, kernels, wide = self.ranks, self._task, self._kernels, self._rows_wide
-        here = x.gather(1, self._local[part])
+        here = x if self.gathers else x.gather(1, self.local[part])
         k, size = here.size(1), ranks.size
         # Each rank has columns of its own, and the ids of a support one owner: a sum brings all.
         width = k + 2 * size * self._tail + (2 * size + 1 if task.ce_weight else 0)
@@ -374,13 +381,16 @@ class Support:
         g = _weighted(grad[:, 0], None if self._weights is None else self._weights[part])
         hard = self._hard(g, x, part, plain.to(wide)) if task.ce_weight else None
         h = torch.where(g[:, None] == 0, 0, h * g[:, None])
+        inside = torch.where(self._mine[part], _chain(h[:, :k], picked, task.how), 0)
+        if self.gathers:
+            out.copy_(inside)
+            return
         if self._tail:
             self._outside_gradient(out, h[:, k], x, part, normal.to(wide))
         else:
             out.zero_()
         # What is added to is 0.
-        inside = torch.where(self._mine[part], _chain(h[:, :k], picked, task.how), 0)
-        out.scatter_add_(1, self._local[part], inside.to(out.dtype))
+        out.scatter_add_(1, self.local[part], inside.to(out.dtype))
         if hard is not None:
             out += hard
 
@@ -390,7 +400,7 @@ class Support:
         # Nothing is outside where all of it has probability 0.
         grad = torch.where(normal[:, 0] == -torch.inf, 0, -h).to(normal.dtype)
         stats = torch.cat([normal, torch.zeros_like(normal)], 1)
-        nothing = torch.full_like(self._local[part][:, 0], -1)
+        nothing = torch.full_like(self.local[part][:, 0], -1)
         values = self._outside(x, part)
         dz = out if self._plain else torch.empty_like(values)
         self._kernels.logprob_gradient(dz, grad, None, values, nothing, stats, self._inner)
@@ -424,6 +434,65 @@ def _once(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any
     return inner
 
 
+class _PickedHead:
+    """The rows of a head that a support names, as `Head`."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, support: Support
+    ) -> None:
+        self.hidden, self.weight, self.bias, self.support = hidden, weight, bias, support
+        wide = torch.float64 in (hidden.dtype, weight.dtype)
+        self.wide = torch.float64 if wide else torch.float32
+        self.rows = weight
+
+    def ids(self, part: slice) -> Tensor:
+        return self.support.local[part].reshape(-1)
+
+    def logits(self, part: slice) -> Tensor:
+        ids, hidden = self.ids(part), self.hidden[part].to(self.wide)
+        self.rows = self.weight.index_select(0, ids).to(self.wide)
+        self.rows = self.rows.view(hidden.size(0), -1, hidden.size(1))
+        x = torch.bmm(self.rows, hidden[:, :, None])[:, :, 0]
+        return x if self.bias is None else x + self.bias[ids].view_as(x)
+
+
+class _PickedGradients:
+    """As `HeadGradients`."""
+
+    def __init__(self, head: _PickedHead, hidden: bool, weight: bool, bias: bool) -> None:
+        self._head = head
+        x, w = head.hidden, head.weight
+        self.hidden = x.new_zeros(x.shape, dtype=head.wide) if hidden else None
+        self.weight = w.new_zeros(w.shape, dtype=head.wide) if weight else None
+        self.bias = w.new_zeros(w.size(0), dtype=head.wide) if bias else None
+
+    @property
+    def wanted(self) -> bool:
+        return not (self.hidden is None and self.weight is None and self.bias is None)
+
+    def target(self, logits: Tensor) -> Tensor:
+        return logits
+
+    def add(self, part: slice, dy: Tensor) -> None:
+        """Of the chunk whose logits were made last."""
+        head = self._head
+        ids = head.ids(part)
+        if self.hidden is not None:
+            self.hidden[part] = torch.bmm(dy[:, None], head.rows)[:, 0]
+        if self.weight is not None:
+            outer = dy[:, :, None] * head.hidden[part].to(head.wide)[:, None]
+            self.weight.index_add_(0, ids, outer.view(-1, outer.size(2)))
+        if self.bias is not None:
+            self.bias.index_add_(0, ids, dy.reshape(-1))
+
+
+def _opened(hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows) -> tuple[Any, Any]:
+    """A head and the class of its gradients."""
+    if isinstance(rows, Support) and rows.gathers:
+        return _PickedHead(hidden, weight, bias, rows), _PickedGradients
+    return Head(hidden, weight, bias), HeadGradients
+
+
 class _Plan(NamedTuple):
     rows: Rows
     needed: tuple[bool, bool, bool]
@@ -437,9 +506,9 @@ class _FromHead(torch.autograd.Function):  # type: ignore[misc]
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan) -> Any:
         rows, (need_hidden, need_weight, need_bias), uniform, parts = plan
         with torch.autocast(hidden.device.type, enabled=False):
-            head = Head(hidden, weight, bias)
-            first = HeadGradients(head, need_hidden, need_weight and uniform, need_bias and uniform)
-            others = [HeadGradients(head, need_hidden, False, False)] * (rows.outputs - 1)
+            head, of = _opened(hidden, weight, bias, rows)
+            first = of(head, need_hidden, need_weight and uniform, need_bias and uniform)
+            others = [of(head, need_hidden, False, False)] * (rows.outputs - 1)
             found = []
             for part in parts:
                 x = head.logits(part)
@@ -471,8 +540,8 @@ class _FromHead(torch.autograd.Function):  # type: ignore[misc]
         rows, (need_hidden, need_weight, need_bias), _, parts = ctx.plan
         if ctx.again:
             with torch.autocast(grad.device.type, enabled=False):
-                head = Head(hidden, weight, bias)
-                gradients = HeadGradients(head, False, need_weight, need_bias)
+                head, of = _opened(hidden, weight, bias, rows)
+                gradients = of(head, False, need_weight, need_bias)
                 for part in parts:
                     x = head.logits(part)
                     out = gradients.target(x)
@@ -516,6 +585,10 @@ def from_head(
     needed = [wanted and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     many = 8 if uniform and needed[1] else 32
     parts = chunks(hidden.size(0), columns, chunk_tokens, many)
+    if isinstance(rows, Support) and rows.gathers:
+        room = _GATHER_BYTES.get(hidden.device.type, _GATHER_BYTES["cuda"])
+        step = max(1, room // max(1, rows.local.size(1) * hidden.size(1) * 8))
+        parts = chunks(hidden.size(0), 1, step if chunk_tokens is None else min(step, chunk_tokens))
     out: Tensor = _FromHead.apply(
         hidden, weight, bias, _Plan(rows, (needed[0], needed[1], needed[2]), uniform, parts)
     )

@@ -86,7 +86,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 
 
 def mine(x: Tensor, rank: int, dim: int = 0) -> Tensor:
-    return x.split(SIZES, dim)[rank]
+    first = SIZES[0] * x.size(dim) // V
+    return x.split((first, x.size(dim) - first), dim)[rank]
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> Tensor:
@@ -229,6 +230,15 @@ def dtypes_and_backends(rank: int) -> None:
                 leaf(V, dtype=dtype), teacher, f"{dtype} {kind} {form}", bound, kind=kind,
                 temperature=1.5,
             )  # fmt: skip
+
+
+@check
+def autocast(rank: int) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for form, teacher in teachers(torch.float32).items():
+            if form != "all":
+                x, w, b = (leaf(*n, dtype=torch.float32) for n in ((*LEAD, H), (V, H), (V,)))
+                compare_linear(rank, x, w, b, teacher, form, 2**-7, kind="jsd")
 
 
 @check
@@ -394,6 +404,26 @@ def nothing_counts(rank: int) -> None:
     loss.backward()
     assert loss == 0
     assert (z.grad == 0).all()
+
+
+@check
+def few_rows_of_a_large_head(rank: int) -> None:
+    """A renormalised support for which no product with the whole head is made."""
+    ids = torch.rand(*LEAD, 10 * V).topk(3).indices
+    teacher = TopK(ids, torch.randn(*LEAD, 3, dtype=torch.float64), tail="renorm")
+    given = options()["all"] | {"ce_weight": 0.0}
+    for kind, some in itertools.product(("forward_kl", "jsd"), (given, {}, {"chunk_tokens": 5})):
+        for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
+            x, w, b = (leaf(*n, dtype=dtype) for n in ((*LEAD, H), (10 * V, H), (10 * V,)))
+            compare_linear(rank, x, w, b, teacher, f"{kind} {dtype}", bound, kind=kind, **some)
+    z = torch.randn(*LEAD, 10 * V, requires_grad=True)
+    whole = divergence_from_logits(z, teacher)
+    part = mine(z.detach(), rank, -1).clone().requires_grad_()
+    ours = divergence_from_logits(part, teacher, process_group=dist.group.WORLD)
+    whole.backward()
+    ours.backward()
+    close(ours, whole, "from logits", 1e-5)
+    close(part.grad, mine(z.grad, rank, -1), "from logits", 1e-5)
 
 
 @check
