@@ -140,7 +140,7 @@ def token_logprobs(
     if debug:
         check_finite(hidden=hidden, weight=weight, bias=bias)
     how = How(float(logit_scale), _cap(softcap), float(temperature))
-    rows, head, offset = _autocast(hidden.reshape(-1, hidden.size(-1)), weight, bias)
+    rows, head, offset = _autocast(hidden.reshape(ids.numel(), hidden.size(-1)), weight, bias)
     assert rows is not None
     assert head is not None
     logprobs, entropies = linear_logprobs(
@@ -162,6 +162,7 @@ def token_logprobs_from_logits(
     entropy: Literal[False] = ...,
     inplace: bool = ...,
     debug: bool = ...,
+    process_group: Any = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
 
@@ -178,6 +179,7 @@ def token_logprobs_from_logits(
     entropy: Literal[True],
     inplace: bool = ...,
     debug: bool = ...,
+    process_group: Any = ...,
     backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -193,6 +195,7 @@ def token_logprobs_from_logits(
     entropy: bool = False,
     inplace: bool = False,
     debug: bool = False,
+    process_group: Any = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`token_logprobs` of logits that exist already: one pass forward, one backward.
@@ -204,13 +207,22 @@ def token_logprobs_from_logits(
             must not be used for anything else. A second backward pass is refused by torch.
         (others): as in `token_logprobs`.
     """
+    if process_group is not None:
+        from cl_fast.losses import parallel
+
+        result: Tensor | tuple[Tensor, Tensor] = parallel.token_logprobs_from_logits(
+            logits, ids, logit_scale=logit_scale, softcap=softcap, temperature=temperature,
+            ignore_index=ignore_index, entropy=entropy, inplace=inplace, debug=debug,
+            process_group=process_group, backend=backend,
+        )  # fmt: skip
+        return result
     logits = _plain("logits", logits)
     lead = _lead("logits", logits, ids)
     if debug:
         check_finite(logits=logits)
     how = How(float(logit_scale), _cap(softcap), float(temperature))
     logprobs, entropies = logprob_rows(
-        logits.reshape(-1, logits.size(-1)), ids.reshape(-1), ignore=ignore_index, how=how,
+        logits.reshape(ids.numel(), logits.size(-1)), ids.reshape(-1), ignore=ignore_index, how=how,
         entropy=entropy, inplace=inplace, debug=debug, backend=backend,
     )  # fmt: skip
     return _shaped(logprobs, entropies, lead)

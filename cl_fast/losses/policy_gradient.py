@@ -3,7 +3,7 @@
     d = log p_ref - log p                            of the tokens that the policy drew
     k1 = -d,   k2 = d^2 / 2,   k3 = e^d - 1 - d      estimates of KL(p, p_ref); k1 and k3 unbiased
 
-    rho = exp(log p - log p_old)                     of a token, or of a sequence: the geometric mean
+    rho = exp(log p - log p_old)                     of a token, or the geometric mean of a sequence
     loss = -min(rho A, clip(rho, 1 - low, 1 + high) A) + c kl
 
     gradient of the loss for log p: -rho A, and 0 where the clip is the smaller: A > 0 and
@@ -14,8 +14,8 @@ ratio: -max(min(rho A, clip(rho) A), dual_clip A) for A < 0. Tokens that are cli
 left out before anything is exponentiated, so that no infinity of theirs turns into NaN.
 
 Sources: PPO: Schulman et al. 2017 (arXiv 1707.06347); k1, k2, k3: Schulman 2020, "Approximating KL
-divergence"; GRPO: Shao et al. 2024 (2402.03300); DAPO: Yu et al. 2025 (2503.14476); dual clip: Ye et
-al. 2020 (1912.09729); sequence ratios: GSPO, Zheng et al. 2025 (2507.18071).
+divergence"; GRPO: Shao et al. 2024 (2402.03300); DAPO: Yu et al. 2025 (2503.14476); dual clip: Ye
+et al. 2020 (1912.09729); sequence ratios: GSPO, Zheng et al. 2025 (2507.18071).
 """
 
 from __future__ import annotations
@@ -239,10 +239,10 @@ def _surrogate(
         below = (advantages < 0) & (log_ratio < least)
         above = (advantages > 0) & (log_ratio > math.log1p(high))
         # The ratio that a clipped token counts with; it has no gradient.
-        fixed = torch.where(above, 1 + high, 1 - low).to(log_ratio.dtype)
+        fixed = torch.full_like(log_ratio, 1 - low).masked_fill(above, 1 + high)
         if dual is not None:
             far = (advantages < 0) & (log_ratio > math.log(dual))
-            fixed = torch.where(far, dual, fixed)
+            fixed = fixed.masked_fill(far, dual)
             above = above | far
         idle = below | above | (advantages == 0)
     ratio = torch.where(idle, 0, log_ratio).exp()

@@ -10,7 +10,7 @@
     dpo_loss "sigmoid"        -(1 - s) log sigma(beta delta) - s log sigma(-beta delta)
              "hinge"          max(0, 1 - beta delta)
              "ipo"            (delta - 1 / (2 beta))^2                               means
-             "robust"         (-(1 - s) log sigma(beta delta) + s log sigma(-beta delta)) / (1 - 2 s)
+             "robust"         (-(1 - s) log sigma(x) + s log sigma(-x)) / (1 - 2 s), x = beta delta
              "exo_pair"       KL of (sigma(beta delta), sigma(-beta delta)) from (1 - s, s)
     cpo_loss                  the first three with delta = c - r, + alpha nll
     simpo_loss                -(1 - s) log sigma(beta (c - r) - gamma) - s log sigma(-...)  means
@@ -142,7 +142,7 @@ def _log_odds(x: Tensor) -> Tensor:
     """x - log(1 - e^x) of log-probs x <= 0; 0 itself counts as the largest number below it."""
     x = x.clamp(max=-torch.finfo(x.dtype).tiny)
     small = x < -math.log(2)
-    # Each form gets an argument at which it is finite: where() multiplies the other's gradient by 0.
+    # Each form gets an argument at which it is finite: where() multiplies its gradient by 0.
     far = torch.log1p(-torch.where(small, x, -1).exp())
     near = torch.log(-torch.expm1(torch.where(small, -1, x)))
     return x - torch.where(small, far, near)
@@ -270,9 +270,9 @@ def kto_loss(
         away = x - x0 - kl.detach().reshape(()).to(x.dtype).clamp(min=0)
     else:
         away = x - x0 - max(0.0, kl)
-    sign = torch.where(desirable, -beta, beta).to(x.dtype)
-    weight = torch.where(desirable, desirable_weight, undesirable_weight).to(x.dtype)
-    return _reduced(weight * torch.sigmoid(sign * away), reduction)
+    losses = torch.sigmoid(beta * torch.where(desirable, -away, away))
+    weighted = torch.where(desirable, desirable_weight * losses, undesirable_weight * losses)
+    return _reduced(weighted, reduction)
 
 
 @overload
