@@ -686,24 +686,28 @@ void to_f32(DType t, const uint8_t* x, int64_t n, float* out) {
   });
 }
 
+template <DType T>
+void from_f32_to(const float* x, int64_t n, uint8_t* out) {
+  constexpr int64_t size = T == DType::F32 ? 4 : 2;
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) store<T>(out + i * size, loadf(x + i));
+  if (i < n) {
+    float last[16] = {};
+    std::memcpy(last, x + i, size_t(n - i) * 4);
+    Padded tail;
+    store<T>(tail.bytes, loadf(last));
+    std::memcpy(out + i * size, tail.bytes, size_t((n - i) * size));
+  }
+}
+
 void from_f32(DType t, const float* x, int64_t n, uint8_t* out) {
-  TileView view;
-  view.out = out;
-  float padded[16];
-  for (int64_t i = 0; i < n; i += 16) {
-    const int64_t m = n - i < 16 ? n - i : 16;
-    std::memset(padded, 0, sizeof padded);
-    std::memcpy(padded, x + i, size_t(m) * 4);
-    switch (t) {
-      case DType::BF16:
-        finish_block<DType::BF16>(view, i, m, nullptr, padded);
-        break;
-      case DType::F16:
-        finish_block<DType::F16>(view, i, m, nullptr, padded);
-        break;
-      default:
-        finish_block<DType::F32>(view, i, m, nullptr, padded);
-    }
+  switch (t) {
+    case DType::BF16:
+      return from_f32_to<DType::BF16>(x, n, out);
+    case DType::F16:
+      return from_f32_to<DType::F16>(x, n, out);
+    default:
+      return from_f32_to<DType::F32>(x, n, out);
   }
 }
 
