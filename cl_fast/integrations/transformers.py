@@ -428,6 +428,8 @@ class DistillMixin:
             which position i is the teacher's prediction after token i.
         kind, beta, skew, temperature, teacher_temperature, ce_weight, pad_vocab, chunk_tokens:
             see `linear_divergence`.
+            Log-probs in columns that were made at the student's temperature go with
+            teacher_temperature=1.
         tail: see `TopK`; for the columns.
 
     A column `token_weight` [batch, length] weights the tokens by what position i predicts.

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import NoLogits, batch, gemma2, gradients, llama
+from tiny_models import VOCABULARY, NoLogits, batch, gemma2, gradients, llama
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from cl_fast.integrations.transformers import DistillMixin, distill_loss_func, next_labels
+from cl_fast.losses import TeacherCache
 
 
 class Distiller(DistillMixin, Trainer):
@@ -149,6 +150,25 @@ def test_teacher_of_columns(tmp_path: Path) -> None:
     both = Distiller(student, arguments(tmp_path), train_dataset=rows, teacher=teacher)
     with pytest.raises(ValueError, match="one of them"):
         both.train()
+
+
+def test_teacher_of_a_cache(tmp_path: Path) -> None:
+    """Its positions are aligned with ours: all ids are the full loss, up to float16."""
+    student, teacher = llama(0), llama(1)
+    expected = eager(student, teacher)
+    expected.backward()
+    wanted = gradients(student)
+    student.zero_grad()
+    cache = TeacherCache.build(
+        teacher, ROWS, VOCABULARY, path=tmp_path / "cache", temperature=2.0, progress=False
+    )
+    options = {"kind": "reverse_kl", "temperature": 2.0, "teacher_temperature": 1.0}
+    data = cache.attach(ROWS)
+    trainer = Distiller(student, arguments(tmp_path), train_dataset=data, **options)
+    found, loss = trained(trainer)
+    assert loss == pytest.approx(float(expected), rel=0.01)
+    for name, gradient in wanted.items():
+        assert (found[name] - gradient).norm() < 0.01 * gradient.norm(), name
 
 
 def test_base_of_an_adapter_is_its_teacher(tmp_path: Path) -> None:
