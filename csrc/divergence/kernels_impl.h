@@ -158,8 +158,8 @@ CLF_INLINE V tanh(V x, V* bend) {
   const V e = exp_of(y, tail, shifted), e1 = expm1_of(y, tail, shifted);
   const V above = e + 1.0f;
   *bend = (e * 4.0f) / (above * above);
-  const V near = magnitude(e1) / (e1 + 2.0f), far = 1.0f - (e + e) / above;
-  return with_sign_of(y < -1.1f ? far : near, x);
+  const V part = (y < -1.1f ? e + e : magnitude(e1)) / (y < -1.1f ? above : e1 + 2.0f);
+  return with_sign_of(y < -1.1f ? 1.0f - part : part, x);
 }
 
 // Sixteen lanes in float32, and what has been added up before in float64.
