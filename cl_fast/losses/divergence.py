@@ -59,7 +59,11 @@ def kind_and_mix(kind: str, beta: float, skew: float) -> tuple[str, float]:
     return kind, skew
 
 
-def _refuse_trainable(teacher: Teacher) -> None:
+def _check_teacher(teacher: Teacher) -> None:
+    if not isinstance(teacher, (Hidden, Logits, Probs, TopK)):
+        raise TypeError(
+            f"teacher must be Hidden, Logits, Probs or TopK; got {type(teacher).__name__}"
+        )
     for name, value in vars(teacher).items():
         if isinstance(value, Tensor) and value.requires_grad:
             raise ValueError(
@@ -68,11 +72,17 @@ def _refuse_trainable(teacher: Teacher) -> None:
             )
 
 
-def _check_shape(name: str, x: Tensor | None, lead: torch.Size) -> None:
-    if x is not None and x.shape != lead:
+def _check_shape(
+    name: str, x: Tensor | None, lead: torch.Size, device: torch.device | None
+) -> None:
+    if x is None:
+        return
+    if x.shape != lead:
         raise ValueError(
             f"{name} must have the shape of the tokens, {tuple(lead)}; got {tuple(x.shape)}"
         )
+    if device is not None and x.device != device:
+        raise ValueError(f"{name} must be on the device of the student, {device}; got {x.device}")
 
 
 def check_labels(labels: Tensor, columns: int, ignore_index: int, debug: bool = False) -> None:
@@ -114,15 +124,20 @@ def check_finite(**tensors: Tensor | None) -> None:
 
 
 def row_weights(
-    labels: Tensor | None, token_weight: Tensor | None, ignore_index: int, lead: torch.Size
+    labels: Tensor | None,
+    token_weight: Tensor | None,
+    ignore_index: int,
+    lead: torch.Size,
+    device: torch.device | None = None,
 ) -> Tensor | None:
     """One weight per token, 0 where it does not count: [M]; None: all are 1.
 
     Raises:
-        ValueError: a shape differs from that of the tokens, or token_weight requires grad.
+        ValueError: a shape differs from that of the tokens, a device from `device`, or
+            token_weight requires grad.
     """
-    _check_shape("labels", labels, lead)
-    _check_shape("token_weight", token_weight, lead)
+    _check_shape("labels", labels, lead, device)
+    _check_shape("token_weight", token_weight, lead, device)
     if token_weight is not None and token_weight.requires_grad:
         raise ValueError(
             "token_weight must not require grad: detach it, or multiply the result of "
@@ -155,7 +170,8 @@ def reduce(
         return total
     if denom is None:
         denom = count_of(losses, weight).clamp(min=1)
-    return total / denom
+    # A tensor of one element is one number, whatever its shape and dtype.
+    return total / (denom.reshape(()) if isinstance(denom, Tensor) else denom)
 
 
 def count_of(losses: Tensor, weight: Tensor | None) -> Tensor:
@@ -190,7 +206,12 @@ def flat(name: str, x: Tensor, lead: torch.Size) -> Tensor:
             f"{name} must have the leading shape of the student, {tuple(lead)}; "
             f"got the shape {tuple(x.shape)}"
         )
-    return x.reshape(-1, x.size(-1))
+    return _matrix(x)
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """[..., N] to [M, N]; N may be 0."""
+    return x[None] if x.dim() == 1 else x.flatten(0, -2)
 
 
 def _check_pad(pad_vocab: str | None, columns: int, teacher_columns: int, kind: str) -> None:
@@ -360,7 +381,7 @@ def linear_divergence(
     """
     kind_, mix = kind_and_mix(kind, beta, skew)
     check_reduction(reduction, denom)
-    _refuse_trainable(teacher)
+    _check_teacher(teacher)
     if process_group is not None:
         from cl_fast.losses import parallel
 
@@ -383,7 +404,7 @@ def linear_divergence(
     if weight.dim() != 2:
         raise ValueError(f"weight must be a matrix; got the shape {tuple(weight.shape)}")
     lead, columns = hidden.shape[:-1], weight.size(0)
-    row_weight = row_weights(labels, token_weight, ignore_index, lead)
+    row_weight = row_weights(labels, token_weight, ignore_index, lead, hidden.device)
     if labels is not None:
         check_labels(labels, columns, ignore_index, debug)
     if debug:
@@ -393,7 +414,7 @@ def linear_divergence(
         )  # fmt: skip
     how = How(float(logit_scale), _cap(softcap), float(temperature))
     heat = temperature if teacher_temperature is None else teacher_temperature
-    rows = hidden.reshape(-1, hidden.size(-1))
+    rows = _matrix(hidden)
     cast, head, offset = _autocast(rows, weight, bias)
     assert cast is not None
     assert head is not None
@@ -558,7 +579,7 @@ def divergence_from_logits(
     """
     kind_, mix = kind_and_mix(kind, beta, skew)
     check_reduction(reduction, denom)
-    _refuse_trainable(teacher)
+    _check_teacher(teacher)
     if isinstance(teacher, Hidden):
         raise TypeError(
             "teacher must be Logits, Probs or TopK where the student is given as logits; got "
@@ -572,13 +593,13 @@ def divergence_from_logits(
             token_weight=token_weight, temperature=temperature,
             teacher_temperature=teacher_temperature, logit_scale=logit_scale, softcap=softcap,
             denom=denom, reduction=reduction, ignore_index=ignore_index, pad_vocab=pad_vocab,
-            debug=debug, process_group=process_group, backend=backend,
+            inplace=inplace, debug=debug, process_group=process_group, backend=backend,
         )  # fmt: skip
     logits, teacher = _plain("logits", logits), _plain_teacher(teacher)
     if logits.dim() == 0:
         raise ValueError("logits must have a last dimension of token ids; got a scalar")
     lead, columns = logits.shape[:-1], logits.size(-1)
-    row_weight = row_weights(labels, token_weight, ignore_index, lead)
+    row_weight = row_weights(labels, token_weight, ignore_index, lead, logits.device)
     if labels is not None:
         check_labels(labels, columns, ignore_index, debug)
     if debug:
@@ -589,7 +610,7 @@ def divergence_from_logits(
         )
     how = How(float(logit_scale), _cap(softcap), float(temperature))
     heat = temperature if teacher_temperature is None else teacher_temperature
-    rows = logits.reshape(-1, columns)
+    rows = _matrix(logits)
     if isinstance(teacher, TopK):
         from cl_fast.ops.supports import topk_from_logits
 
@@ -614,5 +635,6 @@ def divergence_from_logits(
     if row_weight is not None:
         # The gradient of a row that does not count is 0 before it meets the row's numbers.
         counts = row_weight != 0
-        losses = torch.where(counts, losses, 0) * torch.where(counts, row_weight, 0)
+        weight = torch.where(counts, row_weight, 0).to(losses.dtype)
+        losses = torch.where(counts, losses, 0) * weight
     return reduce(losses, row_weight, reduction, denom, lead)

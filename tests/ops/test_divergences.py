@@ -408,7 +408,8 @@ def test_rows_that_are_not_removed(monkeypatch: pytest.MonkeyPatch) -> None:
         for x in inputs:
             x.requires_grad_()
         losses, aux = linear_divergence_rows(
-            inputs[0], inputs[1], inputs[2], t, row_weight=row_weight, labels=labels, ce_weight=0.3, uniform=True,
+            inputs[0], inputs[1], inputs[2], t, row_weight=row_weight, labels=labels,
+            ce_weight=0.3, uniform=True,
             measure=True,
         )  # fmt: skip
         losses.sum().backward()
