@@ -21,6 +21,7 @@ docs/teacher-cache.md.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import operator
 import os
@@ -225,6 +226,8 @@ def _write(path: Path, parts: Iterable[bytes]) -> None:
         finally:
             os.close(folder)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
 
 
@@ -417,9 +420,11 @@ class _Teacher:
         head = Head(states, self.weight, self._bias)
         ours = _logits(head.logits(slice(0, states.size(0))), self._how._replace(temperature=1.0))
         ids = torch.from_numpy(few.tokens)[None].to(self._device)
-        theirs = self.model(input_ids=ids, use_cache=False).logits[0].to(ours)
-        # Rounding of the model's own dtype, and of its product.
-        allowed = 1e-4 + 8 * torch.finfo(self.weight.dtype).eps * ours.abs().max()
+        theirs = self.model(
+            input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False
+        ).logits[0].to(ours)  # fmt: skip
+        # The model rounds its logits to its own dtype.
+        allowed = 1e-4 + 4 * torch.finfo(self.weight.dtype).eps * ours.abs().max()
         if ours.shape != theirs.shape or not bool((ours - theirs).abs().max() <= allowed):
             raise ValueError(
                 f"the logits of {type(self.model).__name__} are not those of its decoder and its "
@@ -559,8 +564,8 @@ class TeacherCache:
                 torch.inference_mode(),
                 tqdm(total=count, desc="asking the teacher", disable=not progress) as bar,
             ):
-                if count:
-                    teacher.probe(_example(dataset, 0, keep))
+                for i in [i for i, size in enumerate(rows) if size][:1]:
+                    teacher.probe(_example(dataset, i, keep))
                 for number, (first, last) in enumerate(plan):
                     file = folder / f"shard-{number:05d}.safetensors"
                     digest = _finished(file, identity)

@@ -125,7 +125,6 @@ def _check_values(ids: Tensor, logprobs: Tensor, columns: int, tail: str, debug:
     """Raise where the numbers of a support make no sense; on a card assert it without waiting."""
     if ids.numel() == 0:
         return
-    log_mass = logprobs.double().logsumexp(1)
     in_range = ((ids >= 0) & (ids < columns)).all()
     if ids.is_cuda:
         torch._assert_async(in_range, "teacher.ids: an id is outside of the vocabulary")
@@ -137,7 +136,7 @@ def _check_values(ids: Tensor, logprobs: Tensor, columns: int, tail: str, debug:
             torch._assert_async(~logprobs.isnan().any(), "teacher.logprobs: a NaN")
             if tail != "renorm":
                 torch._assert_async(
-                    (log_mass <= math.log(_SUM_AT_MOST)).all(),
+                    (logprobs.double().logsumexp(1) <= math.log(_SUM_AT_MOST)).all(),
                     "teacher.logprobs: the probabilities of a row sum to more than 1",
                 )
         return
@@ -154,6 +153,7 @@ def _check_values(ids: Tensor, logprobs: Tensor, columns: int, tail: str, debug:
             f"teacher.ids must not hold an id twice in a row; got {ordered[row, column].item()} "
             f"twice in row {row}"
         )
+    log_mass = logprobs.double().logsumexp(1)
     if log_mass.isnan().any() or (log_mass == torch.inf).any():
         raise ValueError("teacher.logprobs must be log-probabilities; got NaN or infinity")
     if tail == "renorm":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -400,6 +401,31 @@ def test_a_build_that_was_killed_goes_on_and_writes_the_same_bytes(tmp_path: Pat
     assert files(path) == files(tmp_path / "whole")
     with pytest.raises(CheckpointError, match="k = 8, not 9"):
         build(path, k=9, shard_tokens=12)
+
+
+def test_a_full_disk_is_said_and_can_be_gone_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, room = tmp_path / "c", 4
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        nonlocal room
+        room -= 1
+        if room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(
+        OutputError, match=r"shard-00001\.safetensors: cannot be written \(No space"
+    ):
+        build(path, shard_tokens=12)
+    assert sorted(files(path)) == ["build.json", "shard-00000.safetensors"]
+    room = 100
+    build(path, shard_tokens=12)
+    build(tmp_path / "whole", shard_tokens=12)
+    assert files(path) == files(tmp_path / "whole")
 
 
 def test_a_shard_that_was_damaged_before_the_end_is_made_again(tmp_path: Path) -> None:
