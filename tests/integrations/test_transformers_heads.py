@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from tiny_models import VOCABULARY, NoLogits, batch, cohere, gemma2, gradients, granite, llama
 from torch import nn
@@ -182,6 +185,64 @@ def test_prompt_learning_keeps_its_virtual_tokens() -> None:
     expected = model(**INPUTS).logits
     assert expected.size(1) == INPUTS["input_ids"].size(1) + 4
     torch.testing.assert_close(logits_of(model, **INPUTS), expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("GPT2LMHeadModel", {"n_embd": 16, "n_layer": 1, "n_head": 2}),
+        ("OPTForCausalLM", {"word_embed_proj_dim": 8, "ffn_dim": 16}),  # projects before its head
+        ("PhiForCausalLM", {}),  # a bias on the head
+        ("BloomForCausalLM", {}),
+        ("NanoChatForCausalLM", {}),  # a softcap
+        ("Cohere2ForCausalLM", {}),  # a factor
+        ("GraniteMoeForCausalLM", {"logits_scaling": 3.0}),  # a divisor
+        ("MambaForCausalLM", {}),
+        ("MixtralForCausalLM", {}),
+    ],
+)
+def test_other_architectures(name: str, changes: dict[str, Any]) -> None:
+    made = getattr(transformers, name)
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    torch.manual_seed(0)
+    model = made(made.config_class(**{**sizes, **changes})).eval()
+    for parameter in model.get_output_embeddings().parameters():
+        nn.init.normal_(parameter)
+    ids = {"input_ids": INPUTS["input_ids"]}
+    torch.testing.assert_close(logits_of(model, **ids), model(**ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_compiled_decoder_is_used() -> None:
+    model = llama().eval()
+    expected = model(**INPUTS).logits
+    model.get_decoder().compile(backend="eager")
+    torch.testing.assert_close(logits_of(model, **INPUTS), expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("", ("torch", "transformers", "peft", "trl", "torchtitan")),
+        (".transformers", ("transformers", "peft", "trl")),
+        (".peft", ("transformers", "peft", "trl")),
+        (".trl", ("transformers", "peft", "trl", "datasets")),
+        (".torchtitan", ("transformers", "peft", "trl")),
+    ],
+)
+def test_a_host_is_imported_when_it_is_used(module: str, absent: tuple[str, ...]) -> None:
+    code = f"import cl_fast.integrations{module}, sys; print({set(absent)} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def _odd_logits(change: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
