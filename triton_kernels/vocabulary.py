@@ -321,7 +321,10 @@ def _single_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + 2, a)
 
 
-@triton.jit(do_not_specialize=["x_stride", "spans", "id_stride", "o_stride"])  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit(  # type: ignore[untyped-decorator, unused-ignore]
+    do_not_specialize=["x_stride", "spans", "id_stride", "o_stride"],
+    do_not_specialize_on_alignment=["x_ptr", "ids_ptr"],
+)
 def _finish_single_kernel(  # type: ignore[no-untyped-def]
     partial_ptr, o_ptr, x_ptr, ids_ptr, x_stride, id_stride, o_stride, spans, inner, factor,
     FORM: tl.constexpr, SCALED: tl.constexpr, ENTROPY: tl.constexpr, SPANS: tl.constexpr,
@@ -441,7 +444,10 @@ def _terms(lp, lq, mix, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
     return loss, k
 
 
-@triton.jit(do_not_specialize=["s_stride", "t_stride", "ns_stride", "nt_stride", "ns", "nt"])  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit(  # type: ignore[untyped-decorator, unused-ignore]
+    do_not_specialize=["s_stride", "t_stride", "ns_stride", "nt_stride", "ns", "nt"],
+    do_not_specialize_on_alignment=["normal_s_ptr", "normal_t_ptr"],
+)
 def _sums_kernel(  # type: ignore[no-untyped-def]
     s_ptr, t_ptr, normal_s_ptr, normal_t_ptr, o_ptr, s_stride, t_stride, ns_stride, nt_stride,
     ns, nt, s_inner, s_factor, t_inner, t_factor, mix,
@@ -527,7 +533,8 @@ def _fill_zeros(  # type: ignore[no-untyped-def]
     do_not_specialize=[
         "o_stride", "s_stride", "t_stride", "g_stride", "c_g_stride", "c_normal_stride",
         "id_stride", "ns", "nt",
-    ]
+    ],
+    do_not_specialize_on_alignment=["g_ptr", "stats_ptr", "c_g_ptr", "c_normal_ptr", "ids_ptr"],
 )  # fmt: skip
 def _gradient_kernel(  # type: ignore[no-untyped-def]
     o_ptr, g_ptr, s_ptr, t_ptr, stats_ptr, c_g_ptr, c_normal_ptr, ids_ptr,
@@ -606,7 +613,8 @@ def _logprob_block(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(  # type: ignore[untyped-decorator, unused-ignore]
-    do_not_specialize=["o_stride", "x_stride", "g_stride", "e_stride", "id_stride", "n"]
+    do_not_specialize=["o_stride", "x_stride", "g_stride", "e_stride", "id_stride", "n"],
+    do_not_specialize_on_alignment=["g_ptr", "e_ptr", "ids_ptr", "stats_ptr"],
 )
 def _logprob_gradient_kernel(  # type: ignore[no-untyped-def]
     o_ptr, g_ptr, e_ptr, x_ptr, ids_ptr, stats_ptr,
@@ -693,10 +701,14 @@ def _aligned(*tensors: torch.Tensor) -> bool:
     )
 
 
-def block_shape(aligned: bool, *sizes: int) -> dict[str, int]:
-    """STEPS, LANES and VECTOR for elements of these sizes: a thread owns a lane."""
+def block_shape(aligned: bool, forms: tuple[int, ...], *sizes: int) -> dict[str, int]:
+    """STEPS, LANES and VECTOR of a block of elements of these sizes: a thread owns a lane.
+
+    Logarithms hold more numbers at once than a thread has registers for twice as many steps.
+    """
     vector = 16 // max(sizes) if aligned else 1
-    return {"STEPS": BLOCK // (LANES * vector), "LANES": LANES, "VECTOR": vector}
+    steps = BLOCK // (LANES * vector) // (2 if _PROBS in forms else 1)
+    return {"STEPS": max(1, steps), "LANES": LANES, "VECTOR": vector}
 
 
 def flat_block(*forms: int, crowded: bool = False) -> int:
@@ -730,7 +742,7 @@ def _single(x: torch.Tensor, ids: torch.Tensor | None, how: Any, out: torch.Tens
         _single_kernel[(rows, spans)](
             x, partial, x.stride(0), columns, form.inner, form.factor,
             FORM=form.form, SCALED=form.scaled, ENTROPY=entropy, ALIGNED=aligned,
-            **block_shape(aligned, x.element_size()), SPAN=SPAN, num_warps=WARPS,
+            **block_shape(aligned, (form.form,), x.element_size()), SPAN=SPAN, num_warps=WARPS,
         )  # fmt: skip
         _finish_single_kernel[(rows,)](
             partial, out, x, x if ids is None else ids, x.stride(0),
@@ -838,7 +850,10 @@ def _kl(
             x_form.inner, x_form.factor, y_form.inner, y_form.factor,
             X_FORM=x_form.form, X_SCALED=x_form.scaled, Y_FORM=y_form.form,
             Y_SCALED=y_form.scaled, ALIGNED=aligned,
-            **block_shape(aligned, x.element_size(), y.element_size()), SPAN=SPAN, num_warps=WARPS,
+            **block_shape(
+                aligned, (x_form.form, y_form.form), x.element_size(), y.element_size()
+            ),
+            SPAN=SPAN, num_warps=WARPS,
         )  # fmt: skip
         _finish_pair_kernel[(rows,)](
             partial, loss, stats, spans, KIND=KINDS[kind], SPANS=_power(spans), num_warps=1

@@ -34,7 +34,9 @@ def pair(
         constexprs={
             "X_FORM": FORMS[x_form], "X_SCALED": scaled, "Y_FORM": FORMS[y_form],
             "Y_SCALED": scaled, "ALIGNED": aligned, "SPAN": kernels.SPAN,
-            **kernels.block_shape(aligned, BYTES[x], BYTES[y]),
+            **kernels.block_shape(
+                aligned, (FORMS[x_form], FORMS[y_form]), BYTES[x], BYTES[y]
+            ),
         },
         aligned=("x_ptr", "y_ptr", "o_ptr") if aligned else ("o_ptr",),
         options=WARPS,
@@ -54,7 +56,7 @@ def single(
         },
         constexprs={
             "FORM": FORMS[form], "SCALED": scaled, "ENTROPY": entropy, "ALIGNED": aligned,
-            "SPAN": kernels.SPAN, **kernels.block_shape(aligned, BYTES[x]),
+            "SPAN": kernels.SPAN, **kernels.block_shape(aligned, (FORMS[form],), BYTES[x]),
         },
         aligned=("x_ptr", "o_ptr") if aligned else ("o_ptr",),
         options=WARPS,
@@ -145,6 +147,7 @@ VARIANTS = [
     *(pair(d, d, scaled=True) for d in ("bf16", "fp32")),
     pair("fp16", "fp32"),
     pair("fp32", "bf16", "probs"),
+    pair("fp32", "fp32", "probs", scaled=True),
     pair("bf16", "bf16", "softcap", "softcap", scaled=True),
     *(pair(d, d, aligned=False) for d in ("bf16", "fp32")),
     *(single(d, e) for d in ("bf16", "fp32") for e in (False, True)),
