@@ -465,7 +465,8 @@ class DistillMixin:
             raise ValueError("teacher='base' needs a PEFT model, whose adapters it leaves out")
         if isinstance(teacher, nn.Module):
             _refuse_sharded(teacher)
-            teacher = teacher.to(host.args.device)
+            placed = any(hasattr(teacher, name) for name in ("hf_device_map", "hf_quantizer"))
+            teacher = teacher if placed else teacher.to(host.args.device)
         self.teacher = teacher
         self.tail = tail
         self.distillation: dict[str, Any] = {
@@ -538,6 +539,21 @@ class DistillMixin:
             copies = host.get_tp_size() if hasattr(host, "get_tp_size") else 1
             loss = loss * (host.accelerator.num_processes // copies)
         return (loss, {}) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> Any:
+        if not prediction_loss_only:
+            raise ValueError(
+                "predictions are logits, which DistillMixin does not make: predict with a plain "
+                "Trainer, or evaluate()"
+            )
+        host: Any = super()
+        return host.prediction_step(model, inputs, True, ignore_keys)
 
     def _teacher_pass(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Before the student's pass: a wrapper must not be called within its own forward."""

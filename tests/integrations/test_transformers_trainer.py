@@ -280,6 +280,12 @@ def test_no_teacher_is_refused(tmp_path: Path) -> None:
         trainer.train()
 
 
+def test_predictions_are_refused(tmp_path: Path) -> None:
+    trainer = Distiller(llama(), arguments(tmp_path), train_dataset=ROWS, teacher=llama(1))
+    with pytest.raises(ValueError, match="predictions are logits"):
+        trainer.predict(ROWS)
+
+
 def test_no_labels_are_refused(tmp_path: Path) -> None:
     rows = [{k: v for k, v in row.items() if k != "labels"} for row in ROWS]
     trainer = Distiller(llama(), arguments(tmp_path), train_dataset=rows, teacher=llama(1))
