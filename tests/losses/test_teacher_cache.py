@@ -283,6 +283,21 @@ def test_another_teacher_or_dataset_is_refused(tmp_path: Path) -> None:
         TeacherCache.open(tmp_path / "d", tokenizer=Tokenizer())
 
 
+def test_other_masks_are_another_dataset(tmp_path: Path) -> None:
+    ids = [5, 6, 7, 8]
+    data = [{"input_ids": ids, "labels": [-100, 6, 7, 8], "attention_mask": [1, 1, 1, 1]}]
+    build(tmp_path / "labels", dataset=data, keep="labels")
+    build(tmp_path / "all", dataset=data)
+    other = [{**data[0], "labels": [-100, -100, 7, 8]}]
+    with pytest.raises(CheckpointError, match="another dataset"):
+        build(tmp_path / "labels", dataset=other, keep="labels")
+    assert build(tmp_path / "all", dataset=other).rows == 4  # which asks for no labels
+    for keep in ("labels", "all"):
+        other = [{**data[0], "attention_mask": [0, 1, 1, 1]}]
+        with pytest.raises(CheckpointError, match="another dataset"):
+            build(tmp_path / keep, dataset=other, keep=keep)
+
+
 def test_bad_arguments(tmp_path: Path) -> None:
     ints = {"input_ids": [1, 2, 3]}
     for changed, error, words in [
