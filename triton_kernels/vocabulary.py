@@ -694,11 +694,9 @@ def _unit(x: torch.Tensor) -> bool:
 
 
 def _aligned(*tensors: torch.Tensor) -> bool:
-    """Whether all rows start at multiples of 16 bytes."""
-    return all(
-        x.data_ptr() % 16 == 0 and (x.size(0) == 1 or x.stride(0) * x.element_size() % 16 == 0)
-        for x in tensors
-    )
+    """Whether all rows start at multiples of 16 bytes; one row is asked like many, or its sums
+    would be added in another order."""
+    return all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in tensors)
 
 
 def block_shape(aligned: bool, forms: tuple[int, ...], *sizes: int) -> dict[str, int]:
