@@ -307,6 +307,15 @@ def test_labels_are_shifted_without_copying_logits() -> None:
     assert next_labels(labels).tolist() == [[2, -100, 4, -100]]
 
 
+def test_labels_that_are_shifted_already(tmp_path: Path) -> None:
+    """As collators of packed sequences and context parallelism give them."""
+    trainer = Distiller(llama(), arguments(tmp_path), train_dataset=ROWS, teacher=llama(1))
+    expected = trainer.compute_loss(trainer.model, dict(EIGHT))
+    shifted = {**EIGHT, "shift_labels": next_labels(EIGHT["labels"])}
+    shifted["labels"] = torch.full_like(EIGHT["labels"], 5)
+    assert torch.equal(trainer.compute_loss(trainer.model, shifted), expected)
+
+
 def test_columns_survive_the_trainer(tmp_path: Path) -> None:
     trainer = Distiller(llama(), arguments(tmp_path), train_dataset=ROWS, teacher=llama(1))
     trainer._set_signature_columns_if_needed()
