@@ -93,6 +93,7 @@ def check_labels(labels: Tensor, columns: int, ignore_index: int, debug: bool = 
     """
     if labels.dtype.is_floating_point or labels.dtype == torch.bool:
         raise TypeError(f"labels must be integers; got {labels.dtype}")
+    labels = labels.long()  # compared as uint8, -100 would be 156
     wrong = (labels != ignore_index) & ((labels < 0) | (labels >= columns))
     if torch.compiler.is_compiling() or (wrong.is_cuda and not debug):
         torch._assert_async(~wrong.any(), f"labels must be below {columns}, or {ignore_index}")
@@ -149,7 +150,7 @@ def row_weights(
         if not weight.dtype.is_floating_point:
             weight = weight.to(torch.float32)
     if labels is not None:
-        kept = labels.reshape(-1) != ignore_index
+        kept = labels.reshape(-1).long() != ignore_index
         # where, not a product: a weight of NaN on a masked token must not count.
         weight = kept.to(torch.float32) if weight is None else torch.where(kept, weight, 0)
     return weight
@@ -239,7 +240,9 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     if not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
-    return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
+    # float64 stays, as F.linear has it; integers stay, to be refused.
+    cast = (torch.bfloat16, torch.float16, torch.float32)
+    return [x.to(dtype) if x is not None and x.dtype in cast else x for x in tensors]
 
 
 def _measured(aux: Tensor, weight: Tensor | None, labels: Tensor | None, lead: torch.Size) -> Any:
@@ -420,8 +423,8 @@ def linear_divergence(
     assert head is not None
     ids = None
     if labels is not None:
-        flat_labels = labels.reshape(-1)
-        ids = torch.where(flat_labels == ignore_index, -1, flat_labels).long()
+        flat_labels = labels.reshape(-1).long()
+        ids = torch.where(flat_labels == ignore_index, -1, flat_labels)
     if isinstance(teacher, TopK):
         return _top_k(
             cast, head, offset, teacher, kind_, mix, how, heat, row_weight, ids, ce_weight,

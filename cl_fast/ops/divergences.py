@@ -461,6 +461,8 @@ def _by_chunks(
                 out, weights[part], z, t, stats, kind, mix, how_s, how_t, extra
             )
             gradients.add(part, out)
+            del out
+        del z, t  # else the next chunk's logits are made beside them
     if row_weight is not None:
         losses = torch.where(weights == 0, 0, losses * weights)
         if index is None:
