@@ -56,8 +56,9 @@ TAILS = ("bucket", "renorm", "none")
 _PLAIN = How()
 _SCATTERED = {"cpu": 16, "cuda": 128}
 """What a logit of a gathered row of the head costs, in logits of a product with the whole head."""
-_GATHER_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
-"""Of the gathered rows of the head that exist at once: on a CPU what a cache holds."""
+_GATHER_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
+"""Of the gathered rows of the head that exist at once. Smaller ones would stay in a CPU's cache, but
+each chunk waits for all threads, which on a busy machine costs more than it saves."""
 _BLOCK = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Logits that are copied at once, without their supports."""
 _SUM_AT_MOST = 1.05
@@ -558,8 +559,8 @@ def _by_chunks(
 
 
 def _products(w: Tensor, x: Tensor) -> Tensor:
-    """[C, k] of [C, k, H] and [C, H]. What is in the cache is multiplied and summed in less time
-    than a CPU's batched product needs, and in a better order."""
+    """[C, k] of [C, k, H] and [C, H]. On a CPU multiplied and summed, which takes no longer than a
+    batched product and adds in a better order."""
     if w.is_cuda:
         return torch.bmm(w, x[:, :, None])[:, :, 0]
     return (w * x[:, None]).sum(-1)
