@@ -756,7 +756,8 @@ def head(rows):
 
 def loss(n):
     x = hidden[:n].detach().requires_grad_()
-    linear_divergence(x, weight, Hidden(other[:n], other_weight), kind=kind, backend=backend).backward()
+    teacher = Hidden(other[:n], other_weight)
+    linear_divergence(x, weight, teacher, kind=kind, backend=backend).backward()
     assert x.grad.any()
 
 hidden, other, weight, other_weight = head(tokens), head(tokens), head(ids), head(ids)
