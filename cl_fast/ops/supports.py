@@ -57,8 +57,8 @@ _PLAIN = How()
 _SCATTERED = {"cpu": 16, "cuda": 128}
 """What a logit of a gathered row of the head costs, in logits of a product with the whole head."""
 _GATHER_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
-"""Of the gathered rows of the head that exist at once. Smaller ones would stay in a CPU's cache, but
-each chunk waits for all threads, which on a busy machine costs more than it saves."""
+"""Of the gathered rows of the head that exist at once. Fewer would stay in a CPU's cache, but each
+chunk waits for all threads, which on a busy machine costs more than it saves."""
 _BLOCK = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Logits that are copied at once, without their supports."""
 _SUM_AT_MOST = 1.05
