@@ -311,7 +311,7 @@ CASES = [
             "divergence_from_logits",
             f"divergence_from_logits/{kind}",
             functools.partial(_rows_work, kind),
-            15.0,
+            8.0,
         )
         for kind in ("forward_kl", "reverse_kl", "jsd")
     ),
@@ -320,10 +320,10 @@ CASES = [
             "linear_divergence",
             f"linear_divergence/{rows} {'trained' if trained else 'frozen'}",
             functools.partial(_linear_work, rows, trained),
-            15.0,
+            8.0,
         )
         for rows in (8192, 4096, 1024)
         for trained in (False, True)
     ),
-    Case("token_logprobs", "token_logprobs/8192", _logprobs_work, 15.0),
+    Case("token_logprobs", "token_logprobs/8192", _logprobs_work, 8.0),
 ]
