@@ -9,6 +9,7 @@ knows the denominator of the whole batch.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
@@ -215,9 +216,18 @@ def _matrix(x: Tensor) -> Tensor:
     return x[None] if x.dim() == 1 else x.flatten(0, -2)
 
 
-def _check_pad(pad_vocab: str | None, columns: int, teacher_columns: int, kind: str) -> None:
+def check_pad_vocab(pad_vocab: str | None, teacher: Teacher) -> None:
+    """Raise unless `pad_vocab` exists and has a meaning for this teacher."""
     if pad_vocab not in (None, "zero", "shared"):
         raise ValueError(f"pad_vocab must be 'zero', 'shared' or None; got {pad_vocab!r}")
+    if pad_vocab is not None and isinstance(teacher, TopK):
+        raise ValueError(
+            "pad_vocab has no meaning for a TopK teacher, whose ids must be the student's: leave "
+            "it out, and leave out ids that the student lacks when the log-probs are made"
+        )
+
+
+def _check_pad(pad_vocab: str | None, columns: int, teacher_columns: int, kind: str) -> None:
     if columns == teacher_columns:
         return
     if pad_vocab is None:
@@ -232,6 +242,27 @@ def _check_pad(pad_vocab: str | None, columns: int, teacher_columns: int, kind: 
             "pad_vocab='zero' makes kind='reverse_kl' infinite, since the teacher gives "
             f"probability 0 to {columns - teacher_columns} ids of the student; use 'shared'"
         )
+
+
+def support_temperature(teacher: TopK, temperature: float) -> float:
+    """What the log-probs that are given must still be divided by, to be those at `temperature`.
+
+    Raises:
+        ValueError: they were made at another, and their tail is not known at this one.
+    """
+    if not (teacher.temperature > 0 and math.isfinite(teacher.temperature)):
+        raise ValueError(f"teacher.temperature must be positive; got {teacher.temperature}")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"teacher_temperature must be positive; got {temperature}")
+    rest = temperature / teacher.temperature
+    if rest != 1 and teacher.tail != "renorm":
+        raise ValueError(
+            f"the teacher's log-probs were made at temperature {teacher.temperature:g}, and its "
+            f"tail is not known at {temperature:g}: make them at {temperature:g} and say "
+            f"TopK(..., temperature={temperature:g}); or use tail='renorm', or "
+            f"teacher_temperature={teacher.temperature:g}"
+        )
+    return rest
 
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -356,7 +387,8 @@ def linear_divergence(
         labels: integer [...], the token that follows each row; `ignore_index` removes the row.
         token_weight: [...]; 0 removes the row. Its gradient is not computed.
         temperature: the student's logits are divided by it. No factor T^2 is added.
-        teacher_temperature: by default `temperature`.
+        teacher_temperature: by default `temperature`. A `TopK` says at which its log-probs were
+            made; with a tail other than "renorm" it must be this one.
         bias: [V], or None.
         logit_scale, softcap: of the student's logits, see `Hidden`.
         ce_weight: of a cross-entropy with the labels, at temperature 1.
@@ -385,6 +417,7 @@ def linear_divergence(
     kind_, mix = kind_and_mix(kind, beta, skew)
     check_reduction(reduction, denom)
     _check_teacher(teacher)
+    check_pad_vocab(pad_vocab, teacher)
     if process_group is not None:
         from cl_fast.losses import parallel
 
@@ -427,7 +460,8 @@ def linear_divergence(
         ids = torch.where(flat_labels == ignore_index, -1, flat_labels)
     if isinstance(teacher, TopK):
         return _top_k(
-            cast, head, offset, teacher, kind_, mix, how, heat, row_weight, ids, ce_weight,
+            cast, head, offset, teacher, kind_, mix, how, support_temperature(teacher, heat),
+            row_weight, ids, ce_weight,
             chunk_tokens, reduction, denom, lead, return_aux, debug, backend,
         )  # fmt: skip
     given, given_head, given_bias, teacher_how, teacher_columns = _dense(teacher, heat, lead)
@@ -588,6 +622,7 @@ def divergence_from_logits(
             "teacher must be Logits, Probs or TopK where the student is given as logits; got "
             "Hidden: use linear_divergence, or teacher.hidden @ teacher.weight.T"
         )
+    check_pad_vocab(pad_vocab, teacher)
     if process_group is not None:
         from cl_fast.losses import parallel
 
@@ -620,8 +655,8 @@ def divergence_from_logits(
         losses, _, _ = topk_from_logits(
             rows, flat("teacher.ids", teacher.ids, lead),
             flat("teacher.logprobs", teacher.logprobs, lead), tail=teacher.tail, kind=kind_,
-            mix=mix, how=how, teacher_temperature=float(heat), row_weight=row_weight,
-            inplace=inplace, debug=debug, backend=backend,
+            mix=mix, how=how, teacher_temperature=support_temperature(teacher, heat),
+            row_weight=row_weight, inplace=inplace, debug=debug, backend=backend,
         )  # fmt: skip
         return reduce(losses, row_weight, reduction, denom, lead)
     given, _, _, teacher_how, teacher_columns = _dense(teacher, heat, lead)

@@ -38,6 +38,7 @@ from cl_fast.losses.divergence import (
     kind_and_mix,
     reduce,
     row_weights,
+    support_temperature,
 )
 from cl_fast.losses.shards import (
     Dense,
@@ -377,6 +378,8 @@ def _prepare(
     check_kind(kind, mix)
     check_how("", how)
     check_how("teacher ", How(temperature=heat))
+    if isinstance(teacher, TopK):
+        heat = support_temperature(teacher, heat)
     rows = student.reshape(-1, student.size(-1))
     if weight is None:
         check_matrix("logits", rows, rows.device)

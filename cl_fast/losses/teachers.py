@@ -57,16 +57,19 @@ class TopK:
 
     Attributes:
         ids: integer [..., k], without duplicates in a row.
-        logprobs: [..., k]; -inf counts as probability 0.
+        logprobs: [..., k], of the whole vocabulary; -inf counts as probability 0.
         tail: what becomes of the vocabulary outside of the k ids.
             "bucket": one more category on both sides, with the probability that is left;
             "renorm": both sides are renormalised on the k ids, and the vocabulary is not touched;
             "none": the sum of the divergence stops at the k ids.
+        temperature: at which the log-probs were made. Only renormalised ones can be brought to
+            another: of the others the tail is not known there.
     """
 
     ids: Tensor
     logprobs: Tensor
     tail: Literal["bucket", "renorm", "none"] = "bucket"
+    temperature: float = 1.0
 
 
 Teacher = Hidden | Logits | Probs | TopK
