@@ -783,9 +783,13 @@ def test_case_names_are_unique_and_cover_what_must_be_reached() -> None:
         "magnitude_threshold", "orthogonal_penalty", "orthogonal_project", "pack", "unpack", "dare",
         "token_logprobs",
     }  # fmt: skip
-    assert {f"divergence_from_logits/{k}" for k in ("forward_kl", "reverse_kl", "jsd")} <= set(names)
+    assert {f"divergence_from_logits/{k}" for k in ("forward_kl", "reverse_kl", "jsd")} <= set(
+        names
+    )
     assert {
-        f"linear_divergence/{n} {head}" for n in (1024, 4096, 8192) for head in ("frozen", "trained")
+        f"linear_divergence/{n} {head}"
+        for n in (1024, 4096, 8192)
+        for head in ("frozen", "trained")
     } <= set(names)
     # Two calls of ten minutes, the second with --resume, and what build, tests and sanitizer take.
     assert sum(case.seconds for case in cases) < 900
