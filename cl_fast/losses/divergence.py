@@ -32,8 +32,9 @@ class Measured:
     """What was measured on the way, without gradients; 0 for tokens that do not count.
 
     Attributes:
-        entropy: [...] of the student at temperature 1, in nats.
-        cross_entropy: [...] of the labels at temperature 1; None without labels.
+        entropy: [...] of the student at temperature 1, in nats; None with a `TopK`, which need not
+            look at the whole vocabulary (`token_logprobs` gives both).
+        cross_entropy: [...] of the labels at temperature 1; None without labels or with a `TopK`.
         student_mass, teacher_mass: [...] probability on the support of a `TopK`; else None.
         count: 0-dim, how many tokens count.
     """
@@ -402,7 +403,8 @@ def linear_divergence(
             0; ids that the student lacks are left out of the teacher, which is renormalised.
         chunk_tokens: rows of a chunk, by default chosen.
         return_aux: return what was measured on the way, too.
-        debug: look for NaN, infinities and wrong labels first; on a card this waits for it.
+        debug: look for NaN, infinities and wrong labels first, in rows that do not count too. On
+            a card this waits for it, and torch.compile breaks its graph there.
         process_group: the head is split over the ranks of this group by the vocabulary; see
             `cl_fast.losses.parallel`.
         backend: "eager", "native" or "triton", for tests and benchmarks.
@@ -593,6 +595,7 @@ def divergence_from_logits(
     teacher_temperature: float | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    ce_weight: float = 0.0,
     denom: float | Tensor | None = None,
     reduction: Reduction = "mean",
     ignore_index: int = -100,
@@ -611,6 +614,8 @@ def divergence_from_logits(
         logits: [..., V], of the student.
         teacher: `Logits`, `Probs` or `TopK`; a `Hidden` belongs to `linear_divergence`.
         logit_scale, softcap: still to be applied to the logits; most models have done so.
+        ce_weight: of a cross-entropy with the labels, at temperature 1: a second pass over the
+            logits each way, so not with `inplace`.
         inplace: the backward pass writes the gradient over the logits and so needs no memory; they
             must not be used for anything else. A second backward pass is refused by torch.
     """
@@ -623,9 +628,22 @@ def divergence_from_logits(
             "Hidden: use linear_divergence, or teacher.hidden @ teacher.weight.T"
         )
     check_pad_vocab(pad_vocab, teacher)
+    if ce_weight:
+        if inplace:
+            raise ValueError(
+                "ce_weight and inplace=True cannot be had together: two gradients would be "
+                "written over the same logits"
+            )
+        if labels is None:
+            raise ValueError("ce_weight needs labels")
     if process_group is not None:
         from cl_fast.losses import parallel
 
+        if ce_weight:
+            raise ValueError(
+                "ce_weight is not offered here with process_group: subtract ce_weight times "
+                "token_logprobs_from_logits(..., process_group=...)"
+            )
         return parallel.divergence_from_logits(
             logits, teacher, kind=kind, beta=beta, skew=skew, labels=labels,
             token_weight=token_weight, temperature=temperature,
@@ -658,21 +676,66 @@ def divergence_from_logits(
             mix=mix, how=how, teacher_temperature=support_temperature(teacher, heat),
             row_weight=row_weight, inplace=inplace, debug=debug, backend=backend,
         )  # fmt: skip
-        return reduce(losses, row_weight, reduction, denom, lead)
-    given, _, _, teacher_how, teacher_columns = _dense(teacher, heat, lead)
-    _check_pad(pad_vocab, columns, teacher_columns, kind_)
+    else:
+        assert not isinstance(teacher, Hidden)
+        losses = _dense_rows(
+            rows, teacher, kind_, mix, how, heat, lead, row_weight, pad_vocab, inplace, backend
+        )
+    if ce_weight and labels is not None:
+        losses = losses + _hard(rows, labels, how, ignore_index, ce_weight, row_weight, backend)
+    return reduce(losses, row_weight, reduction, denom, lead)
+
+
+def _dense_rows(
+    rows: Tensor,
+    teacher: Logits | Probs,
+    kind: str,
+    mix: float,
+    how: How,
+    teacher_temperature: float,
+    lead: torch.Size,
+    row_weight: Tensor | None,
+    pad_vocab: str | None,
+    inplace: bool,
+    backend: str | None,
+) -> Tensor:
+    """Weighted losses of rows of logits and a teacher over the vocabulary: [M]."""
+    given, _, _, teacher_how, teacher_columns = _dense(teacher, teacher_temperature, lead)
+    columns = rows.size(1)
+    _check_pad(pad_vocab, columns, teacher_columns, kind)
     shared = min(columns, teacher_columns)
     if teacher_columns > shared:
         given = given[:, :shared]
     if pad_vocab == "shared" and columns > shared:
         rows = rows[:, :shared]
     losses = divergence_rows(
-        rows, given, kind=kind_, mix=mix, how=how, teacher_how=teacher_how, inplace=inplace,
+        rows, given, kind=kind, mix=mix, how=how, teacher_how=teacher_how, inplace=inplace,
         backend=backend,
     )  # fmt: skip
-    if row_weight is not None:
-        # The gradient of a row that does not count is 0 before it meets the row's numbers.
-        counts = row_weight != 0
-        weight = torch.where(counts, row_weight, 0).to(losses.dtype)
-        losses = torch.where(counts, losses, 0) * weight
-    return reduce(losses, row_weight, reduction, denom, lead)
+    return losses if row_weight is None else _weighted(losses, row_weight)
+
+
+def _weighted(losses: Tensor, row_weight: Tensor) -> Tensor:
+    # The gradient of a row that does not count is 0 before it meets the row's numbers.
+    counts = row_weight != 0
+    return torch.where(counts, losses, 0) * torch.where(counts, row_weight, 0).to(losses.dtype)
+
+
+def _hard(
+    rows: Tensor,
+    labels: Tensor,
+    how: How,
+    ignore_index: int,
+    ce_weight: float,
+    row_weight: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    """Weighted cross-entropies of rows of logits at temperature 1: [M]."""
+    from cl_fast.ops.logprobs import logprob_rows
+
+    logprobs, _ = logprob_rows(
+        rows, labels.reshape(-1).long(), ignore=ignore_index, how=how._replace(temperature=1.0),
+        backend=backend,
+    )  # fmt: skip
+    hard = -ce_weight * logprobs
+    return hard if row_weight is None else _weighted(hard, row_weight)

@@ -402,6 +402,26 @@ _linear_divergence = torch.library.custom_op(
 )
 
 
+def _unit_weights(
+    weights: Tensor, row_weight: Tensor | None, gradients: HeadGradients
+) -> tuple[Tensor | None, Tensor]:
+    """The factors of the sums, and what is left of the weights for the gradients of the logits.
+
+    A weight of 1 / tokens would take the gradients of float16 logits into the subnormals before
+    the factor of a gradient scaler comes. So the rows of hidden states take their weights after the
+    product; sums over rows take the power of two that brings the largest one to 1.
+    """
+    if row_weight is None or not gradients.wanted:
+        return None, weights
+    if gradients.weight is None and gradients.bias is None:
+        return weights, (weights != 0).to(weights.dtype)
+    if not weights.numel():
+        return None, weights
+    largest = weights.abs().amax()
+    power = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+    return power, weights / power
+
+
 def _by_chunks(
     student: Head,
     other: Head | None,
@@ -432,6 +452,7 @@ def _by_chunks(
         weights = hidden.new_ones(count, dtype=wide)
     else:
         weights = (row_weight if index is None else row_weight[index]).to(wide)
+    scale, unit = _unit_weights(weights, row_weight, gradients)
     if labels is not None and index is not None:
         labels = labels[index]
     many = 8 if gradients.weight is not None else 32
@@ -452,17 +473,19 @@ def _by_chunks(
                 aux[part] = torch.stack([ce, entropy], 1).to(wide)
             if ce_weight:
                 loss = loss + ce_weight * ce
-                upstream = torch.where(ids < 0, 0, weights[part] * ce_weight)
+                upstream = torch.where(ids < 0, 0, unit[part] * ce_weight)
                 extra = Extra(upstream, plain[:, :2].contiguous(), ids)
         losses[part] = loss
         if gradients.wanted:
             out = gradients.target(z)
             kernels.divergence_gradient(
-                out, weights[part], z, t, stats, kind, mix, how_s, how_t, extra
+                out, unit[part], z, t, stats, kind, mix, how_s, how_t, extra
             )
             gradients.add(part, out)
             del out
         del z, t  # else the next chunk's logits are made beside them
+    if scale is not None:
+        gradients.scale(scale)
     if row_weight is not None:
         losses = torch.where(weights == 0, 0, losses * weights)
         if index is None:
@@ -543,7 +566,9 @@ def _linear_gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         d_weight, d_bias = d_weight * common, d_bias * common
     out: list[Tensor | None] = [None] * 3
     if need_hidden:
-        out[0] = (d_hidden * grad[:, None].to(wide)).to(ctx.hidden_dtype)
+        # A row that the caller dropped owes nothing, whatever it holds.
+        g = grad[:, None].to(wide)
+        out[0] = torch.where(g == 0, 0, d_hidden * g).to(ctx.hidden_dtype)
     if need_weight:
         out[1] = d_weight.to(ctx.weight_dtype)
     if need_bias:

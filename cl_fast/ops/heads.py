@@ -156,6 +156,18 @@ class HeadGradients:
         if self.weight is not None:
             self.weight.addmm_(dy.t(), head.rows(rows).to(head.wide))
 
+    def scale(self, factor: Tensor) -> None:
+        """Multiply all by one number, or the rows of the hidden states that count by one each."""
+        if self.hidden is not None:
+            index = self._head.index
+            if factor.dim() and index is not None:
+                factor = factor.new_zeros(self.hidden.size(0)).index_copy_(0, index, factor)
+            self.hidden *= factor[:, None] if factor.dim() else factor
+        if self.weight is not None:
+            self.weight *= factor
+        if self.bias is not None:
+            self.bias *= factor
+
     def _add_low(self, rows: slice, dy: Tensor) -> None:
         head = self._head
         if self.hidden is not None:

@@ -1146,3 +1146,102 @@ def test_top_k_is_a_teacher_too() -> None:
     logprobs = torch.zeros(4, 2, requires_grad=True)
     with pytest.raises(ValueError, match=r"teacher\.logprobs must not require grad"):
         linear_divergence(X, W, TopK(torch.zeros(4, 2).long(), logprobs))
+
+
+# --- what peers and a first version got wrong, continued -----------------------------------------
+
+
+def test_rows_that_the_caller_dropped_owe_nothing() -> None:
+    """0 times what an infinite row holds must be 0 in the gradient."""
+    hidden = torch.randn(3, 8, requires_grad=True)
+    teacher = torch.randn(3, 20)
+    teacher[0, 4] = -torch.inf
+    losses = linear_divergence(
+        hidden, torch.randn(20, 8), Logits(teacher), kind="reverse_kl", reduction="none"
+    )
+    assert losses[0] == torch.inf
+    torch.where(losses.isfinite(), losses, 0).sum().backward()
+    assert hidden.grad is not None
+    assert torch.equal(hidden.grad[0], torch.zeros(8))
+    assert hidden.grad[1:].isfinite().all()
+    assert hidden.grad[1:].any(1).all()
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_small_weights_do_not_reach_the_gradient_of_the_logits(
+    trained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """float16 products would lose a weight of 1 / tokens in the subnormals: it comes afterwards."""
+    largest = []
+    add = HeadGradients.add
+
+    def spy(self: HeadGradients, rows: slice, dy: Tensor) -> None:
+        largest.append(float(dy.abs().max()))
+        add(self, rows, dy)
+
+    monkeypatch.setattr(HeadGradients, "add", spy)
+    hidden = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(40, 8, dtype=torch.float64, requires_grad=trained)
+    teacher = Logits(torch.randn(6, 40, dtype=torch.float64))
+    few = torch.tensor([3.0, 0.0, 2.0, 1.5, 1.0, 2.5], dtype=torch.float64)
+
+    def gradients(factor: float) -> tuple[Tensor, ...]:
+        loss = linear_divergence(
+            hidden, weight, teacher, token_weight=few * factor, reduction="sum"
+        )
+        inputs = [hidden, weight] if trained else [hidden]
+        return torch.autograd.grad(loss, inputs)
+
+    plain, tiny = gradients(1.0), gradients(2.0**-20)
+    assert largest[0] == largest[1] > 1e-2
+    for a, b in zip(plain, tiny, strict=True):
+        assert torch.equal(a * 2.0**-20, b)
+
+
+def test_cross_entropy_beside_a_divergence_of_logits() -> None:
+    logits = torch.randn(6, 33, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(6, 33, dtype=torch.float64)
+    labels = torch.tensor([0, 32, -100, 5, 6, 7])
+    mine = divergence_from_logits(
+        logits, Logits(teacher), labels=labels, ce_weight=0.4, temperature=2.0
+    )
+    kept = labels != -100
+    lp, lq = (logits / 2).log_softmax(1), (teacher / 2).log_softmax(1)
+    kl = (lq.exp() * (lq - lp)).sum(1)[kept].sum()
+    hard = F.cross_entropy(logits[kept], labels[kept], reduction="sum")
+    true = (kl + 0.4 * hard) / 5
+    torch.testing.assert_close(mine, true, rtol=1e-14, atol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(mine, logits), torch.autograd.grad(true, logits), rtol=0, atol=1e-15
+    )
+    with pytest.raises(ValueError, match="inplace=True cannot be had together"):
+        divergence_from_logits(logits, Logits(teacher), labels=labels, ce_weight=1.0, inplace=True)
+
+
+def test_a_top_k_teacher_is_at_one_temperature() -> None:
+    """A tail cannot be brought to another: tempered as one token it would be far too heavy."""
+    hidden, weight = torch.randn(4, 8, dtype=torch.float64), torch.randn(50, 8, dtype=torch.float64)
+    logits = hidden @ weight.T
+    made, ids = (logits / 2).log_softmax(1).topk(5, 1)
+    same = TopK(ids, made, temperature=2.0)
+    assert float(linear_divergence(hidden, weight, same, temperature=2.0)) == 0
+    assert float(divergence_from_logits(logits, same, temperature=2.0)) == 0
+    for loss, student in ((linear_divergence, (hidden, weight)), (divergence_from_logits, (logits,))):
+        with pytest.raises(ValueError, match="made at temperature 1, and its tail is not known"):
+            loss(*student, TopK(ids, made), temperature=2.0)  # type: ignore[operator]
+    # Renormalised log-probs can be brought to another.
+    cold = logits.log_softmax(1).gather(1, ids)
+    renormed = [
+        linear_divergence(hidden, weight, teacher, temperature=2.0, kind="jsd")
+        for teacher in (TopK(ids, cold, "renorm"), TopK(ids, made, "renorm", temperature=2.0))
+    ]
+    assert all(abs(float(x)) < 1e-15 for x in renormed)
+
+
+def test_padding_has_no_meaning_for_a_top_k_teacher() -> None:
+    hidden, weight = torch.randn(2, 4), torch.randn(9, 4)
+    teacher = TopK(torch.tensor([[0, 1], [2, 3]]), torch.full((2, 2), -1.0))
+    with pytest.raises(ValueError, match="pad_vocab has no meaning for a TopK teacher"):
+        linear_divergence(hidden, weight, teacher, pad_vocab="shared")
+    with pytest.raises(ValueError, match="pad_vocab must be 'zero', 'shared' or None"):
+        linear_divergence(hidden, weight, teacher, pad_vocab="pad")  # type: ignore[call-overload]
