@@ -676,7 +676,7 @@ class TeacherCache:
     def __getitem__(self, index: int) -> TopK:
         """ids int32 [L, k] and log-probs [L, k] of a sequence of L tokens."""
         ids, logprobs, _ = self._sequence(index)
-        return TopK(ids, logprobs)
+        return TopK(ids, logprobs, temperature=self.temperature)
 
     def kept(self, index: int) -> Tensor:
         """Which positions of a sequence are stored: bool [L]; the others are uniform."""
@@ -694,10 +694,10 @@ class TeacherCache:
         """Sequences [L, k] padded at the end with uniform rows to the longest: [B, L, k].
 
         Raises:
-            ValueError: there are none, or they differ in k.
+            ValueError: there are none, or they differ in k or in temperature.
         """
-        if len({teacher.ids.size(-1) for teacher in teachers}) != 1:
-            raise ValueError("teachers must be some sequences of one k")
+        if len({(teacher.ids.size(-1), teacher.temperature) for teacher in teachers}) != 1:
+            raise ValueError("teachers must be some sequences of one k and one temperature")
         width = max(teacher.ids.size(0) for teacher in teachers)
         ids, logprobs = [], []
         for teacher in teachers:
@@ -705,7 +705,8 @@ class TeacherCache:
             more = _nothing(missing, teacher.ids.size(-1), teacher.logprobs.dtype)
             ids.append(torch.cat([teacher.ids, more[0].to(teacher.ids)]))
             logprobs.append(torch.cat([teacher.logprobs, more[1].to(teacher.logprobs)]))
-        return TopK(torch.stack(ids), torch.stack(logprobs), teachers[0].tail)
+        first = teachers[0]
+        return TopK(torch.stack(ids), torch.stack(logprobs), first.tail, first.temperature)
 
     def attach(self, dataset: Any, *, verify: bool = True) -> TaughtDataset:
         """The dataset that the cache was built from, its examples with the teacher's.

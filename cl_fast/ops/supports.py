@@ -46,6 +46,7 @@ from cl_fast.ops.divergences import (
     check_matrix,
     check_vector,
     counting_rows,
+    once,
 )
 from cl_fast.ops.heads import Head, HeadGradients, chunks
 from cl_fast.ops.vocabulary_rows import How, _chain, _terms, _values, wide_dtype
@@ -656,9 +657,7 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _linear_backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
-    if ctx.needs_input_grad[4]:
-        raise RuntimeError("teacher.logprobs have no gradient: detach them")
+def _linear_gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     d_hidden, d_weight, d_bias, *saved = ctx.saved_tensors
     need_hidden, need_weight, need_bias = ctx.needed
     if ctx.given:
@@ -675,14 +674,25 @@ def _linear_backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ..
             x * common.to(x.dtype) if needed else x
             for x, needed in ((d_weight, need_weight), (d_bias, need_bias))
         )
-    out: list[Tensor | None] = [None] * (7 + len(ctx.options))
+    out: list[Tensor | None] = [None] * 3
     if need_hidden:
-        out[0] = (d_hidden * grad[:, None].to(d_hidden.dtype)).to(ctx.hidden_dtype)
+        # A row that the caller dropped owes nothing, whatever it holds.
+        g = grad[:, None].to(d_hidden.dtype)
+        out[0] = torch.where(g == 0, 0, d_hidden * g).to(ctx.hidden_dtype)
     if need_weight:
         out[1] = d_weight.to(ctx.weight_dtype)
     if need_bias:
         out[2] = d_bias.to(ctx.bias_dtype)
-    return tuple(out)
+    return out
+
+
+def _linear_backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
+    if ctx.needs_input_grad[4]:
+        raise RuntimeError("teacher.logprobs have no gradient: detach them")
+    with torch.no_grad():
+        gradients = _linear_gradients(ctx, grad)
+    rest = [None] * (4 + len(ctx.options))
+    return (*(None if x is None else once(x) for x in gradients), *rest)
 
 
 _linear_support.register_autograd(_linear_backward, setup_context=_linear_setup)
@@ -995,12 +1005,14 @@ def _rows_backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]
     arguments = (
         factor, logits, ids, h, normals, labels, stats, ctx.ce_weight, ctx.how, ctx.backend,
     )  # fmt: skip
-    if not ctx.inplace:
-        return (_support_gradient(*arguments), *[None] * 13)
-    # A second backward pass would read what this one wrote; torch's version counter refuses it.
     with torch.no_grad():
-        _support_gradient_(*arguments)
-    return (logits.detach(), *[None] * 13)
+        if ctx.inplace:
+            # A second backward pass would read what this one wrote; torch refuses it by versions.
+            _support_gradient_(*arguments)
+            gradient = logits.detach()
+        else:
+            gradient = _support_gradient(*arguments)
+    return (once(gradient), *[None] * 13)
 
 
 _support_rows.register_autograd(_rows_backward, setup_context=_rows_setup)

@@ -727,3 +727,19 @@ def test_ids_of_any_integer_dtype() -> None:
     want = topk_from_logits(x, ids, logs)[0]
     for dtype in (torch.int32, torch.int16, torch.uint8, torch.uint16):
         assert torch.equal(topk_from_logits(x, ids.to(dtype), logs)[0], want)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_second_derivative_is_refused(inplace: bool) -> None:
+    """Else the saved gradient would pass for a constant."""
+    hidden = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
+    logs, ids = torch.randn(3, 9, dtype=torch.float64).log_softmax(1).topk(3, 1)
+    if inplace:
+        logits = hidden @ weight.detach().T
+        loss = topk_from_logits(logits, ids, logs, inplace=True)[0].square().sum()
+    else:
+        loss = linear_topk(hidden, weight, None, ids, logs)[0].square().sum()
+    gradient = torch.autograd.grad(loss, hidden, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="not differentiable twice"):
+        gradient.sum().backward()
