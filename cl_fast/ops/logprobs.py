@@ -13,7 +13,7 @@ head the gradient of the hidden states for g = 1 is made while the chunk exists 
 backward pass. The backward pass makes the chunks again where the sums over rows need g, that is
 for the gradients of weight and bias, and where a gradient arrives for the entropies.
 
-Not differentiable twice, which torch says.
+Not differentiable twice, which is said where it is tried.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from cl_fast.ops import vocabulary_rows
-from cl_fast.ops.divergences import check_how, check_matrix, counting_rows
+from cl_fast.ops.divergences import check_how, check_matrix, counting_rows, once
 from cl_fast.ops.heads import Head, HeadGradients, chunks
 from cl_fast.ops.vocabulary_rows import How, wide_dtype
 
@@ -79,6 +79,7 @@ def _check_linear(
 
 def _check_range(ids: Tensor, columns: int, ignore: int, debug: bool) -> None:
     """On a card an assertion of the device, which waits for nothing; with `debug` on the host."""
+    ids = ids.long()  # compared as uint8, -100 would be 156
     wrong = (ids != ignore) & ((ids < 0) | (ids >= columns))
     if wrong.is_cuda and not debug:
         torch._assert_async(~wrong.any(), f"ids must be in [0, {columns}), or {ignore}")
@@ -91,7 +92,8 @@ def _check_range(ids: Tensor, columns: int, ignore: int, debug: bool) -> None:
 
 def _targets(ids: Tensor, ignore: int) -> Tensor:
     """int64, -1 where the row is ignored."""
-    return torch.where(ids == ignore, -1, ids).long()
+    ids = ids.long()  # before the comparison: as uint8, -100 would be 156
+    return torch.where(ids == ignore, -1, ids)
 
 
 def _how(numbers: list[float]) -> How:
@@ -252,12 +254,14 @@ def _rows_backward(
             return (None,) * 8
         grad = torch.zeros_like(entropy_grad)
     arguments = (grad, entropy_grad, logits, ids, stats, ctx.ignore, ctx.how, ctx.backend)
-    if not ctx.inplace:
-        return (_rows_gradient(*arguments), *[None] * 7)
-    # A second backward pass would read what this one wrote; torch's version counter refuses it.
     with torch.no_grad():
-        _rows_gradient_(*arguments)
-    return (logits.detach(), *[None] * 7)
+        if ctx.inplace:
+            # A second backward pass would read what this one wrote; torch refuses it by versions.
+            _rows_gradient_(*arguments)
+            gradient = logits.detach()
+        else:
+            gradient = _rows_gradient(*arguments)
+    return (once(gradient), *[None] * 7)
 
 
 _logprob_rows.register_autograd(_rows_backward, setup_context=_rows_setup)
@@ -504,11 +508,13 @@ def _linear_backward(
         if entropy_grad is None:
             return (None,) * 11
         grad = torch.zeros_like(entropy_grad)
-    made = _linear_logprobs_gradient(
-        grad, entropy_grad, hidden, weight, bias, ids, stats, dx, ctx.ignore, ctx.how,
-        ctx.chunk_tokens, ctx.needed, ctx.backend,
-    )  # fmt: skip
-    return (*(x if need else None for x, need in zip(made, ctx.needed, strict=True)), *[None] * 8)
+    with torch.no_grad():
+        made = _linear_logprobs_gradient(
+            grad, entropy_grad, hidden, weight, bias, ids, stats, dx, ctx.ignore, ctx.how,
+            ctx.chunk_tokens, ctx.needed, ctx.backend,
+        )  # fmt: skip
+    gradients = (once(x) if need else None for x, need in zip(made, ctx.needed, strict=True))
+    return (*gradients, *[None] * 8)
 
 
 _linear_logprobs.register_autograd(_linear_backward, setup_context=_linear_setup)

@@ -462,18 +462,21 @@ def test_in_place_and_a_second_backward() -> None:
         lp.backward(up)
 
 
-@pytest.mark.parametrize("trained", [False, True])
-def test_a_second_derivative_is_refused(trained: bool) -> None:
-    x, w = randn(3, 2).requires_grad_(), randn(5, 2).requires_grad_(trained)
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("form", ["frozen", "trained", "rows", "in place"])
+def test_a_second_derivative_is_refused(form: str, entropy: bool) -> None:
+    """Never a silent 0 in its place."""
+    x, w = randn(3, 2).requires_grad_(), randn(5, 2).requires_grad_(form == "trained")
     ids = torch.tensor([0, 1, 2])
-    (dx,) = torch.autograd.grad(token_logprobs(x, w, ids).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="linear_logprobs_gradient"):
-        dx.sum().backward()
-    z = randn(3, 5).requires_grad_()
-    lp = token_logprobs_from_logits(z, ids)
-    (dz,) = torch.autograd.grad(lp.sum(), z, create_graph=True)
-    with pytest.raises(RuntimeError, match="logprob_rows_gradient"):
-        dz.sum().backward()
+    if form in ("frozen", "trained"):
+        made = token_logprobs(x, w, ids, entropy=entropy)
+    else:
+        made = token_logprobs_from_logits(x @ w.T, ids, entropy=entropy, inplace=form == "in place")
+    total = made[0].sum() + made[1].sum() if entropy else made.sum()
+    # As a gradient penalty is written, with a part that is differentiable twice.
+    (grad,) = torch.autograd.grad(total + (x**2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="not differentiable twice"):
+        grad.square().sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
@@ -484,6 +487,21 @@ def test_integer_ids_and_strided_inputs(dtype: torch.dtype) -> None:
     torch.testing.assert_close(token_logprobs(x, w, ids), want)
     z = (x @ w.T).transpose(0, 1).contiguous().transpose(0, 1)
     torch.testing.assert_close(token_logprobs_from_logits(z, ids), want)
+
+
+@BACKENDS
+def test_uint8_ids_are_not_taken_for_ignored(backend: str | None) -> None:
+    """As uint8, -100 is 156."""
+    ids = torch.tensor([156, 3, 255], dtype=torch.uint8)
+    x, w = randn(3, 4).float(), randn(300, 4).float()
+    want = plain(x @ w.T, ids.long())
+    for made in (
+        token_logprobs(x, w, ids, entropy=True, backend=backend),
+        token_logprobs_from_logits(x @ w.T, ids, entropy=True, backend=backend),
+    ):
+        torch.testing.assert_close(made, want)
+    with pytest.raises(ValueError, match="got 156 in row 0"):
+        token_logprobs(x, w[:150], ids, backend=backend)
 
 
 def test_another_ignore_index() -> None:
