@@ -88,7 +88,13 @@ def _exponential_rest(d: Tensor) -> Tensor:
     return torch.where(near, series * x * x, torch.expm1(away) - away)
 
 
-def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: Estimator = "k3") -> Tensor:
+def kl_estimate(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    estimator: Estimator = "k3",
+    *,
+    mask: Tensor | None = None,
+) -> Tensor:
     """Per token, an estimate of the KL divergence of the policy from a reference.
 
     The tokens must have been drawn from the policy. As a loss, the gradients of the three differ:
@@ -98,6 +104,9 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: Estimator = "
         logprobs: [...], of the policy.
         ref_logprobs: [...], of the reference.
         estimator: "k1", "k2" or "k3".
+        mask: [...]; tokens where it is 0 or False are 0 and may hold anything. Masked only after
+            this, NaN or an overflow of theirs is 0 in the loss but NaN in the gradient, so give the
+            mask here wherever they are not ordinary numbers.
 
     Returns:
         [...], float32 (float64 where an input is).
@@ -110,6 +119,9 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: Estimator = "
     _check_like("ref_logprobs", ref_logprobs, logprobs)
     wide = _wide(logprobs, ref_logprobs)
     d = ref_logprobs.to(wide) - logprobs.to(wide)
+    if mask is not None:
+        _check_like("mask", mask, logprobs)
+        d = torch.where(mask != 0, d, 0)
     if estimator == "k1":
         return -d
     return d * d / 2 if estimator == "k2" else _exponential_rest(d)
@@ -316,7 +328,8 @@ def clipped_policy_loss(
         clip_low, clip_high: ratios are clipped to [1 - clip_low, 1 + clip_high]; clip_high is by
             default clip_low.
         dual_clip: the largest ratio that a negative advantage counts with; above 1 + clip_high.
-        mask: [..., T], the tokens of the answers; what is masked may hold anything.
+        mask: [..., T], the tokens of the answers; what is masked may hold anything (and where `kl`
+            is made from it, say so there: `kl_estimate` has a mask too).
         cu_seqlens: integer [S + 1], where packed sequences begin and the last one ends.
         kl: [..., T], per token, for example of `kl_estimate`; kl_coef times it is added.
         kl_coef: its weight.
@@ -340,6 +353,8 @@ def clipped_policy_loss(
         logprobs, old_logprobs, advantages, mask, kl, clip_low, high, dual_clip, kl_coef,
         importance_level, reduction, denom,
     )  # fmt: skip
+    if isinstance(denom, Tensor):
+        denom = denom.reshape(())
     wide = _wide(logprobs, old_logprobs, advantages)
     batch = _Batch(logprobs, mask, cu_seqlens)
     counts = batch.mask

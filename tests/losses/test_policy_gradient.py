@@ -100,6 +100,29 @@ def test_an_equal_policy_is_exactly_zero(estimator: Any) -> None:
         assert not torch.autograd.grad(kl.sum(), lp)[0].any()
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("held", [math.nan, 200.0, math.inf, -math.inf])
+def test_masked_places_may_hold_anything(held: float, estimator: Any) -> None:
+    """NaN and what overflows, on either side: neither in the estimate nor in a gradient."""
+    mask = torch.tensor([[0, 1, 1]])
+    ordinary, strange = torch.tensor([[0.0, -1.0, 0.0]]), torch.tensor([[held, -1.0, 0.0]])
+    for policy, ref in ((torch.zeros(1, 3), strange), (-strange, ordinary)):
+        lp = policy.clone().requires_grad_()
+        kl = kl_estimate(lp, ref, estimator, mask=mask)
+        assert kl[0, 0] == 0
+        kept = policy[:, 1:].clone().requires_grad_()
+        torch.testing.assert_close(kl[:, 1:], kl_estimate(kept, ref[:, 1:], estimator))
+        loss = clipped_policy_loss(lp, lp.detach(), torch.ones(1), mask=mask, kl=kl, kl_coef=0.1)
+        other = clipped_policy_loss(
+            kept, kept.detach(), torch.ones(1), kl=kl_estimate(kept, ref[:, 1:], estimator),
+            kl_coef=0.1,
+        )  # fmt: skip
+        torch.testing.assert_close(loss, other)
+        (grad,) = torch.autograd.grad(loss, lp)
+        assert grad[0, 0] == 0
+        torch.testing.assert_close(grad[:, 1:], torch.autograd.grad(other, kept)[0])
+
+
 # --- clipped surrogate -------------------------------------------------------------------------
 
 
@@ -170,10 +193,14 @@ def test_the_surrogate_is_that_of_the_papers(
         ("mean", None, want.sum() / number),
         ("mean", 40, want.sum() / 40),
         ("mean", torch.tensor(40), want.sum() / 40),
+        ("mean", torch.tensor([40]), want.sum() / 40),
         ("sequence_mean", None, means.mean()),
+        ("sequence_mean", torch.tensor([[24.0]]), means.sum() / 24),
         ("sequence_mean", 24, means.sum() / 24),
     ):
         got = clipped_policy_loss(*given, reduction=reduction, denom=denom, **options)
+        assert got.shape == ()
+        assert got.dtype == torch.float64
         np.testing.assert_allclose(got.item(), total, rtol=1e-12)
 
 
@@ -291,6 +318,7 @@ LP = torch.zeros(2, 3)
 A = torch.ones(2)
 BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: kl_estimate(LP, LP[:1]), ValueError, "ref_logprobs must have the shape of logprobs"),
+    (lambda: kl_estimate(LP, LP, mask=A), ValueError, "mask must have the shape of logprobs"),
     (lambda: kl_estimate(LP, LP, "k4"), ValueError, "estimator must be one of"),
     (lambda: kl_estimate(LP, LP.to("meta")), ValueError, "ref_logprobs must be on the device"),
     (lambda: importance_weights(LP, LP[0]), ValueError, "old_logprobs must have the shape"),
