@@ -246,7 +246,8 @@ def kto_loss(
         ref: the same under the reference; it must not require grad.
         desirable: bool [B].
         kl: z of the table, the batch's estimate of KL(policy, reference): the mean of log-ratios
-            of answers to other prompts, over all ranks. It is detached, and 0 where negative.
+            of answers to other prompts, over all ranks. It is detached, and 0 where negative. A
+            number must be finite; a tensor is not looked at, and its NaN is one in the loss.
         beta: how quickly the value saturates.
         desirable_weight, undesirable_weight: w_D and w_U.
         reduction: "mean" over answers, "sum", or "none": [B].
@@ -269,6 +270,8 @@ def kto_loss(
             raise ValueError(f"kl must be one number; got the shape {tuple(kl.shape)}")
         away = x - x0 - kl.detach().reshape(()).to(x.dtype).clamp(min=0)
     else:
+        if not math.isfinite(kl):
+            raise ValueError(f"kl must be a finite number; got {kl}")
         away = x - x0 - max(0.0, kl)
     losses = torch.sigmoid(beta * torch.where(desirable, -away, away))
     weighted = torch.where(desirable, desirable_weight * losses, undesirable_weight * losses)

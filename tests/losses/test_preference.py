@@ -242,6 +242,12 @@ def test_policy_equal_to_reference_is_log_two() -> None:
     assert (kto_loss(c, c, GOOD, kl=-3.0, reduction="none") == 0.5).all()
 
 
+def test_a_kl_of_nan_on_its_device_is_shown() -> None:
+    """Looking at it would wait for the device; it must not count as 0 either."""
+    c, *_ = sums()
+    assert kto_loss(c, c, GOOD, kl=torch.tensor(math.nan)).isnan()
+
+
 C = torch.zeros(3)
 BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: dpo_loss(C, C[:2], C, C), ValueError, "policy_rejected must have the shape of"),
@@ -265,6 +271,8 @@ BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: kto_loss(C, C, C), TypeError, "desirable must be bool"),
     (lambda: kto_loss(C, C, C[:2] > 0), ValueError, "desirable must have the shape of policy"),
     (lambda: kto_loss(C, C, C > 0, kl=C), ValueError, "kl must be one number"),
+    (lambda: kto_loss(C, C, C > 0, kl=math.nan), ValueError, "kl must be a finite number; got nan"),
+    (lambda: kto_loss(C, C, C > 0, kl=math.inf), ValueError, "kl must be a finite number; got inf"),
     (lambda: kto_loss(C, C.clone().requires_grad_(), C > 0), ValueError, "ref must not require"),
 ]  # fmt: skip
 
