@@ -7,8 +7,9 @@
     token_logprobs           log-probs (and entropies) of given tokens; from logits: ..._from_logits
     sequence_sums            their sums over padded or packed sequences
     dpo_loss, kto_loss, orpo_loss, simpo_loss, cpo_loss   preferences, from sums of log-probs
-    kl_estimate, clipped_policy_loss                      the pieces of PPO and GRPO
-    LinearDivergence, Divergence, TokenLogprobs           the same as nn.Modules
+    kl_estimate, clipped_policy_loss, importance_weights  the pieces of PPO and GRPO
+    LinearDivergence, Divergence, TokenLogprobs, DPOLoss, KTOLoss, ORPOLoss, ClippedPolicyLoss
+                             the same as nn.Modules
 
 Torch is imported when a loss is first named.
 """
@@ -22,18 +23,44 @@ if TYPE_CHECKING:
     from cl_fast.losses.cache import TeacherCache
     from cl_fast.losses.divergence import Measured, divergence_from_logits, linear_divergence
     from cl_fast.losses.logprobs import sequence_sums, token_logprobs, token_logprobs_from_logits
-    from cl_fast.losses.modules import Divergence, LinearDivergence, TokenLogprobs
-    from cl_fast.losses.policy_gradient import clipped_policy_loss, kl_estimate
-    from cl_fast.losses.preference import cpo_loss, dpo_loss, kto_loss, orpo_loss, simpo_loss
+    from cl_fast.losses.modules import (
+        ClippedPolicyLoss,
+        Divergence,
+        DPOLoss,
+        KTOLoss,
+        LinearDivergence,
+        ORPOLoss,
+        TokenLogprobs,
+    )
+    from cl_fast.losses.policy_gradient import (
+        Clipped,
+        clipped_policy_loss,
+        importance_weights,
+        kl_estimate,
+    )
+    from cl_fast.losses.preference import (
+        Rewards,
+        cpo_loss,
+        dpo_loss,
+        kto_loss,
+        orpo_loss,
+        simpo_loss,
+    )
     from cl_fast.losses.teachers import Hidden, Logits, Probs, TopK
 
 __all__ = [
+    "Clipped",
+    "ClippedPolicyLoss",
+    "DPOLoss",
     "Divergence",
     "Hidden",
+    "KTOLoss",
     "LinearDivergence",
     "Logits",
     "Measured",
+    "ORPOLoss",
     "Probs",
+    "Rewards",
     "TeacherCache",
     "TokenLogprobs",
     "TopK",
@@ -41,6 +68,7 @@ __all__ = [
     "cpo_loss",
     "divergence_from_logits",
     "dpo_loss",
+    "importance_weights",
     "kl_estimate",
     "kto_loss",
     "linear_divergence",
@@ -52,12 +80,18 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Clipped": "policy_gradient",
+    "ClippedPolicyLoss": "modules",
+    "DPOLoss": "modules",
     "Divergence": "modules",
     "Hidden": "teachers",
+    "KTOLoss": "modules",
     "LinearDivergence": "modules",
     "Logits": "teachers",
     "Measured": "divergence",
+    "ORPOLoss": "modules",
     "Probs": "teachers",
+    "Rewards": "preference",
     "TeacherCache": "cache",
     "TokenLogprobs": "modules",
     "TopK": "teachers",
@@ -65,6 +99,7 @@ _HOMES = {
     "cpo_loss": "preference",
     "divergence_from_logits": "divergence",
     "dpo_loss": "preference",
+    "importance_weights": "policy_gradient",
     "kl_estimate": "policy_gradient",
     "kto_loss": "preference",
     "linear_divergence": "divergence",
