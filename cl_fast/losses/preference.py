@@ -270,7 +270,7 @@ def kto_loss(
             raise ValueError(f"kl must be one number; got the shape {tuple(kl.shape)}")
         away = x - x0 - kl.detach().reshape(()).to(x.dtype).clamp(min=0)
     else:
-        if not math.isfinite(kl):
+        if not -math.inf < kl < math.inf:  # math.isfinite breaks a graph that is compiled
             raise ValueError(f"kl must be a finite number; got {kl}")
         away = x - x0 - max(0.0, kl)
     losses = torch.sigmoid(beta * torch.where(desirable, -away, away))

@@ -242,6 +242,18 @@ def test_policy_equal_to_reference_is_log_two() -> None:
     assert (kto_loss(c, c, GOOD, kl=-3.0, reduction="none") == 0.5).all()
 
 
+def test_a_kl_that_changes_compiles_without_a_break() -> None:
+    """From its second value on a number is a symbol, which math.isfinite cannot be asked about."""
+    c, _, c0, _ = sums()
+
+    def step(kl: float) -> Tensor:
+        return kto_loss(c, c0, GOOD, kl=kl)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for kl in (0.1, 0.2, 0.7, -1.0):
+        torch.testing.assert_close(compiled(kl), step(kl))
+
+
 def test_a_kl_of_nan_on_its_device_is_shown() -> None:
     """Looking at it would wait for the device; it must not count as 0 either."""
     c, *_ = sums()
