@@ -439,8 +439,8 @@ def _labels_of(
 ) -> Labels | None:
     if labels is None:
         return None
-    ids = labels.reshape(-1)
-    ids = torch.where(ids == ignore_index, -1, ids).long()
+    ids = labels.reshape(-1).long()  # compared as uint8, -100 would be 156
+    ids = torch.where(ids == ignore_index, -1, ids)
     return Labels.of(_take(ids, index), sizes.start, sizes.student[sizes.rank])
 
 
@@ -690,7 +690,7 @@ def _token_logprobs(
             _check_head(rows, head, offset)
         tensors = [y for y in (rows, head) if y is not None]
         kernels = vocabulary_rows.kernels(backend, *tensors)
-        counts = ids.reshape(-1) != ignore_index
+        counts = ids.reshape(-1).long() != ignore_index
         index = None if head is None else counting_rows(counts)
         wide = wide_dtype(*tensors)
         on = torch.is_grad_enabled()
