@@ -35,6 +35,7 @@ from cl_fast.losses import (
 from cl_fast.ops.heads import Head, chunks
 
 __all__ = [
+    "DistillLossFunction",
     "DistillMixin",
     "LinearHead",
     "capture",
@@ -44,6 +45,7 @@ __all__ = [
     "hidden_states",
     "last_hidden",
     "next_labels",
+    "processes",
     "run_inside",
     "unwrap",
 ]
@@ -340,6 +342,96 @@ class _Eval(contextlib.AbstractContextManager[None]):
             module.training = True
 
 
+def processes(host: Any, num_items: Tensor | int | None) -> int:
+    """What a loss divided by `num_items` is multiplied by in a Trainer: the count may be of all
+    devices, while gradients are averaged over them."""
+    if not host.args.average_tokens_across_devices or num_items is None:
+        return 1
+    copies = host.get_tp_size() if hasattr(host, "get_tp_size") else 1
+    return int(host.accelerator.num_processes // copies)
+
+
+class _Watch:
+    """A hook that keeps what a model's forward was given last, until it is taken."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.seen: dict[str, Any] = {}
+        if model in _watches:
+            _watches[model].stop()
+        _watches[model] = self
+
+        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if args:
+                raise ValueError("distill_loss_func needs the student's inputs by keyword")
+            left_out = ("labels", "shift_labels", "num_items_in_batch")
+            self.seen = {k: v for k, v in kwargs.items() if k not in left_out}
+
+        # A function, not a method: a copy of the model does not copy the batch.
+        self._handle = model.register_forward_pre_hook(keep, with_kwargs=True)
+
+    def take(self) -> dict[str, Any]:
+        seen, self.seen = self.seen, {}
+        return seen
+
+    def stop(self) -> None:
+        self._handle.remove()
+        self.seen = {}
+
+
+_watches: weakref.WeakKeyDictionary[nn.Module, _Watch] = weakref.WeakKeyDictionary()
+"""One of a student: a second loss function takes the place of the first."""
+
+
+class DistillLossFunction:
+    """What `distill_loss_func` returns."""
+
+    def __init__(
+        self, teacher: nn.Module, student: nn.Module, ce_weight: float, options: dict[str, Any]
+    ) -> None:
+        self._teacher, self._ce_weight, self._options = teacher, ce_weight, options
+        self._watch = _Watch(student)
+
+    def remove(self) -> None:
+        """Take the hook off the student and let go of its last batch."""
+        self._watch.stop()
+
+    def __call__(
+        self,
+        outputs: Any,
+        labels: Tensor | None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """The loss over the labels shifted by one.
+
+        Args:
+            outputs: of the student's forward.
+            labels: [batch, length].
+            num_items_in_batch: what the sum is divided by; by default the tokens that count.
+        """
+        seen = self._watch.take()
+        if labels is None:
+            raise ValueError("distill_loss_func needs labels: they say which tokens count")
+        if not seen:
+            raise ValueError(
+                "the student's forward was not seen: give distill_loss_func the model that the "
+                "trainer trains. A later function for the same student, or remove(), ends this one"
+            )
+        teacher = self._teacher
+        with torch.no_grad(), _Eval(teacher):
+            given = teacher(**{"use_cache": False, **seen}).logits
+        targets, denom = next_labels(labels), _denominator(num_items_in_batch)
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+        loss = divergence_from_logits(
+            logits, Logits(given), labels=targets, denom=denom, **self._options
+        )
+        if self._ce_weight:
+            if denom is None:
+                denom = (targets != IGNORED).sum().clamp(min=1)
+            correct = token_logprobs_from_logits(logits, targets).sum() / denom
+            loss = loss - self._ce_weight * correct
+        return loss
+
+
 def distill_loss_func(
     teacher: nn.Module,
     student: nn.Module,
@@ -351,11 +443,12 @@ def distill_loss_func(
     teacher_temperature: float | None = None,
     ce_weight: float = 0.0,
     pad_vocab: str | None = None,
-) -> Callable[..., Tensor]:
+) -> DistillLossFunction:
     """A loss for `Trainer(model=student, compute_loss_func=...)`.
 
     The trainer hands over the student's logits, so they exist; `DistillMixin` does without. The
-    teacher sees what the student's forward is given, by a hook on it.
+    teacher sees what the student's forward is given, by a hook on it. A second function for the
+    same student takes the place of the first.
 
     Args:
         teacher: a causal language model on the student's device; run in eval mode without grad.
@@ -365,9 +458,9 @@ def distill_loss_func(
 
     Returns:
         f(outputs, labels, num_items_in_batch=None): the loss over the labels shifted by one,
-        divided by num_items_in_batch, or else by the number of tokens that count.
+        divided by num_items_in_batch, or else by the number of tokens that count. `f.remove()`
+        takes the hook off.
     """
-    seen: dict[str, Any] = {}
     options: dict[str, Any] = {
         "kind": kind,
         "beta": beta,
@@ -376,39 +469,7 @@ def distill_loss_func(
         "teacher_temperature": teacher_temperature,
         "pad_vocab": pad_vocab,
     }
-
-    def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if args:
-            raise ValueError("distill_loss_func needs the student's inputs by keyword")
-        seen.clear()
-        left_out = ("labels", "shift_labels", "num_items_in_batch")
-        seen.update({k: v for k, v in kwargs.items() if k not in left_out})
-
-    student.register_forward_pre_hook(remember, with_kwargs=True)
-
-    def loss_of(
-        outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        if labels is None:
-            raise ValueError("distill_loss_func needs labels: they say which tokens count")
-        if not seen:
-            raise ValueError(
-                "the student's forward was not seen: give distill_loss_func the model that the "
-                "trainer trains"
-            )
-        with torch.no_grad(), _Eval(teacher):
-            given = teacher(**{"use_cache": False, **seen}).logits
-        seen.clear()
-        targets, denom = next_labels(labels), _denominator(num_items_in_batch)
-        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-        loss = divergence_from_logits(logits, Logits(given), labels=targets, denom=denom, **options)
-        if ce_weight:
-            if denom is None:
-                denom = (targets != IGNORED).sum().clamp(min=1)
-            loss = loss - ce_weight * token_logprobs_from_logits(logits, targets).sum() / denom
-        return loss
-
-    return loss_of
+    return DistillLossFunction(teacher, student, ce_weight, options)
 
 
 class DistillMixin:
@@ -428,9 +489,8 @@ class DistillMixin:
             which position i is the teacher's prediction after token i.
         kind, beta, skew, temperature, teacher_temperature, ce_weight, pad_vocab, chunk_tokens:
             see `linear_divergence`.
-            Log-probs in columns that were made at the student's temperature go with
-            teacher_temperature=1.
-        tail: see `TopK`; for the columns.
+        tail, columns_temperature: of the columns, see `TopK`: what is outside of them, and the
+            temperature at which their log-probs were made.
 
     A column `token_weight` [batch, length] weights the tokens by what position i predicts.
 
@@ -450,6 +510,7 @@ class DistillMixin:
         teacher_temperature: float | None = None,
         ce_weight: float = 0.0,
         tail: str = "bucket",
+        columns_temperature: float = 1.0,
         pad_vocab: str | None = None,
         chunk_tokens: int | None = None,
         **kwargs: Any,
@@ -468,7 +529,7 @@ class DistillMixin:
             placed = any(hasattr(teacher, name) for name in ("hf_device_map", "hf_quantizer"))
             teacher = teacher if placed else teacher.to(host.args.device)
         self.teacher = teacher
-        self.tail = tail
+        self.tail, self.columns_temperature = tail, columns_temperature
         self.distillation: dict[str, Any] = {
             "kind": kind,
             "beta": beta,
@@ -521,7 +582,7 @@ class DistillMixin:
         def loss_of(inner: Any, **batch: Any) -> Tensor:
             if given is None:
                 top_k = columns["teacher_ids"], columns["teacher_logprobs"]
-                teacher: Any = TopK(*top_k, tail=self.tail)  # type: ignore[arg-type]
+                teacher: Any = TopK(*top_k, self.tail, self.columns_temperature)  # type: ignore[arg-type]
             else:
                 teacher = self._teacher_head(inner).teacher(given)
             hidden = _without_virtual_tokens(inner, last_hidden(inner, **batch), targets.size(1))
@@ -533,11 +594,7 @@ class DistillMixin:
             assert isinstance(loss, Tensor)
             return loss
 
-        loss = run_inside(model, loss_of, **batch)
-        if host.args.average_tokens_across_devices and num_items_in_batch is not None:
-            # The count is of all devices, and gradients are averaged over them.
-            copies = host.get_tp_size() if hasattr(host, "get_tp_size") else 1
-            loss = loss * (host.accelerator.num_processes // copies)
+        loss = run_inside(model, loss_of, **batch) * processes(host, num_items_in_batch)
         return (loss, {}) if return_outputs else loss
 
     def prediction_step(

@@ -17,6 +17,8 @@ from __future__ import annotations
 import functools
 import importlib
 import types
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from cl_fast.integrations.transformers import (
     hidden_states,
     last_hidden,
     next_labels,
+    processes,
     run_inside,
     unwrap,
 )
@@ -70,8 +73,20 @@ class GKDLoss:
     """`GKDTrainer.compute_loss` from hidden states.
 
     As in TRL, the divergence is taken at temperature 1, whatever temperature samples are drawn at,
-    and the sum is divided by `num_items_in_batch`.
+    and the sum is divided by `num_items_in_batch`. Under `average_tokens_across_devices` that
+    number is of all processes while gradients are averaged over them, and TRL's GKD leaves out the
+    factor by which transformers makes up for it: on N processes gradients are an N-th of those of
+    one process with the whole batch. So they are here, unless scale_by_processes=True is given.
+
+    Attributes:
+        scale_by_processes: multiply by the number of processes, as transformers does.
     """
+
+    scale_by_processes = False
+
+    def __init__(self, *args: Any, scale_by_processes: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.scale_by_processes = scale_by_processes
 
     def compute_loss(
         self,
@@ -81,9 +96,11 @@ class GKDLoss:
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         host: Any = self
+        scale = processes(host, num_items_in_batch) if self.scale_by_processes else 1
         if return_outputs:  # its caller wants logits
             base: Any = super()
-            return base.compute_loss(model, inputs, True, num_items_in_batch)
+            loss, outputs = base.compute_loss(model, inputs, True, num_items_in_batch)
+            return loss * scale, outputs
         batch = {k: inputs[k] for k in ("input_ids", "attention_mask")}
         labels = next_labels(inputs["labels"])
         host.teacher_model.eval()
@@ -101,7 +118,7 @@ class GKDLoss:
                 denom=num_items_in_batch,
             )
 
-        return run_inside(model, loss_of, **batch)
+        return run_inside(model, loss_of, **batch) * scale
 
 
 def _no_cache(host: Any, ids: Tensor, mask: Tensor, keep: int) -> dict[str, Any]:
@@ -193,9 +210,7 @@ class SDFTLoss:
                 student, teacher, counts, args.distillation_topk, temperature,
                 "bucket" if args.distillation_add_tail else "renorm",
             )  # fmt: skip
-            per_token = linear_divergence(
-                **student, teacher=support, teacher_temperature=1.0, **common
-            )
+            per_token = linear_divergence(**student, teacher=support, **common)
         elif args.distillation_mode == "full_logits":
             per_token = linear_divergence(**student, teacher=teacher, **common)
         elif args.distillation_mode == "sampled_token":
@@ -278,7 +293,7 @@ def _student_support(
             ids[rows[block]] = picked
             logprobs = logprobs.to(q.dtype)
             logprobs[rows[block]] = q.gather(1, picked) - q.logsumexp(1, keepdim=True)
-    return TopK(ids.reshape(*lead, k), logprobs.reshape(*lead, k), tail=tail)  # type: ignore[arg-type]
+    return TopK(ids.reshape(*lead, k), logprobs.reshape(*lead, k), tail, temperature)  # type: ignore[arg-type]
 
 
 class DPOLoss:
@@ -289,7 +304,8 @@ class DPOLoss:
 
     Attributes:
         token_metrics: TRL logs `logits/chosen`, `logits/rejected` and `mean_token_accuracy`, which
-            cost one more product with the head. False leaves the three out of the logs.
+            cost one more product with the head. False leaves the three out of the logs; it may be
+            set at any time.
     """
 
     token_metrics = True
@@ -297,12 +313,17 @@ class DPOLoss:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         host: Any = self
-        fields: tuple[str, ...] = ("mean_logits", "is_top1") if self.token_metrics else ()
-        if host.use_weighting:
-            fields += ("log_sum_sq_probs",)
-        _answer_with_logprobs(unwrap(host.model), ("entropy", *fields))
+        weighted = ("log_sum_sq_probs",) if host.use_weighting else ()
+        trainer = weakref.ref(self)  # the model may outlive it
+
+        def fields() -> tuple[str, ...]:
+            mine = trainer()
+            measured = mine is None or mine.token_metrics
+            return ("entropy", *(("mean_logits", "is_top1") if measured else ()), *weighted)
+
+        _answer_with_logprobs(unwrap(host.model), fields)
         if host.ref_model is not None:
-            _answer_with_logprobs(unwrap(host.ref_model), ())
+            _answer_with_logprobs(unwrap(host.ref_model), tuple)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         base: Any = super()
@@ -314,8 +335,8 @@ class DPOLoss:
         return result
 
 
-def _answer_with_logprobs(model: Any, fields: tuple[str, ...]) -> None:
-    """`model(..., labels=labels, fused_lm_head=True)` returns log-probs and these fields."""
+def _answer_with_logprobs(model: Any, fields_now: Callable[[], tuple[str, ...]]) -> None:
+    """`model(..., labels=labels, fused_lm_head=True)` returns log-probs and the fields of now."""
     from trl.trainer.utils import FusedCausalLMOutput
 
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -338,6 +359,7 @@ def _answer_with_logprobs(model: Any, fields: tuple[str, ...]) -> None:
                 "num_items_in_batch": num_items_in_batch,
             }
             return forward(*args, **kwargs, **{k: v for k, v in own.items() if v is not None})
+        fields = fields_now()
         hidden, output = capture(inner, forward, *args, **{**kwargs, "use_cache": False})
         if shift_labels is None:
             assert labels is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,13 +144,26 @@ def test_teacher_of_columns(tmp_path: Path) -> None:
     expected.backward()
     wanted = gradients(student)
     student.zero_grad()
-    options = {"kind": "reverse_kl", "temperature": 2.0, "teacher_temperature": 1.0}
+    options = {"kind": "reverse_kl", "temperature": 2.0, "columns_temperature": 2.0}
     trainer = Distiller(student, arguments(tmp_path), train_dataset=rows, **options)
     found, _ = trained(trainer)
     assert_same(found, wanted)
     both = Distiller(student, arguments(tmp_path), train_dataset=rows, teacher=teacher)
     with pytest.raises(ValueError, match="one of them"):
         both.train()
+
+
+def test_columns_of_another_temperature_are_refused(tmp_path: Path) -> None:
+    """What is outside of them is not known at the student's."""
+    rows = [
+        {**row, "teacher_ids": torch.arange(3).expand(9, 3), "teacher_logprobs": -torch.ones(9, 3)}
+        for row in ROWS
+    ]
+    trainer = Distiller(
+        llama(), arguments(tmp_path), train_dataset=rows, temperature=2.0, columns_temperature=3.0
+    )
+    with pytest.raises(ValueError, match="made at temperature 3, and its tail"):
+        trainer.train()
 
 
 def test_teacher_of_a_cache(tmp_path: Path) -> None:
@@ -162,7 +176,7 @@ def test_teacher_of_a_cache(tmp_path: Path) -> None:
     cache = TeacherCache.build(
         teacher, ROWS, VOCABULARY, path=tmp_path / "cache", temperature=2.0, progress=False
     )
-    options = {"kind": "reverse_kl", "temperature": 2.0, "teacher_temperature": 1.0}
+    options = {"kind": "reverse_kl", "temperature": 2.0, "columns_temperature": 2.0}
     data = cache.attach(ROWS)
     trainer = Distiller(student, arguments(tmp_path), train_dataset=data, **options)
     found, loss = trained(trainer)
@@ -300,6 +314,44 @@ def test_a_student_that_is_not_trained_is_noticed(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="student's forward was not seen"):
         trainer.train()
+
+
+def test_a_loss_function_is_replaced_and_removed() -> None:
+    student = llama(0)
+    first = distill_loss_func(llama(1), student)
+    inputs = {k: EIGHT[k].clone() for k in ("input_ids", "attention_mask")}
+    held = weakref.ref(inputs["attention_mask"])
+    student(**inputs)
+    second = distill_loss_func(llama(1), student)  # in place of the first
+    assert len(student._forward_pre_hooks) == 1
+    del inputs
+    assert held() is None, "a function that was replaced holds a batch"
+    inputs = {k: EIGHT[k].clone() for k in ("input_ids", "attention_mask")}
+    held = weakref.ref(inputs["attention_mask"])
+    outputs = student(**inputs)
+    with pytest.raises(ValueError, match="forward was not seen"):
+        first(outputs, EIGHT["labels"])
+    first.remove()  # of what is gone: the second stays
+    assert float(second(outputs, EIGHT["labels"]).detach()) > 0
+    del inputs, outputs
+    assert held() is None, "a batch is held after its loss"
+    student(**{k: EIGHT[k].clone() for k in ("input_ids", "attention_mask")})
+    second.remove()
+    second.remove()
+    assert not student._forward_pre_hooks
+    with pytest.raises(ValueError, match="forward was not seen"):
+        second({"logits": torch.zeros(8, 9, VOCABULARY)}, EIGHT["labels"])
+
+
+def test_a_batch_is_dropped_where_the_teacher_fails() -> None:
+    student, teacher = llama(0), llama(1, num_hidden_layers=1)
+    loss_func = distill_loss_func(teacher, student)
+    outputs = student(**{k: EIGHT[k] for k in ("input_ids", "attention_mask")})
+    teacher.forward = None
+    with pytest.raises(TypeError):
+        loss_func(outputs, EIGHT["labels"])
+    with pytest.raises(ValueError, match="forward was not seen"):
+        loss_func(outputs, EIGHT["labels"])
 
 
 def test_labels_are_shifted_without_copying_logits() -> None:

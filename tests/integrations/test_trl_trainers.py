@@ -107,6 +107,30 @@ def test_gkd_reads_softcaps(tmp_path: Path) -> None:
     compare(trainer, Host, batch(), method="compute_loss")
 
 
+@pytest.mark.parametrize("outputs", [False, True])
+def test_gkd_on_several_processes(
+    outputs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its count is of all of them and their gradients are averaged; TRL lets that stand."""
+    from accelerate import Accelerator
+
+    trainer = gkd(tmp_path, llama(0), llama(1))
+    assert trainer.args.average_tokens_across_devices
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda _: 4))
+
+    def loss(items: Any) -> Tensor:
+        found = trainer.compute_loss(trainer.model, batch(), outputs, items)
+        return found[0] if outputs else found
+
+    items = torch.tensor(40)
+    as_trl, alone = loss(items), loss(None)
+    trainer.scale_by_processes = True
+    torch.testing.assert_close(loss(items), 4 * as_trl)
+    torch.testing.assert_close(loss(None), alone)
+    trainer.args.average_tokens_across_devices = False
+    torch.testing.assert_close(loss(items), as_trl)
+
+
 def test_gkd_trains_and_evaluates(tmp_path: Path) -> None:
     trainer = gkd(tmp_path, llama(0), llama(1), lmbda=0.5, gradient_accumulation_steps=2)
     before = copy.deepcopy(trainer.model.state_dict())
@@ -325,6 +349,30 @@ def test_dpo_makes_no_logits_and_can_leave_metrics_out(tmp_path: Path) -> None:
     assert "rewards/margins" in logged
     assert "entropy" in logged
     assert not {"logits/chosen", "mean_token_accuracy"} & logged.keys()
+
+
+def test_dpo_pays_for_token_metrics_only_where_they_are_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cl_fast.integrations.transformers import LinearHead
+
+    trainer = dpo(tmp_path)
+    inputs = pairs(trainer)
+    products: list[int] = []
+    logits = LinearHead.logits
+
+    def counted(head: LinearHead, *args: Any, **kwargs: Any) -> Any:
+        products.append(1)
+        return logits(head, *args, **kwargs)
+
+    monkeypatch.setattr(LinearHead, "logits", counted)
+    counts = []
+    for wanted in (True, False, True):
+        trainer.token_metrics = wanted
+        products.clear()
+        trainer.compute_loss(trainer.model, dict(inputs))
+        counts.append(len(products))
+    assert counts == [1, 0, 1]
 
 
 def test_dpo_trains_an_adapter(tmp_path: Path) -> None:
