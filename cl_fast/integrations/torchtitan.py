@@ -12,6 +12,10 @@ The teacher comes as per-token inputs: `teacher_logits` [B, L, V], or `teacher_i
 are aligned with the rows, as torchtitan's are. Where torchtitan is installed the classes are
 subclasses of its BaseLoss and ChunkedLossWrapper, so that its trainer hands them the head;
 everywhere else they are the same classes on a plain base, for trainers with the same calls.
+
+Where the vocabulary is split over ranks (tensor parallelism, loss parallel), tell the loss which:
+`set_process_group(tp_mesh)`. The head, or the logits, is a DTensor or this rank's part, and so is
+the teacher's; its top-k columns and hidden states are whole.
 """
 
 from __future__ import annotations
@@ -26,7 +30,9 @@ import torch
 from torch import Tensor, nn
 
 from cl_fast.integrations.transformers import forward_replaced
-from cl_fast.losses import Hidden, Logits, TopK, divergence_from_logits, linear_divergence
+from cl_fast.losses import Hidden, Logits, TopK, divergence_from_logits, linear_divergence, parallel
+from cl_fast.losses.shards import Ranks
+from cl_fast.ops.heads import Head
 
 __all__ = ["DivergenceLoss", "LinearDivergenceLoss"]
 
@@ -77,6 +83,13 @@ class _Shared:
         """The output head, a linear layer, of the teacher whose hidden states will come."""
         self.teacher_head = head
 
+    def set_process_group(self, process_group: Any) -> None:
+        """The ranks over which the vocabulary is split: a group, or a mesh of one dimension.
+
+        None: each rank has the whole vocabulary.
+        """
+        self.options["process_group"] = process_group
+
     def _begin(self, config: Any, fn: Callable[..., Tensor], compile_config: Any) -> None:
         self.config = config
         self.options: dict[str, Any] = {
@@ -103,7 +116,8 @@ class _Shared:
         if given[0] == "teacher_logits":
             return Logits(inputs["teacher_logits"].detach())
         if given[0] == "teacher_ids":
-            return TopK(inputs["teacher_ids"], inputs["teacher_logprobs"].detach(), config.tail)
+            top_k = inputs["teacher_ids"], inputs["teacher_logprobs"].detach()
+            return TopK(*top_k, config.tail, config.columns_temperature)
         head: Any = self.teacher_head
         if head is None:
             raise ValueError("teacher_hidden needs set_teacher_head(head)")
@@ -126,7 +140,8 @@ class DivergenceLoss(_Shared, _LEAF):  # type: ignore[misc]
 
     Config:
         kind, beta, skew, temperature, teacher_temperature, pad_vocab: see `linear_divergence`.
-        tail: see `TopK`.
+        tail, columns_temperature: of teacher_ids and teacher_logprobs, see `TopK`: what is outside
+            of them, and the temperature at which they were made.
         logit_scale, softcap: still to be applied to the logits of the model.
         teacher_logit_scale, teacher_softcap: to those of `teacher_hidden` and its head.
     """
@@ -140,6 +155,7 @@ class DivergenceLoss(_Shared, _LEAF):  # type: ignore[misc]
         teacher_temperature: float | None = None
         pad_vocab: str | None = None
         tail: str = "bucket"
+        columns_temperature: float = 1.0
         logit_scale: float = 1.0
         softcap: float | None = None
         teacher_logit_scale: float = 1.0
@@ -165,7 +181,7 @@ class DivergenceLoss(_Shared, _LEAF):  # type: ignore[misc]
         """
         teacher = self._teacher(inputs)
         if isinstance(teacher, Hidden):
-            teacher = Logits(_logits(teacher))
+            teacher = Logits(_logits(teacher, self.options.get("process_group")))
         loss = self.fn(
             pred, teacher, labels=labels, token_weight=inputs.get("token_weight"),
             reduction="sum", ignore_index=IGNORED, **self.options,
@@ -173,12 +189,24 @@ class DivergenceLoss(_Shared, _LEAF):  # type: ignore[misc]
         return _scaled(loss, global_valid_tokens), {}
 
 
-def _logits(teacher: Hidden) -> Tensor:
-    """Of one chunk: a leaf loss has the student's logits before it anyway."""
-    with torch.no_grad():
-        z = nn.functional.linear(teacher.hidden, teacher.weight, teacher.bias)
-        z = z if teacher.logit_scale == 1.0 else z * teacher.logit_scale
-        return z if teacher.softcap is None else torch.tanh(z / teacher.softcap) * teacher.softcap
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def _logits(teacher: Hidden, process_group: Any) -> Tensor:
+    """Of one chunk, float32: a leaf loss has the student's logits before it anyway."""
+    if process_group is not None:
+        part = parallel._teacher_shard(teacher, Ranks(process_group))
+        assert isinstance(part, Hidden)
+        hidden, weight, bias = part.hidden, part.weight, part.bias
+    else:
+        hidden = parallel.plain("teacher_hidden", teacher.hidden)
+        weight = parallel.plain("teacher.weight", teacher.weight)
+        bias = None if teacher.bias is None else parallel.plain("teacher.bias", teacher.bias)
+    flat = hidden.flatten(0, -2)
+    z = Head(flat, weight, bias).logits(slice(0, flat.size(0)))
+    if teacher.logit_scale != 1.0:
+        z *= teacher.logit_scale
+    if teacher.softcap is not None:
+        z = z.div_(teacher.softcap).tanh_().mul_(teacher.softcap)
+    return z.unflatten(0, hidden.shape[:-1])
 
 
 class LinearDivergenceLoss(_Shared, _CHUNKED):  # type: ignore[misc]
@@ -201,6 +229,7 @@ class LinearDivergenceLoss(_Shared, _CHUNKED):  # type: ignore[misc]
         teacher_temperature: float | None = None
         pad_vocab: str | None = None
         tail: str = "bucket"
+        columns_temperature: float = 1.0
         logit_scale: float = 1.0
         softcap: float | None = None
         teacher_logit_scale: float = 1.0
@@ -241,12 +270,40 @@ class LinearDivergenceLoss(_Shared, _CHUNKED):  # type: ignore[misc]
             raise ValueError("set_lm_head(head) must be called before the first loss")
         loss_of = functools.partial(self._loss, head, labels, inputs)
         with forward_replaced(head, loss_of):
-            loss = head(pred)
+            loss = _unwrapped(head(pred))
         return _scaled(loss, global_valid_tokens), {}
 
-    def _loss(self, head: Any, labels: Tensor, inputs: dict[str, Any], hidden: Tensor) -> Tensor:
-        return self.fn(
+    def _loss(self, head: Any, labels: Tensor, inputs: dict[str, Any], hidden: Any) -> Tensor:
+        loss = self.fn(
             hidden, head.weight, self._teacher(inputs), bias=getattr(head, "bias", None),
             labels=labels, token_weight=inputs.get("token_weight"), reduction="sum",
             ignore_index=IGNORED, **self.options,
         )  # fmt: skip
+        return _wrapped(loss, hidden)
+
+
+def _wrapped(loss: Tensor, hidden: Any) -> Tensor:
+    """A loss as what a head of tensor parallelism returns: each rank's column of a DTensor."""
+    if not hasattr(hidden, "device_mesh"):
+        return loss
+    from torch.distributed.tensor import DTensor, Shard
+
+    shape = [1] * hidden.dim()
+    columns = [Shard(hidden.dim() - 1)] * hidden.device_mesh.ndim
+    return DTensor.from_local(loss.reshape(shape), hidden.device_mesh, columns)
+
+
+def _unwrapped(loss: Any) -> Tensor:
+    """Of what the hooks of the head made of it."""
+    if hasattr(loss, "device_mesh"):
+        loss = loss.to_local()
+    if loss.numel() == 0:
+        raise ValueError(
+            "the head splits its output by tokens, so that a rank is left without a loss: use "
+            "ColwiseParallel(output_layouts=Shard(-1))"
+        )
+    if loss.numel() == 1:
+        return loss.reshape(())
+    # Gathered: the losses of all ranks, which are the same. Each rank is sent its own gradient.
+    total = loss.sum()
+    return loss.detach().flatten()[0] + (total - total.detach())

@@ -221,6 +221,49 @@ def test_without_a_denominator_it_is_the_sum(module: Any) -> None:
     torch.testing.assert_close(weighted, 2 * total)
 
 
+def test_logits_of_a_low_precision_teacher_are_not_rounded(module: Any) -> None:
+    torch.manual_seed(0)
+    pred, labels = torch.randn(B, L, V), torch.zeros(B, L, dtype=torch.long)
+    head = nn.Linear(H, V).bfloat16()
+    hidden = (3 * torch.randn(B, L, H)).bfloat16()
+    loss_fn = module.DivergenceLoss.Config(
+        teacher_logit_scale=3.0, teacher_softcap=20.0, temperature=0.5
+    ).build()
+    loss_fn.set_teacher_head(head)
+    loss, _ = loss_fn(pred, labels, teacher_hidden=hidden)
+    z = nn.functional.linear(hidden.double(), head.weight.double(), head.bias.double())
+    q = (20 * torch.tanh(3 * z / 20) / 0.5).log_softmax(-1)
+    p = (pred.double() / 0.5).log_softmax(-1)
+    exact = (q.exp() * (q - p)).sum()
+    # float32 from the accumulator; logits in bfloat16 are wrong by thousands of its roundings.
+    torch.testing.assert_close(loss.double(), exact.detach(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("tail", ["bucket", "renorm"])
+def test_columns_tell_their_temperature(module: Any, linear: bool, tail: str) -> None:
+    """All ids at the student's temperature: nothing is tempered twice."""
+    student, (tokens, labels) = Decoder(0), data(0)
+    generator = torch.Generator().manual_seed(5)
+    z = torch.randn(B, L, V, generator=generator)
+    logprobs, ids = (z / 2).log_softmax(-1).sort(-1, descending=True)
+    kind = module.LinearDivergenceLoss if linear else module.DivergenceLoss
+    loss_fn = kind.Config(temperature=2.0, columns_temperature=2.0, tail=tail).build()
+    expected, _ = module.DivergenceLoss.Config(temperature=2.0).build()(
+        student(tokens), labels, teacher_logits=z
+    )
+    if linear:
+        loss_fn.set_lm_head(student.lm_head)
+        student._skip_lm_head = True
+    loss, _ = loss_fn(student(tokens), labels, teacher_ids=ids, teacher_logprobs=logprobs)
+    torch.testing.assert_close(loss, expected)
+    other = kind.Config(temperature=2.0, columns_temperature=3.0).build()
+    if linear:
+        other.set_lm_head(student.lm_head)
+    with pytest.raises(ValueError, match="made at temperature 3, and its tail"):
+        other(student(tokens), labels, teacher_ids=ids, teacher_logprobs=logprobs)
+
+
 def test_what_is_missing_is_named(module: Any) -> None:
     (tokens, labels, inputs), *_ = batches(Decoder(1), "teacher_hidden")
     student = Decoder(0)

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from test_torchtitan_losses import B, Decoder, batches
@@ -14,10 +15,12 @@ from test_torchtitan_losses import eager as eager_decoder
 from test_transformers_trainer import EIGHT, ROWS, Distiller, Gradients, arguments, eager
 from tiny_models import gradients, llama
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from cl_fast.integrations.torchtitan import LinearDivergenceLoss
+from cl_fast.integrations.torchtitan import DivergenceLoss, LinearDivergenceLoss
 from cl_fast.integrations.transformers import head_of, last_hidden, next_labels, run_inside
 from cl_fast.losses import Logits, linear_divergence
 
@@ -110,11 +113,60 @@ def torchtitan_with_a_sharded_head() -> None:
     assert_same(gradients(student), wanted)
 
 
+def titan(kind: str, form: str, hooks: Any, told: bool = True) -> None:
+    """The ids of student and teacher are split over two ranks, which see the same tokens."""
+    student, teacher = Decoder(0), Decoder(1)
+    eager_decoder(student, teacher).backward()
+    wanted = gradients(student)
+    student.zero_grad()
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    made = batches(teacher, form)
+    if form == "teacher_logits":
+        for _, _, inputs in made:
+            inputs[form] = inputs[form].tensor_split([31], -1)[dist.get_rank()]
+    if hooks:  # as torchtitan does with its loss parallel
+        local = isinstance(hooks, Replicate)
+        style = ColwiseParallel(output_layouts=hooks, use_local_output=local)
+        parallelize_module(student.lm_head, mesh, style)
+    for model in (student, teacher):
+        weight = model.lm_head.weight
+        if not isinstance(weight, DTensor):
+            model.lm_head.weight = nn.Parameter(distribute_tensor(weight.data, mesh, [Shard(0)]))
+    make = LinearDivergenceLoss if kind == "linear" else DivergenceLoss
+    loss_fn = make.Config(kind="reverse_kl").build(compile_config=None)
+    loss_fn.set_teacher_head(teacher.lm_head)
+    if kind == "linear":
+        loss_fn.set_lm_head(student.lm_head)
+        student._skip_lm_head = True
+    if told:
+        loss_fn.set_process_group(mesh if hooks else mesh.get_group())
+    valid = sum((labels != -100).sum() for _, labels, _ in made)
+    for tokens, labels, inputs in made:
+        loss, _ = loss_fn(student(tokens), labels, valid, **inputs)
+        assert loss.shape == ()
+        assert not isinstance(loss, DTensor)
+        loss.backward()
+    assert_same(gradients(student), wanted)
+
+
+def torchtitan_with_a_split_vocabulary() -> None:
+    columns = Shard(-1)
+    for form in ("teacher_hidden", "teacher_ids", "teacher_logits"):
+        titan("linear", form, None)
+        titan("linear", form, columns)
+        titan("leaf", form, columns)
+    titan("linear", "teacher_hidden", Replicate())
+    for kind in ("linear", "leaf"):
+        with pytest.raises(ValueError, match="process_group="):
+            titan(kind, "teacher_ids", columns, told=False)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     fsdp()
     torchtitan_with_a_sharded_head()
+    torchtitan_with_a_split_vocabulary()
     with tempfile.TemporaryDirectory() as folder:
         trainer_of_transformers(Path(folder))
         trainer_of_transformers(Path(folder), ddp_find_unused_parameters=True)
