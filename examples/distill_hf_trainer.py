@@ -69,16 +69,16 @@ sizes = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 128,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "max_position_embeddings": LENGTH,
 }
 first, second = 3, 7
-before = train(LlamaForCausalLM(LlamaConfig(**sizes)), sequences(first, 2000), 150)
-plain = train(copy.deepcopy(before), sequences(second, 1000), 100)
+before = train(LlamaForCausalLM(LlamaConfig(**sizes)), sequences(first, 2000), 100)
+plain = train(copy.deepcopy(before), sequences(second, 1000), 80)
 # A few old sequences come along, for the teacher to speak about.
 mixed = sequences(second, 1000) + sequences(first, 200)
-kept = train(copy.deepcopy(before), mixed, 120, teacher=before, kind="forward_kl", ce_weight=5.0)
+kept = train(copy.deepcopy(before), mixed, 100, teacher=before, kind="forward_kl", ce_weight=5.0)
 
 print(f"{'model':<26}{'first task':>12}{'second task':>13}")
 rows = {"before": before, "plainly trained": plain, "with its earlier self": kept}
