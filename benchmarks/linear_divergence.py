@@ -33,7 +33,6 @@ from cl_fast.losses import Hidden, Logits, linear_divergence
 
 # tokens, hidden size, vocabulary: from a toy to the shapes of SmolLM 135M and Qwen 2.5 0.5B.
 SIZES = [
-    (128, 256, 4_096),
     (256, 256, 8_192),
     (512, 576, 32_000),
     (2_048, 256, 32_000),

@@ -15,7 +15,10 @@ namespace clf {
 namespace {
 
 constexpr int64_t kRowBlock = 1024;     // columns worked on at a time
-constexpr int64_t kSmallest = 1 << 16;  // elements that a thread takes at least
+constexpr int64_t kUnit = 1 << 16;          // elements that a thread takes at a time
+// Elements for which another thread is worth it. The threads of a matrix product spin for some
+// milliseconds after it, and a thread of ours that must wait for one of their cores holds all up.
+constexpr int64_t kPerThread = 1 << 22;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 static_assert(kRowBlock <= kBlock, "a block is converted in one go");
 
@@ -266,8 +269,9 @@ class Worker {
 // body(worker, row) for each row.
 template <class Body>
 void each_row(int64_t rows, int64_t columns, int threads, Body&& body) {
-  const int64_t several = std::max<int64_t>(1, kSmallest / std::max<int64_t>(1, columns));
-  in_parallel((rows + several - 1) / several, threads, [&] {
+  const int64_t several = std::max<int64_t>(1, kUnit / std::max<int64_t>(1, columns));
+  const int64_t worth = std::max<int64_t>(1, rows * columns / kPerThread);
+  in_parallel((rows + several - 1) / several, int(std::min<int64_t>(threads, worth)), [&] {
     return [&, worker = std::make_unique<Worker>()](int64_t unit) {
       const int64_t end = std::min(rows, (unit + 1) * several);
       for (int64_t row = unit * several; row < end; ++row) body(*worker, row);
