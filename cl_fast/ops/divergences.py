@@ -377,9 +377,11 @@ def _linear_forward(
         # Their gradient is 0, and 0 times what they hold must be 0 in the gradient of the weight.
         hidden = torch.where(row_weight[:, None] == 0, 0, hidden)
     with torch.autocast(hidden.device.type, enabled=False):
-        student = Head(hidden, weight, bias, index)
+        student = Head(hidden, weight, bias, index, recycle=True)
         other = (
-            None if teacher_weight is None else Head(teacher, teacher_weight, teacher_bias, index)
+            None
+            if teacher_weight is None
+            else Head(teacher, teacher_weight, teacher_bias, index, recycle=True)
         )
         tensors = [hidden, weight, teacher, *([] if teacher_weight is None else [teacher_weight])]
         rows = vocabulary_rows.kernels(backend, *tensors)

@@ -56,11 +56,20 @@ class Head:
         weight: [V, H].
         bias: [V], or None.
         index: int64 [C], the rows of `hidden` that count, by default all. Chunks are slices of it.
+        recycle: logits of a chunk are made where those of the chunk before were, which are gone
+            then; fresh memory of this size costs as much as several passes over it.
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor | None = None
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        index: Tensor | None = None,
+        recycle: bool = False,
     ) -> None:
+        self._recycle = recycle
+        self._memory: Tensor | None = None
         self.hidden, self.weight, self.bias, self.index = hidden, weight, bias, index
         self.wide = (
             torch.float64 if torch.float64 in (hidden.dtype, weight.dtype) else torch.float32
@@ -72,6 +81,15 @@ class Head:
             self._widened = weight
         elif not self.tensor_cores and weight.numel() * self.wide.itemsize <= 2 * _BLOCK_BYTES:
             self._widened = weight.to(self.wide)
+
+    def _place(self, hidden: Tensor) -> Tensor:
+        """Memory for the logits of these rows."""
+        shape = hidden.size(0), self.weight.size(0)
+        if not self._recycle:
+            return hidden.new_empty(shape)
+        if self._memory is None or self._memory.size(0) < shape[0]:
+            self._memory = hidden.new_empty(shape)
+        return self._memory[: shape[0]]
 
     def rows(self, rows: slice) -> Tensor:
         """The hidden states of a chunk, in their dtype."""
@@ -96,7 +114,7 @@ class Head:
             out = torch.mm(hidden, self.weight.t(), out_dtype=torch.float32)
         else:
             hidden = hidden.to(self.wide)
-            out = hidden.new_empty((hidden.size(0), self.weight.size(0)))
+            out = self._place(hidden)
             for block, weight in self.blocks():
                 torch.mm(hidden, weight.to(self.wide).t(), out=out[:, block])
         return out if self.bias is None else out.add_(self.bias)
