@@ -1226,7 +1226,8 @@ def test_a_top_k_teacher_is_at_one_temperature() -> None:
     same = TopK(ids, made, temperature=2.0)
     assert float(linear_divergence(hidden, weight, same, temperature=2.0)) == 0
     assert float(divergence_from_logits(logits, same, temperature=2.0)) == 0
-    for loss, student in ((linear_divergence, (hidden, weight)), (divergence_from_logits, (logits,))):
+    students = ((linear_divergence, (hidden, weight)), (divergence_from_logits, (logits,)))
+    for loss, student in students:
         with pytest.raises(ValueError, match="made at temperature 1, and its tail is not known"):
             loss(*student, TopK(ids, made), temperature=2.0)  # type: ignore[operator]
     # Renormalised log-probs can be brought to another.
