@@ -490,7 +490,8 @@ class DistillMixin:
         kind, beta, skew, temperature, teacher_temperature, ce_weight, pad_vocab, chunk_tokens:
             see `linear_divergence`.
         tail, columns_temperature: of the columns, see `TopK`: what is outside of them, and the
-            temperature at which their log-probs were made.
+            temperature at which their log-probs were made: by default what a dataset of
+            `TeacherCache.attach` tells, else 1.
 
     A column `token_weight` [batch, length] weights the tokens by what position i predicts.
 
@@ -510,7 +511,7 @@ class DistillMixin:
         teacher_temperature: float | None = None,
         ce_weight: float = 0.0,
         tail: str = "bucket",
-        columns_temperature: float = 1.0,
+        columns_temperature: float | None = None,
         pad_vocab: str | None = None,
         chunk_tokens: int | None = None,
         **kwargs: Any,
@@ -525,11 +526,19 @@ class DistillMixin:
         if teacher == "base" and not hasattr(host.model, "disable_adapter"):
             raise ValueError("teacher='base' needs a PEFT model, whose adapters it leaves out")
         if isinstance(teacher, nn.Module):
+            if teacher is host.model:
+                raise ValueError(
+                    "teacher is the model that is trained, which would chase itself: give "
+                    "copy.deepcopy(model), or 'base' for a PEFT model"
+                )
             _refuse_sharded(teacher)
             placed = any(hasattr(teacher, name) for name in ("hf_device_map", "hf_quantizer"))
             teacher = teacher if placed else teacher.to(host.args.device)
         self.teacher = teacher
-        self.tail, self.columns_temperature = tail, columns_temperature
+        self.tail = tail
+        if columns_temperature is None:  # a dataset of TeacherCache.attach tells
+            columns_temperature = float(getattr(host.train_dataset, "temperature", 1.0))
+        self.columns_temperature = columns_temperature
         self.distillation: dict[str, Any] = {
             "kind": kind,
             "beta": beta,

@@ -27,7 +27,7 @@ import operator
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, cast
@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from cl_fast.checkpoints.safetensors import build_header, read_header, strict_json
 from cl_fast.errors import CheckpointError, OutputError
-from cl_fast.losses.teachers import TopK
+from cl_fast.losses.teachers import Tail, TopK
 from cl_fast.ops.heads import Head, chunks
 from cl_fast.ops.supports import topk_logprobs
 from cl_fast.ops.vocabulary_rows import How
@@ -685,9 +685,14 @@ class TeacherCache:
     def __iter__(self) -> Iterator[TopK]:
         return (self[i] for i in range(len(self)))
 
-    def batch(self, indices: Sequence[int]) -> TopK:
-        """Some sequences, padded at the end to the longest: [B, L, k]. Mask what is padded."""
-        return self.pad([self[i] for i in indices])
+    def batch(self, indices: Sequence[int], tail: Tail = "bucket") -> TopK:
+        """Some sequences, padded at the end to the longest: [B, L, k]. Mask what is padded.
+
+        Args:
+            indices: of the sequences.
+            tail: see `TopK`.
+        """
+        return replace(self.pad([self[i] for i in indices]), tail=tail)
 
     @staticmethod
     def pad(teachers: Sequence[TopK]) -> TopK:
@@ -729,10 +734,15 @@ class TeacherCache:
 
 
 class TaughtDataset:
-    """A map-style dataset whose examples have `teacher_ids` and `teacher_logprobs` [L, k]."""
+    """A map-style dataset whose examples have `teacher_ids` and `teacher_logprobs` [L, k].
+
+    Attributes:
+        temperature: at which the log-probs were made.
+    """
 
     def __init__(self, dataset: Any, cache: TeacherCache) -> None:
         self._dataset, self._cache = dataset, cache
+        self.temperature = cache.temperature
 
     def __len__(self) -> int:
         return len(self._cache)

@@ -66,12 +66,27 @@ def _check_teacher(teacher: Teacher) -> None:
         raise TypeError(
             f"teacher must be Hidden, Logits, Probs or TopK; got {type(teacher).__name__}"
         )
+    tensors = ("hidden", "weight", "bias", "logits", "probs", "ids", "logprobs")
+    check_tensors(**{f"teacher.{k}": v for k, v in vars(teacher).items() if k in tensors})
     for name, value in vars(teacher).items():
         if isinstance(value, Tensor) and value.requires_grad:
             raise ValueError(
                 f"teacher.{name} must not require grad, since no gradient reaches a teacher: "
                 "detach it, or compute it under torch.no_grad()"
             )
+
+
+def check_tensors(**arguments: object) -> None:
+    """Raise unless every argument that was given is a tensor."""
+    for name, x in arguments.items():
+        if x is None or isinstance(x, Tensor):
+            continue
+        hint = ""
+        if isinstance(x, torch.nn.Module):
+            hint = ": give its .weight" + (", and its .bias as bias" if name == "weight" else "")
+        elif isinstance(x, (list, tuple)) and x and isinstance(x[0], Tensor):
+            hint = ": give the last of them"
+        raise TypeError(f"{name} must be a tensor; got {type(x).__name__}{hint}")
 
 
 def _check_shape(
@@ -418,6 +433,9 @@ def linear_divergence(
     """
     kind_, mix = kind_and_mix(kind, beta, skew)
     check_reduction(reduction, denom)
+    check_tensors(
+        hidden=hidden, weight=weight, bias=bias, labels=labels, token_weight=token_weight
+    )
     _check_teacher(teacher)
     check_pad_vocab(pad_vocab, teacher)
     if process_group is not None:
@@ -621,6 +639,7 @@ def divergence_from_logits(
     """
     kind_, mix = kind_and_mix(kind, beta, skew)
     check_reduction(reduction, denom)
+    check_tensors(logits=logits, labels=labels, token_weight=token_weight)
     _check_teacher(teacher)
     if isinstance(teacher, Hidden):
         raise TypeError(

@@ -15,7 +15,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from cl_fast.losses.divergence import _autocast, _cap, _plain, check_finite
+from cl_fast.losses.divergence import _autocast, _cap, _plain, check_finite, check_tensors
 from cl_fast.ops.logprobs import linear_logprobs, logprob_rows
 from cl_fast.ops.vocabulary_rows import How
 
@@ -125,6 +125,7 @@ def token_logprobs(
         TypeError, ValueError: an argument, named, is wrong. On a card an id out of range is an
             assertion of the device.
     """
+    check_tensors(hidden=hidden, weight=weight, ids=ids, bias=bias)
     if process_group is not None:
         from cl_fast.losses import parallel
 
@@ -207,6 +208,7 @@ def token_logprobs_from_logits(
             must not be used for anything else. A second backward pass is refused by torch.
         (others): as in `token_logprobs`.
     """
+    check_tensors(logits=logits, ids=ids)
     if process_group is not None:
         from cl_fast.losses import parallel
 

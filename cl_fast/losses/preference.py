@@ -72,6 +72,11 @@ def _wide(**tensors: Tensor) -> list[Tensor]:
             raise ValueError(
                 f"{name} must have the shape of {first}, {tuple(like.shape)}; got {tuple(x.shape)}"
             )
+        if x.dim() > 1:
+            raise ValueError(
+                f"{name} must have one number per sequence; got the shape {tuple(x.shape)}: add up "
+                "the log-probs of its tokens by sequence_sums"
+            )
         if x.device != like.device:
             raise ValueError(
                 f"{name} must be on the device of {first}, {like.device}; got {x.device}"

@@ -15,7 +15,9 @@ from typing import Literal
 
 from torch import Tensor
 
-__all__ = ["Hidden", "Logits", "Probs", "Teacher", "TopK"]
+__all__ = ["Hidden", "Logits", "Probs", "Tail", "Teacher", "TopK"]
+
+Tail = Literal["bucket", "renorm", "none"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +70,7 @@ class TopK:
 
     ids: Tensor
     logprobs: Tensor
-    tail: Literal["bucket", "renorm", "none"] = "bucket"
+    tail: Tail = "bucket"
     temperature: float = 1.0
 
 

@@ -176,8 +176,8 @@ def test_teacher_of_a_cache(tmp_path: Path) -> None:
     cache = TeacherCache.build(
         teacher, ROWS, VOCABULARY, path=tmp_path / "cache", temperature=2.0, progress=False
     )
-    options = {"kind": "reverse_kl", "temperature": 2.0, "columns_temperature": 2.0}
-    data = cache.attach(ROWS)
+    options = {"kind": "reverse_kl", "temperature": 2.0}
+    data = cache.attach(ROWS)  # which tells the temperature of its columns
     trainer = Distiller(student, arguments(tmp_path), train_dataset=data, **options)
     found, loss = trained(trainer)
     assert loss == pytest.approx(float(expected), rel=0.01)
@@ -373,3 +373,9 @@ def test_columns_survive_the_trainer(tmp_path: Path) -> None:
     trainer._set_signature_columns_if_needed()
     columns = {"teacher_ids", "teacher_logprobs", "token_weight", "input_ids"}
     assert columns <= set(trainer._signature_columns)
+
+
+def test_a_model_is_not_its_own_teacher(tmp_path: Path) -> None:
+    student = llama(0)
+    with pytest.raises(ValueError, match="would chase itself"):
+        Distiller(student, arguments(tmp_path), train_dataset=ROWS, teacher=student)

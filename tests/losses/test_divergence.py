@@ -1246,3 +1246,22 @@ def test_padding_has_no_meaning_for_a_top_k_teacher() -> None:
         linear_divergence(hidden, weight, teacher, pad_vocab="shared")
     with pytest.raises(ValueError, match="pad_vocab must be 'zero', 'shared' or None"):
         linear_divergence(hidden, weight, teacher, pad_vocab="pad")  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("name", ["hidden", "weight", "bias", "labels", "token_weight"])
+def test_what_is_no_tensor_is_named(name: str) -> None:
+    given: dict[str, Any] = {"hidden": torch.randn(1, 4), "weight": torch.randn(9, 4)}
+    given[name] = [1.0]
+    with pytest.raises(TypeError, match=f"{name} must be a tensor; got list"):
+        linear_divergence(teacher=Logits(torch.randn(1, 9)), **given)
+
+
+def test_a_layer_is_not_its_weight() -> None:
+    layer = torch.nn.Linear(4, 9)
+    hidden = torch.randn(1, 4)
+    with pytest.raises(TypeError, match=r"weight must be a tensor; got Linear: give its .weight"):
+        linear_divergence(hidden, layer, Logits(torch.randn(1, 9)))  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match=r"teacher.weight must be a tensor; got Linear"):
+        linear_divergence(hidden, torch.randn(9, 4), Hidden(hidden, layer))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="hidden must be a tensor; got tuple: give the last"):
+        linear_divergence((hidden,), torch.randn(9, 4), Logits(hidden))  # type: ignore[call-overload]

@@ -402,3 +402,9 @@ def test_kto_is_that_of_trls_trainer(loss_type: str) -> None:
     torch.testing.assert_close(
         *(torch.autograd.grad(a, b)[0] for a, b in ((loss, own), (want, policy)))
     )
+
+
+def test_log_probs_of_tokens_are_not_those_of_sequences() -> None:
+    x = torch.zeros(2, 5)
+    with pytest.raises(ValueError, match=r"policy_chosen must have one number per sequence"):
+        dpo_loss(x, x, x, x)

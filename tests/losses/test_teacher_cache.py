@@ -214,6 +214,9 @@ def test_attached_to_its_dataset_and_sent_to_workers(tmp_path: Path) -> None:
         cache.attach(data[:4], verify=False)
     bare = [x["input_ids"].tolist() for x in data]
     assert cache.attach(bare)[1]["input_ids"] == bare[1]
+    assert taught.temperature == cache.temperature
+    renormed = cache.batch([0, 1], tail="renorm")
+    assert (renormed.tail, cache.batch([0]).tail) == ("renorm", "bucket")
 
 
 def test_an_empty_dataset(tmp_path: Path) -> None:
