@@ -14,6 +14,7 @@ import json
 import os
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,11 +156,20 @@ def close(ours: Tensor | None, whole: Tensor | None, what: str, bound: float = 1
         )  # fmt: skip
 
 
+def at_temperature(teacher: Any, given: dict[str, Any]) -> Any:
+    """A tail is known at one temperature only: that of the call."""
+    if not isinstance(teacher, TopK) or teacher.tail == "renorm":
+        return teacher
+    heat = given.get("teacher_temperature") or given.get("temperature", 1.0)
+    return replace(teacher, temperature=heat)
+
+
 def compare_linear(
     rank: int, hidden: Tensor, weight: Tensor, bias: Tensor | None, teacher: Any, what: str,
     bound: float = 1e-12, **given: Any,
 ) -> None:  # fmt: skip
     """Loss and gradients of one rank with the whole and of two with their parts."""
+    teacher = at_temperature(teacher, given)
     leaves = [None if x is None else x.detach().clone() for x in (hidden, weight, bias)]
     for copied, x in zip(leaves, (hidden, weight, bias), strict=True):
         if copied is not None and x is not None:
@@ -250,6 +260,7 @@ def from_logits(rank: int) -> None:
     for kind, (form, teacher), name in itertools.product(KINDS, teachers().items(), given):
         if form == "hidden" or (form == "all" and name == "all"):
             continue
+        teacher = at_temperature(teacher, given[name])
         z = leaf(*LEAD, V, scale=3)
         whole = divergence_from_logits(z, teacher, kind=kind, **given[name])
         upstream = torch.randn_like(whole)
