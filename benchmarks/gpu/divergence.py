@@ -235,7 +235,7 @@ def _linear_work(rows: int, trained: bool, machine: Machine) -> Work:
     return Work(
         shape=f"{tokens} x {width} x {columns}",
         dtype="bfloat16",
-        bytes=0,
+        bytes=width * (6 * tokens + (6 if trained else 4) * columns),
         flops=2 * tokens * columns * width * (4 if trained else 3),
         input_bytes=4 * width * (tokens + columns),
         providers=[
@@ -275,7 +275,7 @@ def _logprobs_work(machine: Machine) -> Work:
     return Work(
         shape=f"{rows} x {hidden.size(1)} x {weight.size(0)}",
         dtype="bfloat16",
-        bytes=0,
+        bytes=2 * hidden.size(1) * (2 * rows + weight.size(0)),
         flops=2 * rows * weight.size(0) * hidden.size(1) * 3,
         input_bytes=2 * hidden.size(1) * (rows + weight.size(0)),
         providers=[
