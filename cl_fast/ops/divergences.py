@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from cl_fast.ops import vocabulary_rows
-from cl_fast.ops.heads import Head, HeadGradients, chunks
+from cl_fast.ops.heads import CHUNK_BYTES, CPU_CHUNK_BYTES, Head, HeadGradients, chunks
 from cl_fast.ops.vocabulary_rows import KINDS, Extra, How, wide_dtype
 
 __all__ = ["divergence_rows", "linear_divergence_rows"]
@@ -458,7 +458,8 @@ def _by_chunks(
     if labels is not None and index is not None:
         labels = labels[index]
     many = 8 if gradients.weight is not None else 32
-    for part in chunks(count, weight.size(0), chunk_tokens, many):
+    size = CPU_CHUNK_BYTES if hidden.is_cpu else CHUNK_BYTES
+    for part in chunks(count, weight.size(0), chunk_tokens, many, size):
         z = student.logits(part)
         if other is not None:
             t = other.logits(part)

@@ -20,20 +20,29 @@ from torch import Tensor
 __all__ = ["Head", "HeadGradients", "chunks"]
 
 _LOW = (torch.bfloat16, torch.float16)
-_CHUNK_BYTES = 1 << 26
+CHUNK_BYTES = 1 << 26
 """Of the logits of a chunk, at least: smaller chunks would read the weight too often."""
+CPU_CHUNK_BYTES = 132 << 20
+"""256 rows of 128k ids: products of fewer rows are slow on a CPU."""
 _BLOCK_BYTES = 1 << 25
 """Of a widened block of the weight."""
 
 
-def chunks(rows: int, columns: int, chunk_tokens: int | None = None, many: int = 32) -> list[slice]:
+def chunks(
+    rows: int,
+    columns: int,
+    chunk_tokens: int | None = None,
+    many: int = 32,
+    size: int = CHUNK_BYTES,
+) -> list[slice]:
     """Chunks of `rows` rows of logits, equal but for the last one.
 
     Args:
         rows, columns: of the logits.
         chunk_tokens: rows of a chunk; by default a `many`-th of all of them, but no fewer than what
-            fills 64 MB of float32.
+            fills `size`.
         many: fewer chunks where each reads and writes a sum as large as the weight.
+        size: bytes of float32.
 
     Raises:
         ValueError: `chunk_tokens` is not positive.
@@ -41,8 +50,8 @@ def chunks(rows: int, columns: int, chunk_tokens: int | None = None, many: int =
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1; got {chunk_tokens}")
     if chunk_tokens is None:
-        step = max(-(-rows // many), _CHUNK_BYTES // (4 * max(1, columns)), 16)
-        step = step // 64 * 64 or step  # whole tiles of a matrix product
+        step = max(-(-rows // many), size // (4 * max(1, columns)), 16)
+        step = (step + 32) // 64 * 64 or step  # whole tiles of a matrix product
     else:
         step = chunk_tokens
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]

@@ -58,7 +58,7 @@ __all__ = [
 
 KINDS = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
 OFFERED = ("eager", "native", "triton")
-_BLOCK = 1 << 20
+_BLOCK = 1 << 17
 """Elements of a block of rows: what the reference holds of its temporaries at once."""
 
 
