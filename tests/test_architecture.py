@@ -15,14 +15,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A room imports from its own floor's room and from floors below. Longest prefix wins.
 FLOORS = {
-    "cl_fast": 5,
-    "cl_fast.__main__": 5,
-    "cl_fast.cli": 5,
-    "cl_fast.environment": 5,
+    "cl_fast": 6,
+    "cl_fast.__main__": 6,
+    "cl_fast.cli": 6,
+    "cl_fast.environment": 6,
+    "cl_fast.learning": 5,
     "cl_fast.integrations": 4,
     "cl_fast.merging": 3,
     "cl_fast.editing": 3,
     "cl_fast.training": 3,
+    "cl_fast.models": 2,
     "cl_fast.checkpoints": 2,
     "cl_fast.losses": 2,
     "cl_fast.ops": 1,

@@ -29,9 +29,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from cl_fast.integrations.transformers import forward_replaced
 from cl_fast.losses import Hidden, Logits, TopK, divergence_from_logits, linear_divergence, parallel
 from cl_fast.losses.shards import Ranks
+from cl_fast.models.heads import forward_replaced
 from cl_fast.ops.heads import Head
 
 __all__ = ["DivergenceLoss", "LinearDivergenceLoss"]

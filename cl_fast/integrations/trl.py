@@ -24,7 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl_fast.integrations.transformers import (
+from cl_fast.integrations.transformers import processes
+from cl_fast.losses import Hidden, TopK, linear_divergence, token_logprobs
+from cl_fast.models.heads import (
     IGNORED,
     LinearHead,
     capture,
@@ -32,11 +34,9 @@ from cl_fast.integrations.transformers import (
     hidden_states,
     last_hidden,
     next_labels,
-    processes,
     run_inside,
     unwrap,
 )
-from cl_fast.losses import Hidden, TopK, linear_divergence, token_logprobs
 
 __all__ = ["DPOLoss", "DistillationLoss", "GKDLoss", "SDFTLoss"]
 

@@ -354,7 +354,7 @@ def test_dpo_makes_no_logits_and_can_leave_metrics_out(tmp_path: Path) -> None:
 def test_dpo_pays_for_token_metrics_only_where_they_are_logged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cl_fast.integrations.transformers import LinearHead
+    from cl_fast.models.heads import LinearHead
 
     trainer = dpo(tmp_path)
     inputs = pairs(trainer)

@@ -1,4 +1,6 @@
-"""The output head of a model with adapters, in the form in which the losses take it.
+"""Low-rank adapters of PEFT: on the output head, and on every layer.
+
+`head_parts` gives the output head of a model with adapters in the form in which the losses take it.
 
     z = W h + b + sum_a s_a B_a A_a h  =  [W, B_1, ...] [h; s_1 A_1 h; ...] + b
 
@@ -8,6 +10,10 @@ joined weight is a copy of the head while a step lasts.
 
 LoRA (several at a time, rsLoRA, a bias on B, dropout), modules_to_save and trainable tokens are
 understood. What changes the head in another way is refused.
+
+`lora_layers` lists the layers that carry a LoRA of a given name, with its factors as they are: what
+penalties, projections, folding and merging of adapters work on. Neither imports PEFT before it
+meets one of its modules.
 """
 
 from __future__ import annotations
@@ -18,7 +24,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["HeadParts", "LowRank", "head_parts"]
+__all__ = ["HeadParts", "LoraLayer", "LowRank", "active_adapter", "head_parts", "lora_layers"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,3 +147,72 @@ def _lora(layer: Any) -> HeadParts:
             extra = up.bias * scale
             bias = extra if bias is None else bias + extra
     return HeadParts(base.weight, bias, tuple(adapters))
+
+
+@dataclass(frozen=True, eq=False)
+class LoraLayer:
+    """A layer with the LoRA of one name: y = W x + s B A x.
+
+    Attributes:
+        name: of the module in the model that was searched.
+        module: PEFT's layer.
+        base: the linear layer within it.
+        down: A, the weight of `lora_A`, [r, d_in].
+        up: B, the weight of `lora_B`, [d_out, r].
+        scale: s.
+    """
+
+    name: str
+    module: Any
+    base: nn.Module
+    down: nn.Parameter
+    up: nn.Parameter
+    scale: float
+
+
+def active_adapter(model: nn.Module) -> str:
+    """The name of the one adapter that is active.
+
+    Raises:
+        ValueError: the model has no adapters of PEFT, or several are active.
+    """
+    active = getattr(model, "active_adapters", None)
+    names = active() if callable(active) else active
+    if names is None:
+        raise ValueError(
+            f"{type(model).__name__} has no adapters: wrap it with peft.get_peft_model first"
+        )
+    if len(names) != 1:
+        raise ValueError(f"one adapter must be active, or be named; active are {list(names)}")
+    return str(next(iter(names)))
+
+
+def lora_layers(model: nn.Module, adapter: str) -> list[LoraLayer]:
+    """The linear layers of `model` that carry the LoRA called `adapter`, in the model's order.
+
+    Raises:
+        ValueError: there is none; or one of them is not B A x with a matrix A next to the input
+            (DoRA and other variants, embeddings, convolutions, fan_in_fan_out).
+    """
+    found = []
+    for name, module in model.named_modules():
+        if adapter not in getattr(module, "lora_embedding_A", ()):
+            if adapter not in getattr(module, "lora_A", ()):
+                continue
+        else:
+            raise ValueError(f"{name}: LoRA on an embedding is not understood here")
+        down, up = module.lora_A[adapter], module.lora_B[adapter]
+        variant = adapter in getattr(module, "lora_variant", ())
+        flipped = getattr(module, "fan_in_fan_out", False)
+        if variant or flipped or not isinstance(down, nn.Linear) or down.weight.dim() != 2:
+            what = "fan_in_fan_out=True" if flipped else "another variant than plain LoRA"
+            raise ValueError(f"{name}: the adapter {adapter!r} has {what}, which is not understood")
+        scale = float(module.scaling[adapter])
+        base = module.get_base_layer()
+        found.append(LoraLayer(name, module, base, down.weight, up.weight, scale))
+    if not found:
+        known = sorted(
+            {k for m in model.modules() for k in getattr(m, "lora_A", ()) if isinstance(k, str)}
+        )
+        raise ValueError(f"no layer has a LoRA called {adapter!r}; there are {known}")
+    return found

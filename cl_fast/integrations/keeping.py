@@ -1,0 +1,230 @@
+"""Keeps in the Trainer of transformers and in those that derive from it (TRL's).
+
+    KeepMixin      all of a keep: class MyTrainer(KeepMixin, SFTTrainer); MyTrainer(..., keep=[...])
+    KeepCallback   all but its loss and data: Trainer(..., callbacks=[KeepCallback(Project(...))])
+
+The hooks are called where the Trainer has its own: gradients are complete and clipped when
+`on_gradients` may add to them; weights are new when `on_update` sees them. A callback cannot add to
+the loss: a keep that has a loss is refused by `KeepCallback`.
+
+A checkpoint of the Trainer gets one more file, `keeps.pt`, written when the checkpoint is whole;
+`train(resume_from_checkpoint=...)` reads it again. DeepSpeed steps out of sight of callbacks; it is
+refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from cl_fast.errors import CheckpointError
+from cl_fast.models.heads import unwrap
+from cl_fast.training.keeping import Keep, Task
+
+__all__ = ["STATE", "KeepCallback", "KeepMixin"]
+
+STATE = "keeps.pt"
+"""The file of the keeps' states in a checkpoint of the Trainer."""
+
+
+def _listed(keep: Keep | Iterable[Keep]) -> list[Keep]:
+    keeps = [keep] if isinstance(keep, Keep) else list(keep)
+    given: list[Any] = [*keeps]
+    for i, one in enumerate(given):
+        if not isinstance(one, Keep):
+            hint = ": make an object of it" if isinstance(one, type) else ""
+            raise TypeError(f"keep[{i}] must be a Keep; got {one!r}{hint}")
+    return keeps
+
+
+class KeepCallback(TrainerCallback):  # type: ignore[misc]
+    """Keeps as a callback of the Trainer.
+
+    Give it to the Trainer's constructor, so that it sees the model before a checkpoint is loaded.
+
+    Args:
+        keep: one keep, or several; their hooks are called in this order.
+        name: of the task.
+        index: of the task.
+
+    Raises:
+        TypeError: not a keep.
+        ValueError: a keep has a loss or changes the data, which a callback cannot: use `KeepMixin`.
+    """
+
+    def __init__(self, keep: Keep | Iterable[Keep], *, name: str = "task", index: int = 0) -> None:
+        self._setup(_listed(keep), Task(name, index))
+        for one in self.keeps:
+            for hook in ("loss", "data"):
+                if getattr(type(one), hook) is not getattr(Keep, hook):
+                    raise ValueError(
+                        f"{type(one).__name__} has a hook `{hook}`, which a callback cannot serve: "
+                        "derive your trainer from KeepMixin"
+                    )
+
+    def _setup(self, keeps: list[Keep], task: Task) -> None:
+        self.keeps, self.task = keeps, task
+        self.begun = False
+
+    @classmethod
+    def of_mixin(cls, keeps: list[Keep], task: Task) -> KeepCallback:
+        made = cls.__new__(cls)
+        made._setup(keeps, task)
+        return made
+
+    # What the Trainer calls, in order.
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if getattr(args, "deepspeed", None) is not None:
+            raise ValueError("keeps cannot be used under DeepSpeed, which steps out of their sight")
+        self._begin(given["model"])
+
+    def _begin(self, model: nn.Module) -> None:
+        if not self.begun:
+            self.begun = True
+            for keep in self.keeps:
+                keep.before_task(unwrap(model), self.task)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if not self.begun and state.global_step:
+            raise ValueError(
+                "a run cannot be resumed with a KeepCallback that was added later: give it to the "
+                "Trainer's constructor"
+            )
+        self._begin(given["model"])
+        if state.global_step:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            load_states(self.keeps, folder)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        for keep in self.keeps:
+            keep.on_gradients(unwrap(given["model"]))
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        for keep in self.keeps:
+            keep.on_update(unwrap(given["model"]))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if logs is not None and "loss" in logs:
+            for keep in self.keeps:
+                logs.update(keep.measures())
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            save_states(self.keeps, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        model, loader = given["model"], given.get("train_dataloader")
+        task = self.task
+        if task.batches is None and loader is not None:
+            task = Task(task.name, task.index, task.train, lambda: _batches(loader, args.device))
+        for keep in self.keeps:
+            keep.after_task(unwrap(model), task)
+        self.begun = False
+
+
+def _batches(loader: Any, device: torch.device) -> Iterator[Mapping[str, Any]]:
+    for batch in loader:
+        yield {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def save_states(keeps: Sequence[Keep], folder: Path) -> None:
+    """The states of `keeps` into a checkpoint; whole or not at all."""
+    path = folder / STATE
+    part = path.with_name(path.name + ".part")
+    states = [{"keep": type(keep).__name__, "state": keep.state_dict()} for keep in keeps]
+    torch.save(states, part)
+    part.replace(path)
+
+
+def load_states(keeps: Sequence[Keep], folder: Path) -> None:
+    """What `save_states` wrote.
+
+    Raises:
+        CheckpointError: there is nothing, or it is of other keeps.
+    """
+    path = folder / STATE
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} has no {STATE}: it was saved without these keeps, or the save was cut off. "
+            "Resume from another checkpoint"
+        )
+    states = torch.load(path, map_location="cpu", weights_only=True)
+    saved, mine = [s["keep"] for s in states], [type(keep).__name__ for keep in keeps]
+    if saved != mine:
+        raise CheckpointError(f"{path} is of the keeps {saved}, not {mine}: give the same ones")
+    for keep, state in zip(keeps, states, strict=True):
+        keep.load_state_dict(state["state"])
+
+
+class KeepMixin:
+    """A Trainer that keeps: before the Trainer's class in a subclass.
+
+        class Keeping(KeepMixin, SFTTrainer): ...
+        Keeping(model, args, train_dataset=data, keep=[SelfDistill(...), Orthogonal()]).train()
+
+    The losses of keeps are means over their micro-batches; they are averaged over micro-batches
+    and ranks, whatever the host does with its own. They are left out of evaluation.
+
+    Args:
+        keep: one keep, or several.
+        task: which task of a stream this is; by default the only one. With `past` tasks, a keep's
+            `data` is asked what to train on.
+        past: the tasks before it.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        keep: Keep | Iterable[Keep] = (),
+        task: Task | None = None,
+        past: Sequence[Task] = (),
+        **kwargs: Any,
+    ) -> None:
+        self.keeps = _listed(keep)
+        callback = KeepCallback.of_mixin(self.keeps, task or Task("task"))
+        kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), callback]
+        super().__init__(*args, **kwargs)
+        host: Any = self
+        for one in self.keeps if host.train_dataset is not None else ():
+            host.train_dataset = one.data(host.train_dataset, past)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        host: Any = super()
+        trains = model.training
+        # The host may take labels out of its inputs.
+        given = dict(inputs) if trains else inputs
+        result = host.compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+        if not trains:
+            return result
+        terms = [x for keep in self.keeps if (x := keep.loss(model, given)) is not None]
+        if not terms:
+            return result
+        extra: Any = sum(terms)
+        if self._host_divides_itself(num_items_in_batch):
+            extra = extra / self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
+        if return_outputs:
+            return result[0] + extra, result[1]
+        return result + extra
+
+    def _host_divides_itself(self, num_items: Tensor | int | None) -> bool:
+        """Whether the Trainer leaves the loss as it is when it accumulates (see training_step)."""
+        host: Any = self
+        told = getattr(host, "loss_is_scaled_for_ga", None)
+        if told is not None:
+            return bool(told)
+        normalised = host.model_accepts_loss_kwargs and num_items is not None
+        return normalised or host.compute_loss_func is not None
