@@ -7,6 +7,8 @@
     PackedDelta, pack, unpack  the kept values of a drop, without their mask
     rank_update, gram        W + U V^T with one rounding; second moments of keys
     orthogonal_penalty, orthogonal_project  O-LoRA's penalty and the projection off a subspace
+    anchor_gradient_, anchor_pull_  the pull of EWC and L2-SP, without temporaries
+    gated_low_rank           n low-rank adapters behind a softmax gate, as two products
     Policy, trim_keep_count  the variants of a merge
     stream_key, keep_threshold  the documented random stream
 
@@ -22,6 +24,7 @@ from cl_fast.ops.policy import Policy, trim_keep_count
 from cl_fast.ops.streams import keep_threshold, stream_key
 
 if TYPE_CHECKING:
+    from cl_fast.ops.anchoring import anchor_gradient_, anchor_penalty, anchor_pull_
     from cl_fast.ops.combining import (
         combine,
         combine_,
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
         model_thresholds,
     )
     from cl_fast.ops.dropping import dare, keep_mask
+    from cl_fast.ops.gated_experts import gated_low_rank
     from cl_fast.ops.low_rank import gram, gram_, rank_update, rank_update_, rank_update_many_
     from cl_fast.ops.magnitude import magnitude_threshold
     from cl_fast.ops.orthogonality import (
@@ -43,12 +47,16 @@ if TYPE_CHECKING:
 __all__ = [
     "PackedDelta",
     "Policy",
+    "anchor_gradient_",
+    "anchor_penalty",
+    "anchor_pull_",
     "combine",
     "combine_",
     "combine_many",
     "combine_many_",
     "combine_reference",
     "dare",
+    "gated_low_rank",
     "gram",
     "gram_",
     "keep_mask",
@@ -70,12 +78,16 @@ __all__ = [
 # Modules are not named like what they export: importing a module would hide the function.
 _HOMES = {
     "PackedDelta": "packing",
+    "anchor_gradient_": "anchoring",
+    "anchor_penalty": "anchoring",
+    "anchor_pull_": "anchoring",
     "combine": "combining",
     "combine_": "combining",
     "combine_many": "combining",
     "combine_many_": "combining",
     "combine_reference": "combining",
     "dare": "dropping",
+    "gated_low_rank": "gated_experts",
     "gram": "low_rank",
     "gram_": "low_rank",
     "keep_mask": "dropping",
