@@ -26,13 +26,14 @@ from cl_fast.errors import CheckpointError
 from cl_fast.models.heads import unwrap
 from cl_fast.training.keeping import Keep, Task
 
-__all__ = ["STATE", "KeepCallback", "KeepMixin"]
+__all__ = ["STATE", "KeepCallback", "KeepMixin", "listed", "load_states", "save_states"]
 
 STATE = "keeps.pt"
 """The file of the keeps' states in a checkpoint of the Trainer."""
 
 
-def _listed(keep: Keep | Iterable[Keep]) -> list[Keep]:
+def listed(keep: Keep | Iterable[Keep]) -> list[Keep]:
+    """One keep or several, checked, as a list."""
     keeps = [keep] if isinstance(keep, Keep) else list(keep)
     given: list[Any] = [*keeps]
     for i, one in enumerate(given):
@@ -58,7 +59,7 @@ class KeepCallback(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self, keep: Keep | Iterable[Keep], *, name: str = "task", index: int = 0) -> None:
-        self._setup(_listed(keep), Task(name, index))
+        self._setup(listed(keep), Task(name, index))
         for one in self.keeps:
             for hook in ("loss", "data"):
                 if getattr(type(one), hook) is not getattr(Keep, hook):
@@ -176,6 +177,9 @@ class KeepMixin:
         task: which task of a stream this is; by default the only one. With `past` tasks, a keep's
             `data` is asked what to train on.
         past: the tasks before it.
+
+    Attributes:
+        task_dataset: the task's own training data, as the host prepared it.
     """
 
     def __init__(
@@ -186,11 +190,12 @@ class KeepMixin:
         past: Sequence[Task] = (),
         **kwargs: Any,
     ) -> None:
-        self.keeps = _listed(keep)
+        self.keeps = listed(keep)
         callback = KeepCallback.of_mixin(self.keeps, task or Task("task"))
         kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), callback]
         super().__init__(*args, **kwargs)
         host: Any = self
+        self.task_dataset = host.train_dataset
         for one in self.keeps if host.train_dataset is not None else ():
             host.train_dataset = one.data(host.train_dataset, past)
 

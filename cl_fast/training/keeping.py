@@ -65,6 +65,11 @@ class Keep:
         """Before the first step of a task, also when its training is resumed: then `model` has the
         weights of the task's start, and `load_state_dict` follows."""
 
+    def restore(self, model: nn.Module, past: Sequence[Task]) -> None:
+        """When a stream is resumed at a later task: give `model` the modules that `before_task`
+        and `after_task` had added for the `past` ones. Their weights and `load_state_dict` follow,
+        then `before_task` of the task to come."""
+
     def data(self, new: Dataset, past: Sequence[Task]) -> Dataset:
         """What to train on instead of `new`, given the earlier tasks."""
         return new
