@@ -24,6 +24,7 @@ Source: Dou et al. 2024, LoRAMoE (arXiv 2312.09979).
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
@@ -99,7 +100,8 @@ def _gated(inner: Tensor, p: Tensor, scale: float) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.size(-1)) if x.dim() != 2 else x
+    """[..., k] as [T, k], also where k is 0."""
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.size(-1))
 
 
 def _forward(
@@ -115,21 +117,21 @@ def _forward(
     _check(x, down, gate, up, base, kept)
     shape = x.shape[:-1]
     with torch.autocast(x.device.type, enabled=False):
-        rows = x.reshape(-1, x.size(-1))
+        rows = _rows(x)
         if kept is None:
             # The weights are small beside x: joining them is cheaper than reading x twice.
             both = torch.mm(rows, torch.cat([down, gate]).t())
             inner, logits = both.split([down.size(0), gate.size(0)], 1)
             inner = inner.contiguous()
         else:
-            inner = torch.mm(rows * kept.reshape_as(rows), down.t())
+            inner = torch.mm(rows * _rows(kept), down.t())
             logits = torch.mm(rows, gate.t())
         p = torch.softmax(logits, 1, dtype=_wide(x.dtype))
         z = _gated(inner, p, scale)
         if base is None:
             y = torch.mm(z, up.t())
         else:
-            y = torch.addmm(base.reshape(-1, up.size(0)), z, up.t())
+            y = torch.addmm(_rows(base), z, up.t())
     return y.view(*shape, up.size(0)), p.view(*shape, gate.size(0)), inner
 
 
@@ -144,13 +146,10 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(x, down, gate, up, base, kept)
     shape = x.shape[:-1]
-    tokens = 1
-    for size in shape:
-        tokens = tokens * size
     return (
         x.new_empty((*shape, up.size(0))),
         x.new_empty((*shape, gate.size(0)), dtype=_wide(x.dtype)),
-        x.new_empty((tokens, down.size(0))),
+        x.new_empty((math.prod(shape), down.size(0))),
     )
 
 
@@ -199,7 +198,7 @@ def _backward(
             if needs_down or needs_gate:
                 ddown, dgate = torch.mm(both.t(), rows).split([down.size(0), n])
         else:
-            mask = kept.reshape_as(rows)
+            mask = _rows(kept)
             if needs_x:
                 seen = torch.mm(d_inner, down) * mask
                 dx = torch.addmm(seen, dlogits, gate).view(x.shape)
@@ -280,7 +279,5 @@ def gated_low_rank(
         return y, p
     y, p, _ = _op(*parts, float(scale), None, kept)
     if base.shape != y.shape:
-        raise ValueError(
-            f"base must have the shape {tuple(y.shape)}; got {tuple(base.shape)}"
-        )
+        raise ValueError(f"base must have the shape {tuple(y.shape)}; got {tuple(base.shape)}")
     return cast(Tensor, base + y.to(base.dtype)), p
