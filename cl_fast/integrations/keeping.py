@@ -15,6 +15,7 @@ refused.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,9 @@ class KeepCallback(TrainerCallback):  # type: ignore[misc]
         self.begun = False
 
     @classmethod
-    def of_mixin(cls, keeps: list[Keep], task: Task) -> KeepCallback:
+    def of_mixin(cls, keeps: list[Keep], task: Task, batches: Any) -> KeepCallback:
         made = cls.__new__(cls)
-        made._setup(keeps, task)
+        made._setup(keeps, task if task.batches else replace(task, batches=batches))
         return made
 
     # What the Trainer calls, in order.
@@ -112,8 +113,10 @@ class KeepCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if logs is not None and "loss" in logs:
-            for keep in self.keeps:
-                logs.update(keep.measures())
+            found = measured(self.keeps)
+            logs.update(found)  # for the callbacks after this one
+            if state.log_history:
+                state.log_history[-1].update(found)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
@@ -123,10 +126,15 @@ class KeepCallback(TrainerCallback):  # type: ignore[misc]
         model, loader = given["model"], given.get("train_dataloader")
         task = self.task
         if task.batches is None and loader is not None:
-            task = Task(task.name, task.index, task.train, lambda: _batches(loader, args.device))
+            task = replace(task, batches=lambda: _batches(loader, args.device))
         for keep in self.keeps:
             keep.after_task(unwrap(model), task)
         self.begun = False
+
+
+def measured(keeps: Iterable[Keep]) -> dict[str, float]:
+    """What all of them measure."""
+    return {name: value for keep in keeps for name, value in keep.measures().items()}
 
 
 def _batches(loader: Any, device: torch.device) -> Iterator[Mapping[str, Any]]:
@@ -191,13 +199,28 @@ class KeepMixin:
         **kwargs: Any,
     ) -> None:
         self.keeps = listed(keep)
-        callback = KeepCallback.of_mixin(self.keeps, task or Task("task"))
-        kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), callback]
+        self.keep_callback = KeepCallback.of_mixin(self.keeps, task or Task("task"), self._batches)
+        kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), self.keep_callback]
         super().__init__(*args, **kwargs)
         host: Any = self
         self.task_dataset = host.train_dataset
         for one in self.keeps if host.train_dataset is not None else ():
             host.train_dataset = one.data(host.train_dataset, past)
+
+    def _batches(self) -> Iterator[Mapping[str, Any]]:
+        # A new loader: the order must not depend on how far the last one was read.
+        host: Any = self
+        return _batches(host.get_train_dataloader(), host.args.device)
+
+    def finish_from(self, checkpoint: Path) -> None:
+        """What `train` does after its last step, from a checkpoint of that step.
+
+        `train(resume_from_checkpoint=...)` would make one step more.
+        """
+        host: Any = self
+        host._load_from_checkpoint(str(checkpoint))
+        load_states(self.keeps, checkpoint)
+        self.keep_callback.on_train_end(host.args, host.state, host.control, model=host.model)
 
     def compute_loss(
         self,

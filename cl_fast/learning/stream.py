@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 import math
 import os
 import shutil
@@ -306,10 +307,13 @@ class _Stream:
             self._back_to_base()
         host = self._trainer(index, self.model)
         self._phase(f"{name}: training")
-        checkpoint = _last_checkpoint(folder / "checkpoints")
+        checkpoint = _last_checkpoint(folder / "checkpoints", finished=not self._sharded())
         began = time.monotonic()
         set_seed(host.args.seed)
-        host.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if checkpoint is not None and _is_finished(checkpoint):
+            host.finish_from(checkpoint)
+        else:
+            host.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         took = time.monotonic() - began
         state = self._changed(host)
         if host.is_world_process_zero():
@@ -486,13 +490,19 @@ def _multiplied_out(model: Any) -> dict[str, Tensor]:
     return state
 
 
-def _last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole: the keeps' states are written last."""
-    found = [
-        (int(path.parent.name.split("-")[1]), path.parent)
-        for path in folder.glob(f"checkpoint-*/{STATE}")
-    ]
-    return max(found)[1] if found else None
+def _last_checkpoint(folder: Path, *, finished: bool) -> Path | None:
+    """The newest checkpoint that is whole: the keeps' states are written last.
+
+    Without `finished`, one that is not of the last step of its task.
+    """
+    found = [path.parent for path in folder.glob(f"checkpoint-*/{STATE}")]
+    found = [path for path in found if finished or not _is_finished(path)]
+    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def _is_finished(checkpoint: Path) -> bool:
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return bool(state["global_step"] >= state["max_steps"])
 
 
 def _check_tasks(tasks: Any, probes: Mapping[str, Any], score: Any) -> dict[str, tuple[Any, Any]]:
