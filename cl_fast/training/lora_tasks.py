@@ -206,12 +206,13 @@ def compose(
         lora_layers(model, task)  # refuses what is not B A x
     if name in known_adapters(model):
         peft_model.delete_adapter(name)
-    # With one adapter PEFT is exact for every `how`, by its "linear".
     with torch.random.fork_rng(devices=_cuda_devices(model)):
         torch.manual_seed(seed)
         peft_model.add_weighted_adapter(
             list(weights), list(weights.values()), name, combination_type=how, **options
         )
+    if how == "cat":
+        _concatenate(model, weights, name)
     # PEFT means the scale 1 by lora_alpha = r, which is not 1 where the configuration that it
     # copied has rsLoRA.
     peft_model.peft_config[name].use_rslora = False
@@ -220,6 +221,23 @@ def compose(
         layer.module.use_rslora[name] = False
     activate(model, name, trains=False)
     return name
+
+
+def _concatenate(model: nn.Module, weights: Mapping[str, float], name: str) -> None:
+    """The factors of "cat". Of a single adapter PEFT makes something else, with a root of its
+    weight in float32 on either side."""
+    parts = {t: {x.name: x for x in lora_layers(model, t)} for t in weights}
+    with torch.no_grad():
+        for layer in lora_layers(model, name):
+            rank = 0
+            layer.down.zero_()
+            layer.up.zero_()
+            for task, weight in weights.items():
+                if (part := parts[task].get(layer.name)) is None:
+                    continue
+                rows = slice(rank, rank := rank + part.down.shape[0])
+                layer.down[rows] = part.down * (weight * part.scale)
+                layer.up[:, rows] = part.up
 
 
 def merged_state_dict(model: nn.Module, weights: str | Mapping[str, float]) -> dict[str, Tensor]:
@@ -339,10 +357,10 @@ def add_lora(model: nn.Module, name: str, template: str, seed: int) -> list[Lora
             the model is sharded already.
     """
     known = known_adapters(model)
-    if not name or "." in name or name in "lora_":
+    if not name or "." in name:
         raise ValueError(
-            f"a task's name becomes the name of an adapter: it must not be empty, part of 'lora_', "
-            f"or hold a dot; got {name!r}"
+            f"a task's name becomes the name of an adapter: it must not be empty or hold a "
+            f"dot; got {name!r}"
         )
     if template not in known:
         raise ValueError(f"there is no adapter {template!r} to be like; there are {known}")

@@ -301,7 +301,7 @@ def test_accumulation_changes_nothing_in_the_trainer(
         assert keep.tasks == ["a", "b"]
         found.append({n: p.detach().clone() for n, p in model.named_parameters()})
     for name, one in found[0].items():
-        torch.testing.assert_close(found[1][name], one, rtol=1e-9, atol=1e-10, msg=name)
+        torch.testing.assert_close(found[1][name], one, rtol=1e-5, atol=1e-6, msg=name)
     start = dict(after_one_task[0].named_parameters())
     assert any(not torch.equal(start[n], p) for n, p in found[0].items() if "base_layer" in n)
 
@@ -315,13 +315,18 @@ def test_the_folded_model_answers_as_the_adapted_one() -> None:
         keep.before_task(model, Task(name))
         trained(model, keep)
         before = logits(model)
+        sums = {x.name: x.base.weight + x.scale * x.up @ x.down
+                for x in lora_layers(model, "default")}  # fmt: skip
         keep.after_task(model, Task(name))
-        torch.testing.assert_close(logits(model), before, rtol=1e-11, atol=1e-11)
+        for x in lora_layers(model, "default"):
+            torch.testing.assert_close(x.base.weight, sums[x.name], rtol=1e-13, atol=1e-13)
+        # The model's norms compute in float32.
+        torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
         for _, up, _ in factors(model).values():
             assert not up.any()
         with model.disable_adapter():
             assert torch.equal(logits(model), logits(model))
-            torch.testing.assert_close(logits(model), before, rtol=1e-11, atol=1e-11)
+            torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
     assert len(list(model.parameters())) == len(list(adapted().parameters()))
 
 
@@ -331,7 +336,7 @@ def test_a_fold_rounds_once(dtype: torch.dtype) -> None:
     keep.before_task(model, Task("a"))
     trained(model, keep)
     layers = lora_layers(model, "default")
-    exact = {x.name: x.base.weight.double() + x.scale * x.up.double() @ x.down.double()
+    exact = {x.name: (x.base.weight.double() + x.scale * x.up.double() @ x.down.double()).detach()
              for x in layers}  # fmt: skip
     keep.after_task(model, Task("a"))
     for x in layers:
@@ -359,7 +364,7 @@ def test_kept_adapters_are_the_formula() -> None:
                 down, up, scale = factors(model, adapter)[name]
                 total += scale * up @ down
             plain.get_submodule(name.removeprefix("base_model.model.")).weight.copy_(total)
-    torch.testing.assert_close(logits(model), logits(plain), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(logits(model), logits(plain), rtol=1e-5, atol=1e-5)
     for x in lora_layers(model, "default"):
         assert torch.equal(x.base.weight, base[x.name])
 
