@@ -61,7 +61,8 @@ lint: $(VENV)/.installed-dev
 
 test: $(VENV)/.installed-dev $(if $(filter 1,$(PEERS)),$(VENV)/.installed-peers) native lint
 	CL_FAST_REQUIRE_NATIVE=$(HAVE_CXX) CL_FAST_REQUIRE_NVCC=$(HAVE_NVCC) \
-		$(PY) -m pytest --numprocesses auto --dist loadfile $(PYTEST_ARGS)
+		$(PY) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder \
+		$(PYTEST_ARGS)
 
 sanitize: $(VENV)/.installed-dev
 	CL_FAST_REQUIRE_NATIVE=$(HAVE_CXX) $(PY) -m pytest tests/native/test_sanitizers.py $(PYTEST_ARGS)
