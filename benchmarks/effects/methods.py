@@ -1,0 +1,213 @@
+"""What is tried against forgetting: each method is a `learn` of the same stream.
+
+Learning rates were chosen once, by hand, on seed 0; nothing was tuned per seed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from toy import BASE, STREAM, Toy, accuracy
+from transformers import TrainingArguments
+
+from cl_fast import learn
+from cl_fast.learning import Report
+from cl_fast.training import (
+    AdapterPerTask,
+    Anchor,
+    LoraTasks,
+    Orthogonal,
+    Project,
+    Replay,
+    SelfDistill,
+    add_lora_moe,
+    generate_prompts,
+    identify_task,
+    rewarm,
+    use_adapter,
+)
+from cl_fast.training.keeping import Keep, Task
+
+STEPS, SIZE = {"shared": 120, "disjoint": 100}, 64
+FULL, LORA = 1e-3, 5e-3  # learning rates
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one method did with one seed: shares of right answers.
+
+    Attributes:
+        average: over the tasks of the stream, at the end.
+        learned: of each task right after it, mean.
+        backward: transfer, nan where tasks are not learned one after the other.
+        kept: of the skills of the base, mean at the end.
+    """
+
+    average: float
+    learned: float
+    backward: float
+    kept: float
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Attributes:
+        name: of the row.
+        keep: keeps(toy, base model), anew for each run.
+        wrap: what is made of the base model, as a PEFT model.
+        rate: learning rate.
+        options: of `learn`.
+        score: other than the accuracy of the model as it is.
+        note: what must be known to read the row.
+    """
+
+    name: str
+    keep: Callable[[Toy, Any], list[Keep]] = lambda toy, model: []
+    wrap: Callable[[Any], Any] = lambda model: model
+    rate: float = FULL
+    options: Mapping[str, Any] = field(default_factory=dict)
+    score: Callable[[nn.Module, Any, str], float] = accuracy
+    note: str = ""
+
+    def run(self, toy: Toy, base: Mapping[str, Tensor]) -> Found:
+        steps = STEPS[toy.kind]
+        tasks = {
+            name: (toy.draw((name,), steps * SIZE, draw=1 + i), toy.every(name))
+            for i, name in enumerate(STREAM)
+        }
+        model = toy.model(base)
+        keeps = self.keep(toy, model)
+        args = TrainingArguments(
+            output_dir="in a folder of the run",
+            max_steps=steps,
+            per_device_train_batch_size=SIZE,
+            learning_rate=self.rate,
+            lr_scheduler_type="constant",
+            seed=toy.seed,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            report = learn(
+                self.wrap(model),
+                tasks,
+                args=args,
+                out=folder,
+                keep=keeps,
+                score=self.score,
+                probes={name: toy.every(name) for name in BASE},
+                **self.options,
+            )
+        return found(report)
+
+
+def found(report: Report) -> Found:
+    if report.merged:
+        return Found(
+            sum(report.merged[name] for name in STREAM) / len(STREAM),
+            report.learning_accuracy,
+            float("nan"),
+            sum(report.merged[name] for name in BASE) / len(BASE),
+        )
+    kept = sum(report.probes[name][STREAM[-1]] for name in BASE) / len(BASE)
+    backward = float("nan") if "known" in report.metric else report.backward
+    return Found(report.average, report.learning_accuracy, backward, kept)
+
+
+# --- pieces ------------------------------------------------------------------------------------
+
+
+def lora(rank: int = 4) -> Callable[[Any], Any]:
+    def wrap(model: Any) -> Any:
+        torch.manual_seed(0)
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+        return get_peft_model(model, config)
+
+    return wrap
+
+
+def earlier(toy: Toy) -> Callable[[nn.Module, Task], Any]:
+    """Stored prompts of the base and of the tasks before this one, without answers."""
+
+    def prompts(_: nn.Module, task: Task) -> list[Tensor]:
+        names = (*BASE, *STREAM[: task.index])
+        return toy.draw(names, 1024, draw=100 + task.index).prompts()
+
+    return prompts
+
+
+def generated(toy: Toy) -> Callable[[nn.Module, Task], Any]:
+    """Prompts that the model, as the task finds it, makes from the marks of what it has learned."""
+
+    def prompts(model: nn.Module, task: Task) -> Any:
+        names = (*BASE, *STREAM[: task.index])
+        starts = [toy.every(name).ids[0, :1] for name in names] * (512 // len(names))
+        return generate_prompts(model, prefixes=starts, max_new_tokens=3, seed=toy.seed)
+
+    return prompts
+
+
+def remembered(toy: Toy, model: Any, **options: Any) -> list[Keep]:
+    """Project, which is told what inputs the base's skills have."""
+    keep = Project(**options)
+    if options.get("protect", "inputs") == "inputs":
+        keep.remember(model, [{"input_ids": toy.draw(BASE, 1024, draw=99).ids}])
+    return [keep]
+
+
+class BaseFisher(Anchor):
+    """EWC that is anchored at the base before the first task."""
+
+    def __init__(self, toy: Toy, weight: float) -> None:
+        super().__init__(weight, fisher="sequence", labels="model", sequences=256)
+        self._toy = toy
+
+    def before_task(self, model: nn.Module, task: Task) -> None:
+        if task.index == 0:
+            data = self._toy.draw(BASE, 256, draw=98)
+            batch = {"input_ids": data.ids, "labels": data.labels}
+            self.after_task(model, Task("base", 0, batches=lambda: [batch]))
+        super().before_task(model, task)
+
+
+def task_known(model: nn.Module, examples: Any, name: str) -> float:
+    """The adapter of the task that is asked for; none for the base's skills."""
+    known = name in STREAM and _has_adapter(model, name)
+    use_adapter(model, name if known else None)
+    try:
+        return accuracy(model, examples)
+    finally:
+        use_adapter(model, None)
+
+
+def task_identified(model: nn.Module, examples: Any, name: str) -> float:
+    """The adapter under which the prompt is likeliest."""
+    from cl_fast.training import adapter_names
+
+    names = adapter_names(model)
+    if not names:
+        return accuracy(model, examples)
+    chosen = identify_task(model, {"input_ids": examples.ids[:, :-1]}, names).names
+    use_adapter(model, chosen)
+    try:
+        return accuracy(model, examples)
+    finally:
+        use_adapter(model, None)
+
+
+def _has_adapter(model: nn.Module, name: str) -> bool:
+    from cl_fast.training import adapter_names
+
+    return name in adapter_names(model)
