@@ -3,6 +3,7 @@
     counted(batch)                what the model is given, and labels: the tokens that count
     batch_logprobs(model, batch)  log p(token | what precedes it) of those, [B, T]
     at_base(model, reference)     the model that others are compared with, in eval mode, no grad
+    frozen_copy(model)            such a reference: the model as it is now
 
 The trainers of transformers and TRL say in three ways which tokens count; all are read.
 
@@ -14,6 +15,7 @@ The trainers of transformers and TRL say in three ways which tokens count; all a
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -31,7 +33,7 @@ from cl_fast.models.heads import (
     unwrap,
 )
 
-__all__ = ["at_base", "batch_logprobs", "check_base", "counted", "on_device_of"]
+__all__ = ["at_base", "batch_logprobs", "check_base", "counted", "frozen_copy", "on_device_of"]
 
 # What collators add for losses; a model's forward does not know it.
 _OF_LOSSES = frozenset(
@@ -105,14 +107,29 @@ def check_base(model: nn.Module, reference: nn.Module | None) -> None:
     inner = unwrap(model)
     if reference is not None and unwrap(reference) is inner:
         raise ValueError(
-            "reference is the model that is trained: give a frozen copy, copy.deepcopy(model), or "
-            "nothing if the model has an adapter of PEFT"
+            "reference is the model that is trained: give frozen_copy(model), or nothing if the "
+            "model has an adapter of PEFT"
         )
     if reference is None and not hasattr(inner, "disable_adapter"):
         raise ValueError(
             f"{type(inner).__name__} has no adapter of PEFT that could be switched off: give "
-            "reference, a frozen copy of the model as it was"
+            "reference, frozen_copy(model) of the model as it was"
         )
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """The model as it is now, in eval mode, without gradients.
+
+    Not `copy.deepcopy` alone: TRL's trainers put a forward on a model that holds the model itself,
+    so that a plain copy of it answers with the weights of the original, whatever becomes of them.
+    """
+    made: Any = copy.deepcopy(unwrap(model))
+    for module in (made, made.get_base_model() if hasattr(made, "get_base_model") else made):
+        module.__dict__.pop("forward", None)
+    for parameter in made.parameters():
+        parameter.grad = None
+    frozen: nn.Module = made.requires_grad_(False).eval()
+    return frozen
 
 
 @contextlib.contextmanager
