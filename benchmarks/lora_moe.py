@@ -40,8 +40,10 @@ from torch import Tensor, nn
 from cl_fast.ops import gated_low_rank
 from cl_fast.training.lora_moe import LoRAMoE
 
-# tokens, d_in, d_out: up and down projections of SmolLM 135M, and of a Llama of width 1024.
+# tokens, d_in, d_out: a toy, where calls cost more than numbers; up and down projections of SmolLM
+# 135M, and of a Llama of width 1024.
 SIZES = [
+    (128, 64, 128),
     (512, 576, 1536),
     (2048, 576, 1536),
     (2048, 1536, 576),

@@ -24,6 +24,7 @@ Source: Dou et al. 2024, LoRAMoE (arXiv 2312.09979).
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any, cast
 
@@ -88,15 +89,22 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The products keep their dtype; entering the region costs time, so only where it is needed."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def _by_expert(x: Tensor, experts: int) -> Tensor:
     """[T, n r] as [T, n, r]."""
-    return x.unflatten(1, (experts, x.size(1) // experts))
+    return x.reshape(x.size(0), experts, x.size(1) // experts)
 
 
 def _gated(inner: Tensor, p: Tensor, scale: float) -> Tensor:
     """Z, rounded once to the dtype of H."""
     z = _by_expert(inner.to(p.dtype), p.size(1)) * (p * scale).unsqueeze(2)
-    return z.flatten(1).to(inner.dtype)
+    return z.view(inner.shape).to(inner.dtype)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -116,7 +124,7 @@ def _forward(
     """y [..., d_out], p [..., n], H [T, n r]. Two products on any device: they are the work."""
     _check(x, down, gate, up, base, kept)
     shape = x.shape[:-1]
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x.device):
         rows = _rows(x)
         if kept is None:
             # The weights are small beside x: joining them is cheaper than reading x twice.
@@ -171,7 +179,7 @@ def _backward(
     n, dtype, wide = gate.size(0), x.dtype, p.dtype
     rows, p = _rows(x), _rows(p)
     inner_wide = _by_expert(inner.to(wide), n)
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x.device):
         dup = None
         d_inner = torch.zeros_like(inner) if to_inner is None and to_y is None else to_inner
         dp = None if to_p is None else _rows(to_p)
@@ -183,7 +191,7 @@ def _backward(
             dz = _by_expert(torch.mm(dy, up).to(wide), n)
             mine = (dz * inner_wide).sum(2) * ctx.scale
             dp = mine if dp is None else dp + mine
-            from_y = (dz * (p * ctx.scale).unsqueeze(2)).flatten(1).to(dtype)
+            from_y = (dz * (p * ctx.scale).unsqueeze(2)).view(inner.shape).to(dtype)
             d_inner = from_y if d_inner is None else d_inner + from_y
         assert d_inner is not None
         if dp is None:
