@@ -214,6 +214,7 @@ class SelfDistill(Keep):
     def before_task(self, model: nn.Module, task: Task) -> None:
         self._forget()
         model = unwrap(model)
+        _refuse_borrowed_forward(model)
         head_of(model)  # raises where the head is not understood
         prompts: Any = self.prompts
         if _is_function(prompts):
@@ -515,6 +516,22 @@ def _refuse_sharded(model: nn.Module, teacher: str) -> None:
             f"teacher={teacher!r} needs whole parameters, and the model's are sharded: begin the "
             "task before the model is sharded (teacher='copy'), or use 'base' or a TeacherCache"
         )
+
+
+def _refuse_borrowed_forward(model: Any) -> None:
+    """TRL's trainers put a forward on a model that holds the model: a deep copy of it runs the
+    first one."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for module in (model, base):
+        own = module.__dict__.get("forward")
+        for cell in getattr(getattr(own, "__func__", own), "__closure__", None) or ():
+            owner = getattr(cell.cell_contents, "__self__", None)
+            if isinstance(owner, type(module)) and owner is not module:
+                raise ValueError(
+                    f"the forward of this {type(module).__name__} runs another one: it is a deep "
+                    "copy of a model that a trainer of TRL has patched. Undo that on the copy, "
+                    'del model.__dict__["forward"], or load the weights into a new model'
+                )
 
 
 def _frozen_copy(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:

@@ -354,6 +354,20 @@ def test_a_copy_runs_its_own_weights_where_a_host_has_put_a_forward_on_the_model
     assert float(loss.detach()) > 1e-3
 
 
+def test_a_student_that_runs_another_model_is_refused() -> None:
+    """A deep copy of a model that TRL has patched: its logits are those of the first one."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = llama()
+    add_fused_lm_head(model)
+    SelfDistill(PROMPTS).before_task(model, TASK)
+    student = copy.deepcopy(model)
+    with pytest.raises(ValueError, match=r"runs another one.*del model\.__dict__"):
+        SelfDistill(PROMPTS).before_task(student, TASK)
+    del student.__dict__["forward"]
+    SelfDistill(PROMPTS).before_task(student, TASK)
+
+
 # --- prompts, time, state ------------------------------------------------------------------------
 
 
