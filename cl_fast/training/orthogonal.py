@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from cl_fast.errors import NonFiniteError
 from cl_fast.models.adapters import LoraLayer, active_adapter, lora_layers
@@ -43,6 +44,7 @@ _PASTS = ("fold", "keep")
 _WEIGHT = 0.5
 _SAMPLES = 64
 
+Pair = tuple[nn.Parameter, Tensor, Tensor]
 Factors = dict[str, tuple[Tensor, Tensor]]
 """Of one task: A [r, d_in] and s B [d_out, r] of each layer, by its name."""
 
@@ -369,31 +371,36 @@ class _Running:
     ) -> None:
         self.model, self.name, self.layers, self.rows = model, name, layers, rows
         self.device = layers[0].down.device
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Those of A. They are looked up anew: FSDP puts others into the same modules."""
-        return [layer.module.lora_A[self.name].weight for layer in self.layers]
+        # Not their weights: FSDP puts others into the same modules.
+        self.downs = [layer.module.lora_A[name] for layer in layers]
 
     def stale(self, model: nn.Module) -> bool:
-        first = self.layers[0].module.lora_A[self.name].weight
-        return model is not self.model or first.device != self.device
+        return model is not self.model or self.downs[0].weight.device != self.device
 
-    def pairs(self) -> list[tuple[nn.Parameter, Tensor, Tensor]]:
+    def pairs(self) -> list[Pair]:
         """Parameter, its rows on this rank, and the past; where there are both."""
-        found = zip(self.parameters(), self.rows, strict=True)
-        all_three = [(p, local(p), past) for p, past in found if past is not None]
-        return [one for one in all_three if one[1].numel()]
+        found = []
+        for module, past in zip(self.downs, self.rows, strict=True):
+            if past is not None:
+                p = module.weight
+                mine = local(p) if isinstance(p, DTensor) else p
+                if mine.numel():
+                    found.append((p, mine, past))
+        return found
 
     def project(self, passes: int = 1) -> None:
         for group in _by_device(self.pairs()):
             orthogonal_project_(
-                [a for _, a, _ in group], [q for *_, q in group], rows=True, passes=passes
+                [a.detach() for _, a, _ in group],
+                [q for *_, q in group],
+                rows=True,
+                passes=passes,
             )
 
     def overlaps(self) -> list[float]:
         found = []
         for _, a, q in self.pairs():
-            x = a.to(q.dtype)
+            x = a.detach().to(q.dtype)
             found.append(float((x @ q.t()).norm()) / max(float(x.norm()), 1e-300))
         return found
 
@@ -404,6 +411,7 @@ class _Running:
             self.project(passes=2)
 
     def add_gradient(self, form: str, weight: float) -> Tensor:
+        """The weighted penalty of the rows on this rank."""
         values = []
         for group in _by_device(self.pairs()):
             news, pasts, grads = [], [], []
@@ -412,7 +420,7 @@ class _Running:
                     p.grad = torch.zeros_like(p)
                 news.append(a)
                 pasts.append(past)
-                grads.append(local(p.grad))
+                grads.append(local(p.grad) if isinstance(p.grad, DTensor) else p.grad)
             add = _add_one_by_one if news[0].is_cpu else _add_at_once
             values.append(add(news, pasts, grads, form, weight))
         device = values[0].device if values else self.device
@@ -427,21 +435,22 @@ def _add_one_by_one(
     Module by module, each past is read from memory once and for its second product from the cache:
     on a CPU that is faster than one call for all that reads everything twice.
     """
-    wide = torch.promote_types(_widest(news), _widest(pasts))
+    wide = _widest([*news, *pasts])
     sizes = [a.size(0) * p.size(0) for a, p in zip(news, pasts, strict=True)]
     products = torch.empty(sum(sizes), dtype=wide)
-    factor = weight if form == "l1" else 2.0 * weight
+    l1 = form == "l1"
+    factor = weight if l1 else 2.0 * weight
     parts = products.split(sizes)
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for a, past, grad, flat in zip(news, pasts, grads, parts, strict=True):
             s, p = flat.view(a.size(0), past.size(0)), past.to(wide)
             torch.mm(a.to(wide), p.t(), out=s)
-            sign = s.sign() if form == "l1" else s
+            sign = s.sign() if l1 else s
             if grad.dtype == wide:
                 grad.addmm_(sign, p, alpha=factor)
             else:
                 grad.copy_(torch.addmm(grad.to(wide), sign, p, alpha=factor))
-        return weight * (products.abs().sum() if form == "l1" else products.dot(products))
+        return weight * (products.abs().sum() if l1 else products.dot(products))
 
 
 def _add_at_once(
@@ -449,7 +458,7 @@ def _add_at_once(
 ) -> Tensor:
     """The same by one call per direction: a few launches on a GPU for all modules."""
     with torch.enable_grad():
-        leaves = [a.requires_grad_() for a in news]
+        leaves = [a.detach().requires_grad_() for a in news]
         value = orthogonal_penalty(leaves, pasts, form="l1" if form == "l1" else "squared")
         found = torch.autograd.grad(value, leaves)
     with torch.no_grad():
@@ -527,10 +536,8 @@ def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
-def _by_device(
-    items: list[tuple[nn.Parameter, Tensor, Tensor]],
-) -> list[list[tuple[nn.Parameter, Tensor, Tensor]]]:
-    groups: dict[torch.device, list[tuple[nn.Parameter, Tensor, Tensor]]] = {}
+def _by_device(items: list[Pair]) -> list[list[Pair]]:
+    groups: dict[torch.device, list[Pair]] = {}
     for item in items:
         groups.setdefault(item[1].device, []).append(item)
     return list(groups.values())
