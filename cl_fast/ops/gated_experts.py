@@ -91,9 +91,10 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """The products keep their dtype; entering the region costs time, so only where it is needed."""
+    region: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+        region = torch.autocast(device.type, enabled=False)
+    return region
 
 
 def _by_expert(x: Tensor, experts: int) -> Tensor:

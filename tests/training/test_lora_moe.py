@@ -620,3 +620,19 @@ def test_evaluation_ignores_the_column(tmp_path: Path) -> None:
     trainer.data_collator = lambda rows: collate(rows)
     assert trainer.evaluate(data)["eval_loss"] == with_column
     assert keep._found is None
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory")
+def test_the_page_in_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "lora-moe.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 4
+    names: dict[str, Any] = {
+        "model": tiny_models.llama(), "fresh_base": tiny_models.llama(), "out": str(tmp_path),
+        "train_dataset": examples(), "collate": collate, "batches": [typed_batch()],
+    }  # fmt: skip
+    for block in blocks:
+        exec(block, names)
+    assert list(lora_moe_layers(names["fresh_base"])) == names["names"]
+    assert names["trainer"].state.global_step == 2
