@@ -116,15 +116,13 @@ class Permutation:
         given = np.asarray(indices, dtype=np.int64)
         if given.size and (int(given.min()) < 0 or int(given.max()) >= self.n):
             raise IndexError(f"indices must lie in range({self.n})")
-        x = given.astype(np.uint64).ravel()
-        self._send(x)
+        x = self._send(given.astype(np.uint64).ravel())
         walking = np.flatnonzero(x >= self.n)
         while walking.size:
-            part = x[walking]
-            self._send(part)
+            part = self._send(x[walking])
             x[walking] = part
             walking = walking[part >= self.n]
-        return x.astype(np.int64).reshape(given.shape)
+        return x.view(np.int64).reshape(given.shape)
 
     def _checked(self, index: int) -> int:
         x = operator.index(index)
@@ -132,8 +130,8 @@ class Permutation:
             raise IndexError(f"index must lie in range({self.n}); got {index}")
         return x
 
-    def _send(self, x: NDArray[np.uint64]) -> None:
-        """All rounds, in place."""
+    def _send(self, x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """All rounds."""
         m = np.uint64(self._m)
         left = x // m
         right = x - left * m
@@ -146,10 +144,11 @@ class Permutation:
             y *= m
             y >>= _32
             y += left
-            y -= m * (y >= m)
-            left, right = right, y
-        np.multiply(left, m, out=x)
-        x += right
+            # y mod m, as y < 2 m: what wraps is larger.
+            left, right = right, np.minimum(y, y - m, out=y)
+        left = left * m
+        left += right
+        return left
 
 
 def _f(right: int, key: int, m: int) -> int:
