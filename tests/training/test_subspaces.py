@@ -26,10 +26,11 @@ class Mlp(nn.Module):
         self.one = nn.Linear(width, 5)
         self.two = nn.Linear(width, 4)
         self.last = nn.Linear(5, 3)
+        self.drop = nn.Dropout()  # not while inputs are collected
 
     def forward(self, x: Tensor) -> Tensor:
         one, two = self.one(x), self.two(x)
-        return self.last(torch.tanh(one)) + two[..., :3]
+        return self.last(self.drop(torch.tanh(one))) + two[..., :3]
 
 
 def rows(seed: int, count: int, width: int = 6, rank: int | None = None) -> Tensor:
