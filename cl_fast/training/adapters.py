@@ -283,7 +283,7 @@ def add_adapters(
     Args:
         model: a causal language model of transformers; also of PEFT, or within DDP.
         names: one, or several.
-        bottleneck: b; 2 b (width + 1) + 3 width - b numbers per block.
+        bottleneck: b; 2 b width + b + 3 width numbers per block.
         activation: "relu", "gelu", "silu" or "tanh".
         dtype: of the adapters, in which they also compute outside of autocast; by default float32
             (float64 where the block is).
