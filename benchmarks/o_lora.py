@@ -19,7 +19,7 @@ weights have one row, since only the adapters matter here. Gradients are compare
 timed.
 
 Steps: real training steps of a small Llama (forward, backward, AdamW, projection) at its first task
-and with past tasks folded, in turns, wall time. The two models are of equal size; what the later
+and with past tasks folded, in turns, on one thread; its processor time. The two models are of equal size; what the later
 one has more is its basis of 8 x 14 rows.
 """
 
@@ -181,7 +181,7 @@ def step_rows(
             optimizer.zero_grad()
 
         ways[label] = step
-    times = in_turns(ways, repeats, time.perf_counter)
+    times = in_turns(ways, repeats, time.process_time)
     first = statistics.median(times["task 1"])
     # Steps come in pairs, so that what the machine does meanwhile meets both.
     ratios = [b / a for a, b in zip(*times.values(), strict=True)]

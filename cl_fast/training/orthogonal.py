@@ -223,11 +223,12 @@ class Orthogonal(Keep):
             activate(model, running.name, beside=self._adapters, trains=False)
             self._adapters.append(running.name)
         else:
-            factors = _factors(running.layers)
-            _fold(running.layers, factors, 1.0)
+            layers = lora_layers(model, running.name)  # FSDP has put other parameters into them
+            factors = _factors(layers)
+            _fold(layers, factors, 1.0)
             self._folded.append(factors)
-            self._samples = {x.name: _sample(x.base) for x in running.layers}
-            initialise(running.layers, self.seed, f"after {task.name}")
+            self._samples = {x.name: _sample(x.base) for x in layers}
+            initialise(layers, self.seed, f"after {task.name}")
         self.tasks.append(task.name)
         self._running = self._value = None
 
@@ -369,7 +370,7 @@ class _Running:
     def __init__(
         self, model: nn.Module, name: str, layers: list[LoraLayer], rows: list[Tensor | None]
     ) -> None:
-        self.model, self.name, self.layers, self.rows = model, name, layers, rows
+        self.model, self.name, self.rows = model, name, rows
         self.device = layers[0].down.device
         # Not their weights: FSDP puts others into the same modules.
         self.downs = [layer.module.lora_A[name] for layer in layers]
