@@ -22,8 +22,10 @@ By tokens (`unit="tokens"`), a sample is old iff old data is in debt:
     rho (A_i + B_j) > B_j              A_i, B_j: tokens of the i new and j old samples before
     <=>  p A_i > (q - p) B_j           so the sequence is a merge of two sorted ones
 
-and |old tokens - rho tokens| < the longest sample, at every prefix. It is computed once from the
-lengths, and kept: 4 bytes per sample, and 10 per old one.
+and |old tokens - rho tokens| < the longest sample, at every prefix. Several old sources take turns
+by the tokens read from each over its share, the smallest first, so that each of K is less than one
+longest sample ahead, and less than K of them behind. All of it is computed once from the lengths,
+and kept: 4 bytes per sample, and 10 per old one.
 
 Which sample of a source comes at its turn is an order of `cl_fast.training.permutations`, another
 one in each epoch of that source, or its own order.
