@@ -242,7 +242,7 @@ def pair_checksum(
 class PreferenceMemory:
     """The pairs of past stages, as a map-style data set: tokens and reference log-probs.
 
-    Tokens lie one after the other in one tensor per stage: 4 bytes per token and 28 per pair.
+    Tokens lie one after the other in one tensor per stage: 4 bytes per token and 40 per pair.
 
     Attributes:
         stages: the name of each stage and its number of pairs, in order.
