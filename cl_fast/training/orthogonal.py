@@ -61,7 +61,8 @@ class Orthogonal(Keep):
 
     Args:
         form: see the module.
-        weight: of a penalty, 0.5 by default as in the paper; 0 switches it off, at no cost.
+        weight: of a penalty, 0.5 by default, as in the authors' scripts, which mean L1; 0 switches
+            it off, at no cost.
         past: what becomes of a task's adapter, see the module.
         adapter: its name; by default the active one. With past="keep" it serves the first task,
             and each later task gets an adapter that is called like the task.
