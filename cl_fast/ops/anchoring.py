@@ -211,6 +211,18 @@ def _kernels(backend: str, *lists: Sequence[Tensor]) -> Any:
     return triton.load("anchoring")
 
 
+def _by_layout(strengths: Sequence[float], *lists: Sequence[Tensor]) -> tuple[list[Any], list[Any]]:
+    """The arguments, of the entries whose tensors are all contiguous, and of the others."""
+    flat = [all(xs[i].is_contiguous() for xs in lists if xs) for i in range(len(strengths))]
+    parts: tuple[list[Any], list[Any]] = ([], [])
+    for part, wanted in zip(parts, (True, False), strict=True):
+        for xs in (*lists, strengths):
+            part.append(
+                [x for x, is_flat in zip(xs, flat, strict=True) if is_flat == wanted] if xs else []
+            )
+    return parts
+
+
 # --- the ops -----------------------------------------------------------------------------------
 
 
@@ -227,8 +239,14 @@ def _gradient(
     _check("grads", lists, strengths, "strength", backend)
     _check_memory("grads", lists)
     kernels = _kernels(backend or default, *lists.values())
-    run = _gradient_eager if kernels is None else kernels.gradient
-    run(grads, weights, anchors, fisher, strengths)
+    if kernels is None:
+        _gradient_eager(grads, weights, anchors, fisher, strengths)
+        return
+    dense, strided = _by_layout(strengths, *lists.values())
+    if dense[0]:
+        kernels.gradient(*dense)
+    if strided[0]:
+        _gradient_eager(*strided)
 
 
 def _gradient_generic(
@@ -277,8 +295,14 @@ def _pull(
     _check("weights", lists, strengths, "amount", backend)
     _check_memory("weights", lists)
     kernels = _kernels(backend or default, *lists.values())
-    run = _pull_eager if kernels is None else kernels.pull
-    run(weights, anchors, fisher, strengths)
+    if kernels is None:
+        _pull_eager(weights, anchors, fisher, strengths)
+        return
+    dense, strided = _by_layout(strengths, *lists.values())
+    if dense[0]:
+        kernels.pull(*dense)
+    if strided[0]:
+        _pull_eager(*strided)
 
 
 def _pull_generic(
