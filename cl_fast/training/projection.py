@@ -22,6 +22,7 @@ copy of the covered weights.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -218,7 +219,7 @@ class Project(Keep):
         for layer in self._covered:
             if not layer.protected:
                 layer.start = None
-        with torch.no_grad():
+        with torch.no_grad(), _whole_float32():
             for group in _groups([layer for layer in self._covered if layer.protected]):
                 _project(group)
 
@@ -472,6 +473,20 @@ def _groups(layers: list[_Layer]) -> Iterator[list[_Layer]]:
         size += weight.numel()
     if group:
         yield group
+
+
+@contextlib.contextmanager
+def _whole_float32() -> Iterator[None]:
+    """Products of float32 without TF32 or bfloat16, whatever the host trains with."""
+    settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    before = [one.fp32_precision for one in settings]
+    try:
+        for one in settings:
+            one.fp32_precision = "ieee"
+        yield
+    finally:
+        for one, value in zip(settings, before, strict=True):
+            one.fp32_precision = value
 
 
 def _project(group: list[_Layer]) -> None:

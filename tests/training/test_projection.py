@@ -355,6 +355,29 @@ def test_float32_masters_of_an_optimizer_are_projected_too() -> None:
             assert np.linalg.norm(side(held)) < 0.1 * np.linalg.norm(side(free))
 
 
+def test_products_are_of_whole_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cl_fast.training import projection
+
+    model = llama()
+    keep = made("weights", model)
+    cuda, seen = torch.backends.cuda.matmul, []
+    inner = projection._project
+
+    def spy(group: Any) -> None:
+        seen.append(cuda.fp32_precision)
+        inner(group)
+
+    monkeypatch.setattr(projection, "_project", spy)
+    before = cuda.fp32_precision
+    try:
+        cuda.fp32_precision = "tf32"
+        keep.on_update(model)
+        assert cuda.fp32_precision == "tf32"
+    finally:
+        cuda.fp32_precision = before
+    assert set(seen) == {"ieee"}
+
+
 def test_options_per_task() -> None:
     model = llama()
     keep = Project("weights", rank=[0, 0.25, 0.75])
@@ -403,6 +426,20 @@ def test_lora_rows_are_kept_off_old_inputs() -> None:
     keep.after_task(model, Task("new", batches=lambda: OLD))
     with pytest.raises(ValueError, match="'default' has been trained"):
         keep.before_task(model, Task("next", 1))
+
+
+def test_one_adapter_through_all_tasks() -> None:
+    """Its factors are linear layers of their own."""
+    model = adapted().double()
+    train(model, None, steps=3)
+    before, elsewhere = outputs(model, OLD), outputs(model, [batch(7)])
+    keep = Project(energy=1.0)
+    keep.remember(model, OLD)
+    assert len(keep.bases) == 2 * LAYERS
+    keep.before_task(model, Task("new"))
+    train(model, keep, steps=3)
+    assert float((outputs(model, OLD) - before).abs().max()) < 1e-9
+    assert float((outputs(model, [batch(7)]) - elsewhere).abs().max()) > 0.1
 
 
 def arguments(folder: Path, **changes: Any) -> TrainingArguments:
