@@ -307,3 +307,39 @@ def test_bad_strengths(strength: Any, error: type[Exception], words: str) -> Non
         anchor_pull_([Y], [Z], amount=strength)
     with pytest.raises(ValueError, match="backend"):
         anchor_gradient_([X], [Y], [Z], backend="gpu")
+
+
+def test_on_a_card_the_kernels_get_what_is_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strided tensors go to the reference; kernels here are stand-ins that note what they get."""
+    seen: list[int] = []
+
+    class Kernels:
+        @staticmethod
+        def gradient(*lists: Any) -> None:
+            assert all(x.is_contiguous() for xs in lists[:4] for x in xs)
+            seen.append(len(lists[0]))
+            anchoring._gradient_eager(*lists)
+
+        @staticmethod
+        def pull(*lists: Any) -> None:
+            assert all(x.is_contiguous() for xs in lists[:3] for x in xs)
+            seen.append(len(lists[0]))
+            anchoring._pull_eager(*lists)
+
+    monkeypatch.setattr(anchoring.triton, "load", lambda _: Kernels)
+    shapes = [(4, 5), (6, 3), (7,)]
+    for with_fisher in (False, True):
+        g, w, a, f = inputs(torch.float32, shapes)
+        g2, w2 = ([x.clone() for x in xs] for xs in (g, w))
+        g2[1] = g2[1].t().contiguous().t()
+        w2[1] = w2[1].t().contiguous().t()
+        fisher, strengths = f if with_fisher else [], [0.1, 0.2, 0.3]
+        anchoring._gradient(g2, w2, a, fisher, strengths, None, "triton")
+        anchoring._pull(w2, a, fisher, strengths, None, "triton")
+        anchor_gradient_(g, w, a, fisher or None, strength=strengths)
+        anchor_pull_(w, a, fisher or None, amount=strengths)
+        torch.testing.assert_close([g2, w2], [g, w], rtol=0, atol=0)
+    assert seen == [2] * 4
+    double = [x.double() for x in g]
+    anchoring._gradient(double, w, a, [], strengths, None, "triton")  # float64: the reference
+    assert seen == [2] * 4
