@@ -1,4 +1,4 @@
-"""The command `cl-fast`: merge, verify, soup, env. Thin: it parses, calls, and prints.
+"""The command `cl-fast`: merge, verify, soup, train, env. Thin: it parses, calls, and prints.
 
 Exit codes: 0 done; 1 an error, told on stderr in words; 2 wrong usage; 130 interrupted.
 Nothing is imported before it is needed, so `--help` is there at once and a merge by the C++ core
@@ -158,6 +158,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     _talk(soup)
     soup.set_defaults(run=_soup)
+
+    train = commands.add_parser(
+        "train",
+        help="go on pre-training on text files, by a plan",
+        description="Continual pre-training and domain adaptation: trains a model on text files, "
+        "stage after stage, with replay, by a plan. The same command again goes on with a run "
+        "that was cut off.",
+        epilog="docs: docs/train-plan.md; on several devices: torchrun --nproc-per-node=N -m "
+        "cl_fast train plan.yml",
+    )
+    train.add_argument("plan", type=Path, help="the plan, a YAML file")
+    train.add_argument("--out", type=Path, metavar="FOLDER", help="overrides the plan's output")
+    train.add_argument(
+        "--dry-run", action="store_true", help="print what would be done, write nothing"
+    )
+    _talk(train)
+    train.set_defaults(run=_train)
 
     env = commands.add_parser(
         "env",
@@ -378,6 +395,25 @@ def _score(command: Sequence[str], folder: Path) -> float:
     if not numbers:
         raise ClFastError(f"--evaluate: {shlex.join(filled)} printed no number")
     return float(numbers[-1])
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from cl_fast.learning.plan import load_plan
+
+    plan = load_plan(arguments.plan)
+    try:
+        from cl_fast.learning.pretraining import Job
+    except ImportError as error:
+        raise ClFastError(
+            f"cl-fast train needs {error.name}: pip install 'cl_fast[hosts]'"
+        ) from error
+    job = Job(plan, arguments.out, quiet=arguments.quiet)
+    if arguments.dry_run:
+        for line in job.describe(job.estimate()):
+            print(line)
+    else:
+        job.run()
+    return 0
 
 
 def _env(arguments: argparse.Namespace) -> int:

@@ -20,7 +20,6 @@ import contextlib
 import glob
 import json
 import os
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -36,9 +35,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cl_fast.errors import OutputError, RecipeError
-from cl_fast.training.permutations import Permutation, order_key
 
-__all__ = ["Blocks", "Passes", "Row", "Texts", "count_tokens", "find_files", "pack", "stacked"]
+__all__ = ["Blocks", "Count", "Row", "Texts", "count_tokens", "find_files", "pack", "stacked"]
 
 Documents = Literal["file", "line", "paragraph"]
 
@@ -83,9 +81,8 @@ def find_files(patterns: Sequence[str], where: str) -> tuple[Path, ...]:
     for i, pattern in enumerate(patterns):
         at = f"{where}[{i}]"
         if glob.has_magic(pattern):
-            matches = sorted(
-                p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file()
-            )
+            names = glob.glob(pattern, recursive=True)  # noqa: PTH207 (may be absolute)
+            matches = sorted(path for path in map(Path, names) if path.is_file())
             if not matches:
                 raise RecipeError(f"{at}: the pattern {pattern!r} matches no file in {Path.cwd()}")
         else:
@@ -309,19 +306,39 @@ def _tokenized(
     yield from encoded(batch)
 
 
+@dataclass(frozen=True)
+class Count:
+    """What packing would give.
+
+    Attributes:
+        tokens: of what is trained on.
+        held_out: of what is held out.
+        exact: whether all was read; else both are estimates.
+    """
+
+    tokens: int
+    held_out: int
+    exact: bool
+
+
 def count_tokens(
-    texts: Texts, tokenizer: Any, *, bos: bool = False, sample: int = 16 << 20
-) -> tuple[int, bool]:
-    """Tokens that packing would give, and whether that is exact: beyond `sample` bytes of files
-    it is estimated from the beginning of each. Writes nothing.
+    texts: Texts,
+    tokenizer: Any,
+    *,
+    held_out: float = 0.0,
+    bos: bool = False,
+    sample: int = 16 << 20,
+) -> Count:
+    """The tokens that `pack` would give, estimated beyond `sample` bytes of files from the
+    beginning of each. Writes nothing.
 
     Raises:
         RecipeError: as `pack`, of what was read.
     """
     end_token(tokenizer)
-    extra = 1 + (begin_token(tokenizer, bos) is not None)
-    size, read, tokens = texts.size, 0, 0
-    exact = size <= sample
+    part, extra = _fraction(held_out), 1 + (begin_token(tokenizer, bos) is not None)
+    size, read, number = texts.size, 0, 0
+    exact, counts = size <= sample, [0, 0]
 
     def budget(path: Path) -> float:
         return float("inf") if exact else sample * path.stat().st_size / size
@@ -331,10 +348,16 @@ def count_tokens(
         read += count
 
     for ids, _, last in _tokenized(texts, tokenizer, budget, told):
-        tokens += len(ids) + (extra if last else 0)
-    if exact:
-        return tokens, True
-    return int(tokens * (size / max(1, read))), False
+        counts[_is_held_out(number, part)] += len(ids) + (extra if last else 0)
+        number += last
+    if not exact:
+        factor = size / max(1, read)
+        counts = [int(count * factor) for count in counts]
+    return Count(counts[0], counts[1], exact)
+
+
+def _is_held_out(document: int, part: Fraction) -> bool:
+    return (document + 1) * part // 1 > document * part // 1
 
 
 def pack(
@@ -394,7 +417,9 @@ def pack(
         while waits and not told.is_file():
             time.sleep(_POLL)
         if not told.is_file():
-            rows = _write(texts, tokenizer, home / key, part, (begins, eos), vocabulary, name, quiet)
+            rows = _write(
+                texts, tokenizer, home / key, part, (begins, eos), vocabulary, name, quiet
+            )
             _whole_file(told, json.dumps(rows, indent=1))
         rows = json.loads(told.read_text())
     except OSError as error:
@@ -518,8 +543,7 @@ def _write(
         with bar:
             everything = _tokenized(texts, tokenizer, lambda _: float("inf"), bar.update)
             for ids, first, last in everything:
-                held = (number + 1) * part // 1 > number * part // 1
-                to = writers[1 if held else 0]
+                to = writers[_is_held_out(number, part)]
                 if ids:
                     largest = max(largest, *ids)
                     _check_vocabulary(largest, vocabulary, name)
@@ -530,15 +554,8 @@ def _write(
                     to.add([ends])
                     to.documents += 1
                     number += 1
+        _check_documents(writers, number, part, name, len(texts.files))
         for writer in writers:
-            if not writer.documents:
-                raise RecipeError(
-                    f"{name}: there is no text in {len(texts.files)} files"
-                    if not number or writer is writers[0]
-                    else f"{name}: held_out takes whole documents, and {float(part):g} of {number} "
-                    "is none: name files to hold out, or make documents smaller "
-                    "(documents: paragraph or line)"
-                )
             writer.close()
     except BaseException:
         for writer in writers:
@@ -554,10 +571,24 @@ def _write(
     return {"train": rows[0], "held_out": rows[1] if part else None, "largest": largest}
 
 
+def _check_documents(
+    writers: Sequence[_Writer], number: int, part: Fraction, name: str, files: int
+) -> None:
+    if not number:
+        raise RecipeError(f"{name}: there is no text in {files} files")
+    for writer, what in zip(writers, ("the rest", "that"), strict=False):
+        if not writer.documents:
+            raise RecipeError(
+                f"{name}: held_out takes whole documents, and {float(part):g} of {number} leave "
+                f"{what} none: name files to hold out, or make documents smaller (documents: "
+                "paragraph or line)"
+            )
+
+
 # --- blocks ------------------------------------------------------------------------------------
 
 
-class Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
+class Blocks(torch.utils.data.Dataset[Any]):  # type: ignore[misc]
     """The blocks of a row: `input_ids` and equal `labels`, [length], int64. Map-style; the models
     of transformers shift labels themselves.
 
@@ -611,33 +642,7 @@ def _positions(ids: NDArray[np.int64], ends: int) -> NDArray[np.int64]:
     return places - np.maximum.accumulate(starts)
 
 
-class Passes(torch.utils.data.Dataset[Any]):
-    """As many samples of a dataset as are asked for: pass after pass, each in an order of its own
-    that depends on (seed, name, pass) only (`cl_fast.training.permutations`)."""
-
-    def __init__(self, data: Any, length: int, *, seed: int, name: str = "new") -> None:
-        self.data, self.length, self.seed, self.name = data, length, seed, name
-        self._pass, self._order = -1, Permutation(0, 0)
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> Any:
-        if not 0 <= index < self.length:
-            raise IndexError(f"index must lie in range({self.length}); got {index}")
-        which, at = divmod(index, len(self.data))
-        if which != self._pass:
-            key = order_key(self.seed, self.name, which)
-            self._pass, self._order = which, Permutation(len(self.data), key)
-        return self.data[self._order[at]]
-
-
 def stacked(samples: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Blocks as a batch: they are of equal length."""
     rows = list(samples)
     return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-
-
-def safe_name(name: str) -> str:
-    """For a file."""
-    return re.sub(r"[^A-Za-z0-9._-]", "_", name)
