@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from cl_fast.models.heads import IGNORED, Evaluating, unwrap
 from cl_fast.training.keeping import Dataset
+from cl_fast.training.permutations import Permutation, order_key
 
 __all__ = ["PromptDraw", "check_prompts", "generate_prompts", "generated", "pad_prompts"]
 
@@ -128,18 +128,14 @@ class PromptDraw:
     def __init__(self, count: int, seed: int = 0, stream: int = 0) -> None:
         self.count, self.seed, self.stream = count, seed, stream
         self.drawn = 0
-        self._epoch = -1
-        self._order: NDArray[np.int64] = np.empty(0, np.int64)
+        self._epoch, self._order = -1, Permutation(count, 0)
 
     def _index(self, n: int) -> int:
         epoch, place = divmod(n, self.count)
         if epoch != self._epoch:
-            # A generator of its own, and an algorithm that numpy's policy keeps stable.
-            random = np.random.RandomState(
-                np.random.SeedSequence([self.seed, self.stream, epoch]).generate_state(4)
-            )
-            self._epoch, self._order = epoch, random.permutation(self.count)
-        return int(self._order[place])
+            key = order_key(self.seed, f"prompts {self.stream}", epoch)
+            self._epoch, self._order = epoch, Permutation(self.count, key)
+        return self._order[place]
 
     def next(self, batch_size: int) -> list[int]:
         """The next indices of this rank."""

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from divergence_oracle import divergence, log_probs
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from tiny_models import VOCABULARY, NoLogits, batch, gemma2, gradients, llama
 from torch import Tensor, nn
@@ -455,6 +457,24 @@ def test_draws_do_not_depend_on_who_asks(monkeypatch: pytest.MonkeyPatch) -> Non
     resumed.drawn = 17
     monkeypatch.setattr("cl_fast.training.prompts._rank", lambda: (0, 1))
     assert resumed.next(13) == order[17:]
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 4), st.integers(0, 2**40))
+def test_ranks_share_the_stream_of_one(count: int, size: int, ranks: int, seed: int) -> None:
+    steps = -(-3 * count // (size * ranks))
+    alone = PromptDraw(count, seed)
+    draws = [PromptDraw(count, seed) for _ in range(ranks)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cl_fast.training.prompts._rank", lambda: (0, 1))
+        order = alone.next(steps * size * ranks)
+        shared: list[int] = []
+        for _ in range(steps):
+            for rank, draw in enumerate(draws):
+                patch.setattr("cl_fast.training.prompts._rank", lambda rank=rank: (rank, ranks))
+                shared += draw.next(size)
+    assert shared == order
+    for epoch in range(3):
+        assert sorted(order[epoch * count : (epoch + 1) * count]) == list(range(count))
 
 
 # --- in trainers ---------------------------------------------------------------------------------
