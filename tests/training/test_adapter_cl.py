@@ -30,7 +30,8 @@ from cl_fast.training.adapters import (
     use_adapter,
     using_adapter,
 )
-from cl_fast.training.keeping import Task
+from cl_fast.training.anchors import Anchor
+from cl_fast.training.keeping import Keep, Task
 
 
 def gpt2(seed: int = 0) -> GPT2LMHeadModel:
@@ -423,6 +424,60 @@ def test_in_the_trainer_and_resumed(tmp_path: Path) -> None:
     assert any(x.any() for k, x in one.items() if "up" in k)
     base = llama().state_dict()
     assert all(torch.equal(straight.state_dict()[k], v) for k, v in base.items())
+
+
+class _Cut(Keep):
+    """Stops a run at a step of a task, as a kill would."""
+
+    def __init__(self, task: str, step: int) -> None:
+        self.at, self.seen = (task, step), ("", 0)
+
+    def before_task(self, model: nn.Module, task: Task) -> None:
+        self.seen = (task.name, 0)
+
+    def on_update(self, model: nn.Module) -> None:
+        self.seen = (self.seen[0], self.seen[1] + 1)
+        if self.seen == self.at:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("keep", [lambda: AdapterPerTask(3), lambda: Anchor(9.0, fisher="batch")])
+def test_a_stream_goes_on_with_the_same_bits(keep: Any, tmp_path: Path) -> None:
+    """Killed within the second task: the first one's adapter, and anchors, are there again."""
+    from transformers import TrainingArguments
+
+    from cl_fast.learning import learn
+
+    def rows(first: int, seed: int) -> list[dict[str, Tensor]]:
+        return [{"input_ids": row, "labels": row} for row in language(first, seed)[:8]]
+
+    tasks = {"x": (rows(5, 1), rows(5, 3)[:2]), "y": (rows(40, 2), rows(40, 4)[:2])}
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=4, save_steps=1,
+        learning_rate=2e-2, report_to=[], use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+
+    def score(model: nn.Module, data: Any, name: str) -> float:
+        with using_adapter(model, name if name in adapter_names(model) else None):
+            ids = torch.stack([row["input_ids"] for row in data])
+            return -float(model(input_ids=ids, labels=ids).loss)
+
+    def run(out: str, cut: _Cut) -> Any:
+        model = llama()
+        return learn(
+            model, tasks, args=arguments, out=tmp_path / out, keep=[keep(), cut], score=score
+        )
+
+    straight = run("straight", _Cut("", 1))
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", _Cut("y", 2))
+    resumed = run("cut", _Cut("", 1))
+    one, other = straight.model.state_dict(), resumed.model.state_dict()
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[k], other[k]) for k in one)
+    assert straight.matrix.rows == resumed.matrix.rows
+    if adapter_names(resumed.model):  # what was learned of x is not touched by y
+        assert resumed.matrix.rows[0][0] == resumed.matrix.rows[1][0]
 
 
 # --- bad input ---------------------------------------------------------------------------------
