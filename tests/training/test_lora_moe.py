@@ -80,6 +80,8 @@ def test_a_model_starts_as_it_was_and_only_experts_learn() -> None:
     bound = 16**-0.5
     for part in (layer.down, layer.gate):
         assert 0.7 * bound < part.abs().max() <= bound
+    assert layer.training is model.training is base.training
+    assert not LoRAMoE(nn.Linear(3, 3), 2, 1).base_layer.weight.requires_grad
     assert not layer.up.any()
     assert layer.up.grad is not None
     assert layer.up.grad.any()
@@ -114,6 +116,7 @@ def test_gpt2_and_biases(kind: str) -> None:
     batch = tiny_models.batch()
     want = model(**batch).logits
     add_lora_moe(model, ("mlp.c_fc", "mlp.c_proj"), experts=2, rank=2)
+    assert not model.transformer.h[0].mlp.c_fc.training
     assert torch.equal(model(**batch).logits, want)
     layer = model.transformer.h[0].mlp.c_fc
     assert (layer.in_features, layer.out_features) == (16, 64)
