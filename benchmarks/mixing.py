@@ -72,7 +72,8 @@ def read(loader: Any, batches: int) -> float:
     start = clock()
     it = iter(loader)
     if loader.num_workers:
-        next(it)
+        for _ in range(4 * loader.num_workers):
+            next(it)
         start = clock()
     for _ in range(batches):
         next(it)
@@ -136,7 +137,7 @@ def throughput(seconds: float) -> None:
     print("throughput: microseconds per batch")
     print(f"  {'':<24} {'plain':>22} {'mixture':>22} {'ratio':>8} {'in rounds':>10}")
     for length, workers in cases:
-        count, batches = 4000, 400 if not workers else 100
+        count, batches = 4000, 400
         new, old = Tokens(count, length, 0), Tokens(count // 4, length, 1)
         mixture = mix(new, old, 0.05)
         plain = DataLoader(new, batch_size=BATCH, shuffle=True, num_workers=workers)
@@ -153,7 +154,7 @@ def throughput(seconds: float) -> None:
                 assert torch.equal(ids, (old if name == "old" else new).ids[at])
         times: tuple[list[float], list[float]] = [], []
         began = time.perf_counter()
-        while time.perf_counter() - began < seconds or len(times[0]) < 5:
+        while time.perf_counter() - began < seconds or len(times[0]) < 3:
             order = (0, 1) if len(times[0]) % 2 else (1, 0)
             for which in order:
                 times[which].append(read(mixed() if which else plain, batches))
