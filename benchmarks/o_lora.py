@@ -18,9 +18,9 @@ The model has the modules, and so the names, of a T5-large in transformers with 
 weights have one row, since only the adapters matter here. Gradients are compared before they are
 timed.
 
-Steps: real training steps of a small Llama (forward, backward, AdamW, and the keep) at its first task
-and with past tasks folded, in turns, on one thread; its processor time. The two models are of equal
-size; what the later one has more are the 8 x 14 rows of its past.
+Steps: real training steps of a small Llama (forward, backward, AdamW, and the keep) at its first
+task and with past tasks folded, in turns, on one thread; its processor time. The two models are of
+equal size; what the later one has more are the 8 x 14 rows of its past.
 """
 
 from __future__ import annotations

@@ -412,6 +412,23 @@ def test_removal_of_a_folded_task_is_up_to_rounding() -> None:
     assert keep.measures()["orthogonal_overlap"] < 1e-6
 
 
+def test_a_removed_task_is_no_longer_avoided() -> None:
+    model, keep = adapted(torch.float32), Orthogonal()
+    keep.before_task(model, Task("a"))
+    trained(model, keep)
+    gone = factors(model)
+    keep.after_task(model, Task("a"))
+    task(model, keep, "b")
+    keep.remove(model, "a")
+    keep.before_task(model, Task("c"))
+    for name, (down, *_) in factors(model).items():
+        a = down.double().numpy()
+        assert np.linalg.norm(a @ span([gone[name][0]])) > 1e-3 * np.linalg.norm(a)
+        left = span([keep.past_rows(model)[name]])
+        assert left.shape[1] == 2
+        assert np.linalg.norm(a @ left) < 1e-6 * np.linalg.norm(a)
+
+
 # --- resuming ----------------------------------------------------------------------------------
 
 
@@ -433,6 +450,17 @@ def test_a_run_that_is_resumed_between_tasks_has_the_same_bits(form: Any, past: 
     for (name, one), two in zip(straight.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, two), name
     assert other.tasks == ["a", "b", "c"]
+
+
+def test_loading_a_state_within_a_task_leaves_the_weights_alone() -> None:
+    model, keep = adapted(torch.float32), Orthogonal()
+    for name in "ab":
+        task(model, keep, name)
+    keep.before_task(model, Task("c"))
+    trained(model, keep, 5)
+    before = factors(model)
+    keep.load_state_dict(through_a_file(keep.state_dict()))
+    assert all(torch.equal(x, before[n][0]) for n, (x, *_) in factors(model).items())
 
 
 @pytest.mark.parametrize("past", ["fold", "keep"])
