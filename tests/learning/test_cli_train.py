@@ -17,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tiny_models import VOCABULARY, WORDS, llama, tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from cl_fast.cli import main
 from cl_fast.errors import CheckpointError, RecipeError
@@ -38,6 +38,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("texts")
     # With dropout, so that the state of the random generator matters.
     llama(attention_dropout=0.2).save_pretrained(root / "base")
+    llama().save_pretrained(root / "calm")
     tokenizer().save_pretrained(root / "base")
     for seed, name in enumerate(("old", "a", "b", "probe")):
         (root / f"{name}.txt").write_text(lines(seed))
@@ -256,6 +257,47 @@ def test_killed_and_called_again_gives_equal_bits(
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     rows = [Report.load(o / "run").matrix.rows for o in (tmp_path / "out", done[0])]
     assert rows[0] == rows[1]
+
+
+# --- several processes -------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(root: Path, tmp_path: Path) -> None:
+    """Half of the sequences on each: the same steps, so the same weights up to rounding."""
+    changes: dict[str, Any] = {
+        "model": str(root / "calm"),
+        "tokenizer": str(root / "base"),
+        "optimizer": {"name": "sgd"},  # Adam would make much of differences in rounding
+        "probes": {},
+    }
+    both = content(root, **changes, batch={"sequences": 1, "length": 16, "accumulate": 2})
+    plan = written(tmp_path / "plan.yml", both)
+    words = ["--standalone", "--nproc-per-node=2", "-m", "cl_fast", "train", str(plan), "--quiet"]
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *words, "--out", str(tmp_path / "two")],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
+        check=True,
+    )
+    Job(parse_plan(content(root, **changes)), tmp_path / "one", quiet=True).run()
+    one, two = (load_file(tmp_path / n / "model/model.safetensors") for n in ("one", "two"))
+    base = load_file(root / "calm" / "model.safetensors")
+    for name, weight in one.items():
+        moved = (weight - base[name]).norm()
+        assert (two[name] - weight).norm() < 1e-3 * moved
+
+
+def test_a_model_that_was_evaluated_is_wrapped_again(root: Path, tmp_path: Path) -> None:
+    """The mark that accelerate leaves would keep DDP away from it."""
+    model = llama()
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", bf16=True)
+    before = model.forward
+    host = pretraining.BlockTrainer(model=model, args=args)
+    host.accelerator.prepare_model(model, evaluation_mode=True)
+    assert model._is_accelerate_prepared
+    pretraining.BlockTrainer(model=model, args=args)
+    assert not hasattr(model, "_is_accelerate_prepared")
+    assert model.forward == before
 
 
 # --- options -----------------------------------------------------------------------------------
