@@ -32,7 +32,10 @@ _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", 1):
     _UNITS |= {_letter: 1000**_power, f"{_letter}B": 1000**_power, f"{_letter}IB": 1024**_power}
 
-_EPILOG = "docs: docs/engine.md (how a merge runs), docs/merge-recipes.md (recipes and methods)"
+_EPILOG = (
+    "docs: docs/engine.md (how a merge runs), docs/merge-recipes.md (recipes and methods), "
+    "docs/train-plan.md (plans of train)"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -127,6 +127,11 @@ class Job:
         self.config, self.tokenizer = self._model()
         self.trainable, self.parameters = self._sizes()
         self.arguments = {s.name: self._arguments(s, 1) for s in plan.stages}
+        if plan.peft is not None and plan.peft.merge and plan.training.get("fsdp"):
+            raise RecipeError(
+                "peft.merge: not with training.fsdp, which leaves a part of the weights on each "
+                "device; leave it out and merge the adapter afterwards"
+            )
         self._check_output()
 
     # --- checks --------------------------------------------------------------------------------

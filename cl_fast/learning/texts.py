@@ -393,7 +393,7 @@ def pack(
         RecipeError: a text cannot be read (file and offset, or line, are named), no document is
             there, or a fraction of too few is to be held out; the tokenizer has no end token, or
             tokens that the model lacks.
-        OutputError: the folder cannot be written.
+        OutputError: the folder cannot be written, or a file not be opened.
     """
     home = Path(folder)
     eos, begins = end_token(tokenizer), begin_token(tokenizer, bos)
@@ -425,7 +425,7 @@ def pack(
     except OSError as error:
         if isinstance(error, OutputError):
             raise
-        raise OutputError(f"{home} cannot be written: {error.strerror or error}") from error
+        raise OutputError(f"{error.filename or home}: {error.strerror or error}") from error
     kept = rows["held_out"]
     _check_vocabulary(rows["largest"], vocabulary, name)
     return _row(home, rows["train"]), None if kept is None else _row(home, kept)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -300,6 +302,25 @@ def test_a_model_that_was_evaluated_is_wrapped_again(root: Path, tmp_path: Path)
     assert model.forward == before
 
 
+# --- the example -------------------------------------------------------------------------------
+
+
+def test_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its domains are learned, and replay keeps what the model knew."""
+    folder = Path(__file__).parents[2] / "examples" / "continual_pretraining"
+    example = runpy.run_path(str(folder / "prepare.py"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(example["main"].__globals__, "work", tmp_path / "work")
+    example["main"]()
+    assert main(["train", str(folder / "plan.yml"), "--quiet"]) == 0
+    report = Report.load(tmp_path / "work" / "run" / "run")
+    losses = -np.array([report.matrix.before, report.matrix.rows[-1]])
+    assert (losses[0] > 5).all()
+    assert (losses[1] < 2.5).all()
+    general = report.probes["general"]
+    assert general["sailing"] > general["before"] - 0.5
+
+
 # --- options -----------------------------------------------------------------------------------
 
 
@@ -360,6 +381,11 @@ def test_order_and_replay_are_exact(root: Path, tmp_path: Path) -> None:
         ({"keep": [{"anchor": {"wieght": 1}}]}, RecipeError, "wieght: .* did you mean 'weight'"),
         ({"keep": [{"anchor": {"weight": -1.0}}]}, RecipeError, r"keep\[0\].anchor: weight must"),
         ({"keep": ["orthogonal"]}, RecipeError, "orthogonal: works on a LoRA; set peft"),
+        (
+            {"peft": {"merge": True}, "training": {"fsdp": True}},
+            RecipeError,
+            "peft.merge: not with",
+        ),
         ({"peft": {"targets": ["nothing"]}}, RecipeError, "peft.targets: "),
         ({"bos": True, "tokenizer": "no-bos"}, RecipeError, "bos: the tokenizer has no begin"),
         ({"tokenizer": "no-eos"}, RecipeError, "tokenizer: has no end token"),
