@@ -41,7 +41,7 @@ __all__ = ["Blocks", "Count", "Row", "Texts", "count_tokens", "find_files", "pac
 Documents = Literal["file", "line", "paragraph"]
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
-PIECE = 1 << 20
+PIECE = 1 << 16
 """Bytes after which a document is handed to the tokenizer in pieces."""
 _BATCH = 1 << 20
 """Characters that are tokenised together."""
@@ -203,7 +203,7 @@ def _paragraphs(lines: Iterator[tuple[str, int]]) -> Iterator[_Piece]:
 
 
 def _whole(lines: Iterator[tuple[str, int]]) -> Iterator[_Piece]:
-    """A file in pieces of about a megabyte, cut before a line that begins with a letter or digit,
+    """A file in pieces of about 64 kB, cut before a line that begins with a letter or digit,
     where tokenizers cut too."""
     part: list[str] = []
     read, first = 0, True
@@ -545,7 +545,7 @@ def _write(
             for ids, first, last in everything:
                 to = writers[_is_held_out(number, part)]
                 if ids:
-                    largest = max(largest, *ids)
+                    largest = max(largest, max(ids))
                     _check_vocabulary(largest, vocabulary, name)
                 if first and begins is not None:
                     to.add([begins])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,24 @@ from typing import Any
 import pytest
 
 from cl_fast.errors import RecipeError
-from cl_fast.learning.plan import KEEPS, flat, load_plan, parse_plan
+from cl_fast.learning.plan import (
+    _HF_SCHEDULES,
+    _OWN_SCHEDULES,
+    KEEPS,
+    Batch,
+    LearningRate,
+    Optimizer,
+    Peft,
+    Plan,
+    Replay,
+    Stage,
+    flat,
+    load_plan,
+    parse_plan,
+)
 from cl_fast.learning.pretraining import _keep_class, rate, schedule_words
 
+ROOT = Path(__file__).parents[2]
 PLAN: dict[str, Any] = {
     "model": "base",
     "held_out": 0.01,
@@ -191,13 +207,32 @@ def test_bad_files(tmp_path: Path) -> None:
             load_plan(tmp_path / name)
 
 
+def test_the_plans_of_the_page_and_of_the_example() -> None:
+    page = (ROOT / "docs" / "train-plan.md").read_text()
+    plans = [parse_plan(block.split("```")[0]) for block in page.split("```yaml\n")[1:]]
+    assert len(plans) == 3
+    last = rate(plans[2].stages[0], 1000)
+    assert last is not None
+    assert [last(0), last(1000)] == [1.5e-4, 1e-5]
+    example = load_plan(ROOT / "examples" / "continual_pretraining" / "plan.yml")
+    assert [stage.name for stage in example.stages] == ["cooking", "sailing"]
+
+
+def test_every_key_is_in_the_page() -> None:
+    page = (ROOT / "docs" / "train-plan.md").read_text()
+    models = (Plan, Stage, Batch, LearningRate, Optimizer, Peft, Replay)
+    for key in {key for model in models for key in model.model_fields}:
+        assert re.search(rf"`{key}`|[{{ ]{key}[:,}}]", page), key
+    for word in (*KEEPS, *_OWN_SCHEDULES, *_HF_SCHEDULES):
+        assert f"`{word}`" in page, word
+
+
 def test_a_plan_is_read_without_torch() -> None:
     code = (
         "import cl_fast.learning.plan, sys\n"
         "print(*{'torch', 'numpy', 'transformers'} & set(sys.modules))"
     )
-    root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert done.stdout.strip() == ""
