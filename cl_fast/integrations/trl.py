@@ -336,15 +336,21 @@ class DPOLoss:
 
 
 def _answer_with_logprobs(model: Any, fields_now: Callable[[], tuple[str, ...]]) -> None:
-    """`model(..., labels=labels, fused_lm_head=True)` returns log-probs and the fields of now."""
+    """`model(..., labels=labels, fused_lm_head=True)` returns log-probs and the fields of now.
+
+    A deep copy of the model binds the method to itself, so the method must hold no module.
+    """
     from trl.trainer.utils import FusedCausalLMOutput
 
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    forward = inner.forward
+    patched = model.get_base_model() if hasattr(model, "get_base_model") else model
+    function = _before_trl(patched.forward)
+    bound = getattr(function, "__self__", None) is patched
+    if bound:
+        function = function.__func__
 
-    @functools.wraps(type(inner).forward)  # generate() reads the signature
+    @functools.wraps(type(patched).forward)  # generate() reads the signature
     def answering(
-        _: Any,
+        inner: Any,
         *args: Any,
         fused_lm_head: bool = False,
         labels: Tensor | None = None,
@@ -352,6 +358,7 @@ def _answer_with_logprobs(model: Any, fields_now: Callable[[], tuple[str, ...]])
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> Any:
+        forward = functools.partial(function, inner) if bound else function
         if not fused_lm_head:
             own = {
                 "labels": labels,
@@ -387,7 +394,17 @@ def _answer_with_logprobs(model: Any, fields_now: Callable[[], tuple[str, ...]])
             **measured,
         )
 
-    inner.forward = types.MethodType(answering, inner)
+    patched.forward = types.MethodType(answering, patched)
+
+
+def _before_trl(forward: Any) -> Any:
+    """The forward that TRL's `add_fused_lm_head` has replaced, if it has: its own holds the model
+    in a closure, which a deep copy of the model would go on to run."""
+    code = getattr(getattr(forward, "__func__", None), "__code__", None)
+    if code is None or "original_forward" not in code.co_freevars:
+        return forward
+    cells = forward.__func__.__closure__
+    return cells[code.co_freevars.index("original_forward")].cell_contents
 
 
 def _measured(

@@ -304,6 +304,31 @@ def pairs(trainer: Any) -> dict[str, Any]:
     return next(iter(trainer.get_train_dataloader()))
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_deep_copy_of_the_policy_answers_with_its_own_weights(
+    adapted: bool, tmp_path: Path
+) -> None:
+    policy = llama(0)
+    if adapted:
+        policy = get_peft_model(policy, LoraConfig(r=2, target_modules=["q_proj"]))
+    model = dpo(tmp_path, model=policy).model
+    inputs = batch()
+
+    def answers(of: Any) -> list[Tensor]:
+        with torch.no_grad():
+            of.eval()
+            fused = of(**inputs, fused_lm_head=True)
+            return [of(**inputs).logits, fused.log_probs, fused.loss]
+
+    made, expected = copy.deepcopy(model), answers(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    for found, value in zip(answers(made), expected, strict=True):
+        torch.testing.assert_close(found, value, rtol=0, atol=0)
+    assert not torch.equal(answers(model)[0], expected[0])
+
+
 @pytest.mark.parametrize(
     "changes",
     [
