@@ -22,6 +22,7 @@ from cl_fast.losses import (
     linear_divergence,
     token_logprobs_from_logits,
 )
+from cl_fast.models.bases import adapters_off
 from cl_fast.models.heads import (
     IGNORED,
     Evaluating,
@@ -348,14 +349,14 @@ class DistillMixin:
                 inner = unwrap(self.teacher)
         else:
             inner = unwrap(model)
-            with torch.no_grad(), Evaluating(model), inner.disable_adapter():
+            with torch.no_grad(), Evaluating(model), adapters_off(inner):
                 hidden = hidden_states(model, **batch)
         return _without_virtual_tokens(inner, hidden, batch["input_ids"].size(1))
 
     def _teacher_head(self, student: Any) -> LinearHead:
         if isinstance(self.teacher, nn.Module):
             return head_of(self.teacher)
-        with student.disable_adapter():
+        with adapters_off(student):
             return head_of(student)
 
 

@@ -17,11 +17,9 @@ teacher; Hinton et al. 2015 (1503.02531) for temperature.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -31,6 +29,7 @@ from torch import Tensor, nn
 from cl_fast.errors import CheckpointError
 from cl_fast.losses import Hidden, TeacherCache, TopK, linear_divergence
 from cl_fast.losses.divergence import kind_and_mix
+from cl_fast.models.bases import adapters_off, frozen_copy
 from cl_fast.models.heads import (
     IGNORED,
     Evaluating,
@@ -234,7 +233,7 @@ class SelfDistill(Keep):
                 )
         elif self.teacher == "copy":
             _refuse_sharded(model, "copy")
-            self._copy = _frozen_copy(model, self.dtype)
+            self._copy = frozen_copy(model, self.dtype)
         elif self.teacher == "ema":
             _refuse_sharded(model, "ema")
             self._ema = {name: _wide(p) for name, p in _trained(model)}
@@ -258,7 +257,7 @@ class SelfDistill(Keep):
         if self.teacher == "ema":
             taught = self._ema_pass(unwrap(model), batch, length)
         elif self.teacher == "base":
-            with torch.no_grad(), Evaluating(model), _adapters_off(unwrap(model)):
+            with torch.no_grad(), Evaluating(model), adapters_off(unwrap(model)):
                 taught = hidden_states(model, **batch)[:, -length:]
         per_sequence = self.average == "sequences"
 
@@ -450,7 +449,7 @@ class SelfDistill(Keep):
     ) -> Hidden | TopK:
         """Within the student's forward pass, where its own weights are whole."""
         if self.teacher == "base":
-            with _adapters_off(inner):
+            with adapters_off(inner):
                 return head_of(inner).teacher(taught)
         if self.teacher != "copy":
             assert isinstance(taught, (Hidden, TopK))
@@ -532,35 +531,6 @@ def _refuse_borrowed_forward(model: Any) -> None:
                     "copy of a model that a trainer of TRL has patched. Undo that on the copy, "
                     'del model.__dict__["forward"], or load the weights into a new model'
                 )
-
-
-def _frozen_copy(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    made = copy.deepcopy(model)
-    base = made.get_base_model() if hasattr(made, "get_base_model") else made
-    for module in (made, base):
-        # A forward that an earlier host put on the model (TRL's fused head, autocast) may hold the
-        # model itself: the copy would run the student.
-        if not hasattr(module, "_hf_hook"):
-            module.__dict__.pop("forward", None)
-    for parameter in made.parameters():
-        parameter.grad = None
-    made.requires_grad_(False)
-    made.eval()
-    return made if dtype is None else made.to(dtype)
-
-
-@contextmanager
-def _adapters_off(model: Any) -> Iterator[None]:
-    """PEFT's `disable_adapter`, which afterwards lets every active adapter be trained: what was
-    frozen stays so."""
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        with model.disable_adapter():
-            yield
-    finally:
-        for parameter, trained in before:
-            if parameter.requires_grad != trained:
-                parameter.requires_grad_(trained)
 
 
 def _forward_names(model: Any) -> set[str]:

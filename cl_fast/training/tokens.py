@@ -3,7 +3,7 @@
     counted(batch)                what the model is given, and labels: the tokens that count
     batch_logprobs(model, batch)  log p(token | what precedes it) of those, [B, T]
     at_base(model, reference)     the model that others are compared with, in eval mode, no grad
-    frozen_copy(model)            such a reference: the model as it is now
+    frozen_copy(model)            such a reference: the model as it is now (models.bases)
 
 The trainers of transformers and TRL say in three ways which tokens count; all are read.
 
@@ -15,7 +15,6 @@ The trainers of transformers and TRL say in three ways which tokens count; all a
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_fast.losses import token_logprobs
+from cl_fast.models.bases import adapters_off, frozen_copy
 from cl_fast.models.heads import (
     IGNORED,
     Evaluating,
@@ -117,41 +117,15 @@ def check_base(model: nn.Module, reference: nn.Module | None) -> None:
         )
 
 
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """The model as it is now, in eval mode, without gradients.
-
-    Not `copy.deepcopy` alone: TRL's trainers put a forward on a model that holds the model itself,
-    so that a plain copy of it answers with the weights of the original, whatever becomes of them.
-    """
-    made: Any = copy.deepcopy(unwrap(model))
-    for module in (made, made.get_base_model() if hasattr(made, "get_base_model") else made):
-        module.__dict__.pop("forward", None)
-    for parameter in made.parameters():
-        parameter.grad = None
-    frozen: nn.Module = made.requires_grad_(False).eval()
-    return frozen
-
-
 @contextlib.contextmanager
 def at_base(model: nn.Module, reference: nn.Module | None = None) -> Iterator[nn.Module]:
     """The base: `reference`, or `model` with its adapters switched off; in eval mode, no grad.
-
-    PEFT marks parameters of adapters that it switches on again as trainable, frozen ones too; here
-    each gets its mark back.
 
     Raises:
         ValueError: see `check_base`.
     """
     check_base(model, reference)
-    if reference is not None:
-        with Evaluating(reference), torch.no_grad():
-            yield reference
-        return
-    marks = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        with Evaluating(model), torch.no_grad(), unwrap(model).disable_adapter():
-            yield model
-    finally:
-        for parameter, mark in marks:
-            if parameter.requires_grad != mark:
-                parameter.requires_grad_(mark)
+    off = contextlib.nullcontext() if reference is not None else adapters_off(unwrap(model))
+    base = model if reference is None else reference
+    with Evaluating(base), torch.no_grad(), off:
+        yield base

@@ -210,6 +210,20 @@ def test_base_of_an_adapter_is_its_teacher(tmp_path: Path) -> None:
     assert_same(found, wanted)
 
 
+def test_adapters_that_were_frozen_stay_so_beside_their_base(tmp_path: Path) -> None:
+    """PEFT marks all parameters of the adapters that it switches on again as trainable."""
+    student = get_peft_model(llama(0), LoraConfig(r=2, target_modules=["q_proj"]))
+    first = [p for n, p in student.named_parameters() if "lora" in n and "layers.0" in n]
+    for parameter in first:
+        parameter.requires_grad_(False)
+    before = {n: p.requires_grad for n, p in student.named_parameters()}
+    trainer = Distiller(student, arguments(tmp_path), train_dataset=ROWS, teacher="base")
+    trainer.compute_loss(student, dict(EIGHT)).backward()
+    assert {n: p.requires_grad for n, p in student.named_parameters()} == before
+    assert first
+    assert all(parameter.grad is None for parameter in first)
+
+
 def test_token_weights_count(tmp_path: Path) -> None:
     student, teacher = llama(0), llama(1)
     weights = torch.rand(8, 9)
