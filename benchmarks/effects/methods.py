@@ -36,6 +36,7 @@ from cl_fast.training.keeping import Keep, Task
 
 STEPS, SIZE = {"shared": 120, "disjoint": 100}, 64
 FULL, LORA = 1e-3, 5e-3  # learning rates
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,11 @@ def lora(rank: int = 4) -> Callable[[Any], Any]:
     return wrap
 
 
+def moe(model: Any) -> Any:
+    add_lora_moe(model, LINEAR, experts=4, rank=4, alpha=8.0)
+    return model
+
+
 def earlier(toy: Toy) -> Callable[[nn.Module, Task], Any]:
     """Stored prompts of the base and of the tasks before this one, without answers."""
 
@@ -211,3 +217,98 @@ def _has_adapter(model: nn.Module, name: str) -> bool:
     from cl_fast.training import adapter_names
 
     return name in adapter_names(model)
+
+
+# --- the rows ----------------------------------------------------------------------------------
+
+
+def replayed(ratio: float) -> Callable[[Toy, Any], list[Keep]]:
+    def keep(toy: Toy, _: Any) -> list[Keep]:
+        return [Replay(ratio, old={"base": toy.draw(BASE, 7680, draw=97)}, seed=toy.seed)]
+
+    return keep
+
+
+def rewarmed(optimizer: Any, steps: int, task: Task) -> Any:
+    return rewarm(optimizer, steps=steps, warmup=steps // 10, peak=FULL, end=FULL / 10)
+
+
+SEPARATE: dict[str, Any] = {"start": "base"}
+
+METHODS: list[Method] = [
+    Method("sequential"),
+    Method("sequential, re-warming", options={"schedule": rewarmed}),
+    Method("replay 1 %", replayed(0.01)),
+    Method("replay 5 %", replayed(0.05)),
+    Method("replay 25 %", replayed(0.25)),
+    Method(
+        "self-distillation, new inputs (LwF)",
+        lambda toy, model: [SelfDistill(on="inputs", tokens="all")],
+    ),
+    Method(
+        "self-distillation, old prompts",
+        lambda toy, model: [SelfDistill(earlier(toy), batch_size=16, seed=toy.seed)],
+        note="prompts without answers",
+    ),
+    Method(
+        "self-distillation, own prompts",
+        lambda toy, model: [SelfDistill(generated(toy), batch_size=16, seed=toy.seed)],
+        note="prompts that the model writes",
+    ),
+    Method("L2-SP", lambda toy, model: [Anchor(0.1)]),
+    Method("EWC", lambda toy, model: [BaseFisher(toy, 300.0)]),
+    Method("projection off inputs (GPM)", lambda toy, model: remembered(toy, model)),
+    Method(
+        "projection off weights (OSF)",
+        lambda toy, model: remembered(toy, model, protect="weights", others="train"),
+    ),
+    Method("one LoRA, sequential", wrap=lora(), rate=LORA),
+    Method("new LoRA per task, folded", lambda toy, model: [Fold()], lora(), LORA),
+    Method("O-LoRA, exact", lambda toy, model: [Orthogonal()], lora(), LORA),
+    Method("O-LoRA, L1", lambda toy, model: [Orthogonal("l1", weight=0.5)], lora(), LORA),
+    Method(
+        "O-LoRA, squared", lambda toy, model: [Orthogonal("squared", weight=0.5)], lora(), LORA
+    ),
+    Method("LoRAMoE", wrap=moe, rate=LORA),
+    Method(
+        "AdapterCL, task known",
+        lambda toy, model: [AdapterPerTask(32)],
+        rate=LORA,
+        score=task_known,
+    ),
+    Method(
+        "AdapterCL, task identified",
+        lambda toy, model: [AdapterPerTask(32)],
+        rate=LORA,
+        score=task_identified,
+        note="inputs are uniform noise, so their perplexity tells little",
+    ),
+    Method(
+        "separate LoRAs, mean",
+        wrap=lora(),
+        rate=LORA,
+        options={**SEPARATE, "merge": "linear"},
+    ),
+    Method(
+        "separate LoRAs, sum x 0.25 (task arithmetic)",
+        wrap=lora(),
+        rate=LORA,
+        options={**SEPARATE, "merge": "task_arithmetic", "merge_options": {"lam": 0.25}},
+    ),
+    Method(
+        "separate LoRAs, TIES",
+        wrap=lora(),
+        rate=LORA,
+        options={**SEPARATE, "merge": "ties", "merge_options": {"density": 0.2}},
+    ),
+    Method(
+        "separate LoRAs, DARE",
+        wrap=lora(),
+        rate=LORA,
+        options={
+            **SEPARATE,
+            "merge": "dare_linear",
+            "merge_options": {"density": 0.2, "weight": 0.25, "seed": 0},
+        },
+    ),
+]

@@ -7,19 +7,22 @@ The hooks are called where the Trainer has its own: gradients are complete and c
 `on_gradients` may add to them; weights are new when `on_update` sees them. A callback cannot add to
 the loss: a keep that has a loss is refused by `KeepCallback`.
 
-A checkpoint of the Trainer gets one more file, `keeps.pt`, written when the checkpoint is whole;
+A checkpoint of the Trainer gets one more file, `keeps.pt` (and `keeps-1.pt`, ... of other ranks),
+written when the checkpoint is whole;
 `train(resume_from_checkpoint=...)` reads it again. DeepSpeed steps out of sight of callbacks; it is
 refused.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -72,11 +75,13 @@ class KeepCallback(TrainerCallback):  # type: ignore[misc]
     def _setup(self, keeps: list[Keep], task: Task) -> None:
         self.keeps, self.task = keeps, task
         self.begun = False
+        self.alone = True  # else the mixin logs
 
     @classmethod
     def of_mixin(cls, keeps: list[Keep], task: Task, batches: Any) -> KeepCallback:
         made = cls.__new__(cls)
         made._setup(keeps, task if task.batches else replace(task, batches=batches))
+        made.alone = False
         return made
 
     # What the Trainer calls, in order.
@@ -112,15 +117,14 @@ class KeepCallback(TrainerCallback):  # type: ignore[misc]
             keep.on_update(unwrap(given["model"]))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if logs is not None and "loss" in logs:
+        if logs is not None and "loss" in logs and self.alone:
             found = measured(self.keeps)
             logs.update(found)  # for the callbacks after this one
             if state.log_history:
                 state.log_history[-1].update(found)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero:
-            save_states(self.keeps, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        save_states(self.keeps, Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         model, loader = given["model"], given.get("train_dataloader")
@@ -142,9 +146,16 @@ def _batches(loader: Any, device: torch.device) -> Iterator[Mapping[str, Any]]:
         yield {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
+def _state_file(folder: Path) -> Path:
+    """Of this rank: under FSDP a state may hold the rows of its rank only."""
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return folder / (f"keeps-{rank}.pt" if rank else STATE)
+
+
 def save_states(keeps: Sequence[Keep], folder: Path) -> None:
     """The states of `keeps` into a checkpoint; whole or not at all."""
-    path = folder / STATE
+    path = _state_file(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     states = [{"keep": type(keep).__name__, "state": keep.state_dict()} for keep in keeps]
     torch.save(states, part)
@@ -157,11 +168,11 @@ def load_states(keeps: Sequence[Keep], folder: Path) -> None:
     Raises:
         CheckpointError: there is nothing, or it is of other keeps.
     """
-    path = folder / STATE
+    path = _state_file(folder)
     if not path.is_file():
         raise CheckpointError(
-            f"{folder} has no {STATE}: it was saved without these keeps, or the save was cut off. "
-            "Resume from another checkpoint"
+            f"{folder} has no {path.name}: it was saved without these keeps, or the save was cut "
+            "off. Resume from another checkpoint"
         )
     states = torch.load(path, map_location="cpu", weights_only=True)
     saved, mine = [s["keep"] for s in states], [type(keep).__name__ for keep in keeps]
@@ -206,6 +217,16 @@ class KeepMixin:
         self.task_dataset = host.train_dataset
         for one in self.keeps if host.train_dataset is not None else ():
             host.train_dataset = one.data(host.train_dataset, past)
+        if getattr(host.train_dataset, "in_order", False):
+            # A mixture has its order already: shuffled, its prefixes would lose their ratio.
+            host.args = copy.copy(host.args)
+            host.args.train_sampling_strategy = "sequential"
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs = {**logs, **measured(self.keeps)}
+        host: Any = super()
+        host.log(logs, *args, **kwargs)
 
     def _batches(self) -> Iterator[Mapping[str, Any]]:
         # A new loader: the order must not depend on how far the last one was read.

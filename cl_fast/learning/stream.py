@@ -19,6 +19,7 @@ import os
 import shutil
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -179,6 +180,7 @@ class _Stream:
         self.base = digests(unwrap(self.model).state_dict())
         self.ledger = Ledger(out, self._identity(trainer))
         self.own: dict[str, Any] = {}  # training data of tasks, as their trainers prepared them
+        self.forwards: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
         self.bar: Any = None
 
     # --- what the run is made of ---------------------------------------------------------------
@@ -220,6 +222,7 @@ class _Stream:
 
     def run(self) -> Report:
         resumed = self.ledger.read()
+        self._together()  # before the first rank makes a folder there
         done = len(self.ledger.trained)
         self.bar = tqdm(
             total=len(self.names), initial=done, desc="tasks", unit="task",
@@ -235,6 +238,10 @@ class _Stream:
             return self._finish()
         finally:
             self.bar.close()
+
+    def _together(self) -> None:
+        if self._first_args().world_size > 1:
+            self._first_args().distributed_state.wait_for_everyone()
 
     def _first_args(self) -> Any:
         return self.args[self.names[0]]
@@ -257,6 +264,7 @@ class _Stream:
     def _trainer(self, index: int, model: nn.Module, *, trains: bool = True) -> Any:
         """A trainer of a task; without `trains`, one that only evaluates or prepares data."""
         name, task = self.names[index], self._task(index)
+        self._unpatch(model)
         args = copy.deepcopy(self.args[name])
         args.output_dir = str(self._folder(index) / "checkpoints")
         evaluation = None
@@ -282,6 +290,23 @@ class _Stream:
         )
         self.own[name] = host.task_dataset
         return host
+
+    def _unpatch(self, model: Any) -> None:
+        """Takes off what a trainer has left on the model, before it is given to the next one.
+
+        A forward (TRL's, accelerate's): they would pile up, and a copy of the model would run the
+        forward of the original. accelerate's mark that the model is prepared: after an evaluation
+        it would be trained without DDP, each rank on its own, in silence.
+        """
+        inner = unwrap(model)
+        base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+        for module in {inner, base}:
+            module.__dict__.pop("_is_accelerate_prepared", None)
+            own = self.forwards.setdefault(module, module.__dict__.get("forward"))
+            if own is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = own
 
     def _prepare_past(self, index: int) -> None:
         """The data of earlier tasks as their trainers prepare it, for keeps that ask for it."""
@@ -316,11 +341,12 @@ class _Stream:
             host.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         took = time.monotonic() - began
         state = self._changed(host)
+        save_states(self.keeps, folder)
+        host.accelerator.wait_for_everyone()
         if host.is_world_process_zero():
             save_tensors(state, folder / "state.safetensors")
             if self.merge is not None and hasattr(unwrap(self.model), "merge_and_unload"):
                 save_tensors(_multiplied_out(self.model), folder / "merged.safetensors")
-            save_states(self.keeps, folder)
             self.ledger.trained.append(name)
             self.ledger.seconds[name] = self.ledger.seconds.get(name, 0.0) + took
             self.ledger.write()
@@ -452,6 +478,7 @@ class _Stream:
         if not hasattr(inner, "merge_and_unload"):
             return inner, start, self._after_each("state.safetensors", start)
         inner.load_state_dict(start, strict=False)
+        self._unpatch(inner)
         with inner.disable_adapter():
             model = copy.deepcopy(inner).unload()
         base = {n: x.clone() for n, x in model.state_dict().items()}

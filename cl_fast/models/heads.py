@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from cl_fast.losses import Hidden
 from cl_fast.models.adapters import LowRank, head_parts
+from cl_fast.models.sharding import reshard
 from cl_fast.ops.heads import Head, chunks
 
 __all__ = [
@@ -212,7 +213,10 @@ def run_inside(model: nn.Module, function: Callable[..., Any], **inputs: Any) ->
         return function(inner, **given)
 
     with forward_replaced(inner, forward):
-        return model(**inputs)
+        result = model(**inputs)
+    if not torch.is_grad_enabled():
+        reshard(model)
+    return result
 
 
 _checked: weakref.WeakKeyDictionary[nn.Module, tuple[float, float | None]] = (

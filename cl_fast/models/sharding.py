@@ -8,10 +8,10 @@ partial products with `sum_over_ranks_`.
 from __future__ import annotations
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-__all__ = ["local", "row_range", "sum_over_ranks_"]
+__all__ = ["local", "reshard", "row_range", "sum_over_ranks_"]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -51,6 +51,22 @@ def sum_over_ranks_(partial: Tensor, like: Tensor) -> Tensor:
             if isinstance(placement, Shard):
                 dist.all_reduce(partial, group=like.device_mesh.get_group(dim))
     return partial
+
+
+def reshard(model: nn.Module) -> None:
+    """After a forward pass without a backward pass: parameters are split again under FSDP2.
+
+    The root of an FSDP2 model stays whole until its backward pass. Without one, `parameters()`
+    would go on giving the whole ones, and an optimizer made of them would train what is thrown
+    away.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _check(tensor: DTensor) -> None:

@@ -8,7 +8,7 @@
     LoRAMoE, add_lora_moe, Balance  experts behind a gate as one layer
     Adapter, AdapterPerTask, identify_task   Houlsby's adapters, AdapterCL
     Project                         full fine-tuning off the subspaces that earlier tasks use
-    Anchor                          EWC and L2-SP
+    Anchor, agem_                   EWC and L2-SP; A-GEM's projection of gradients
     SelfDistill                     the model before the task is its own teacher
     PreferenceReplay, KLToBase, KLPenalty, PretrainingLoss   alignment, kept and watched
     Keep, Task                      what they have in common, and how to write one of your own
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cl_fast.training.adapters import (
         Adapter,
         AdapterPerTask,
+        Identified,
         adapter_names,
         add_adapters,
         identify_task,
@@ -37,16 +38,18 @@ if TYPE_CHECKING:
         use_adapter,
         using_adapter,
     )
+    from cl_fast.training.agem import agem_
     from cl_fast.training.anchors import Anchor, fisher_diagonal
     from cl_fast.training.distilling import SelfDistill
     from cl_fast.training.keeping import Keep, Task
-    from cl_fast.training.kl_to_base import KLPenalty, KLToBase
+    from cl_fast.training.kl_to_base import KLPenalty, KLToBase, kl_of_tokens
     from cl_fast.training.lora_moe import (
         Balance,
         LoRAMoE,
         WithColumn,
         add_lora_moe,
         load_lora_moe,
+        lora_moe_layers,
         lora_moe_state_dict,
         remove_lora_moe,
     )
@@ -66,15 +69,22 @@ if TYPE_CHECKING:
     from cl_fast.training.projection import Project
     from cl_fast.training.prompts import generate_prompts
     from cl_fast.training.replay import Replay
-    from cl_fast.training.rewriting import rewrite_targets
+    from cl_fast.training.rewriting import RewriteReport, Rewritten, rewrite_targets, same_number
     from cl_fast.training.schedules import Infinite, Rewarm, infinite, rewarm
-    from cl_fast.training.subspaces import input_moments, weight_subspace
+    from cl_fast.training.subspaces import (
+        extend_basis,
+        input_moments,
+        linear_layers,
+        weight_subspace,
+    )
+    from cl_fast.training.tokens import batch_logprobs, frozen_copy
 
 __all__ = [
     "Adapter",
     "AdapterPerTask",
     "Anchor",
     "Balance",
+    "Identified",
     "Infinite",
     "KLPenalty",
     "KLToBase",
@@ -90,6 +100,8 @@ __all__ = [
     "Project",
     "Replay",
     "Rewarm",
+    "RewriteReport",
+    "Rewritten",
     "SelfDistill",
     "Task",
     "TransferMatrix",
@@ -97,14 +109,21 @@ __all__ = [
     "adapter_names",
     "add_adapters",
     "add_lora_moe",
+    "agem_",
+    "batch_logprobs",
     "compose",
+    "extend_basis",
     "fisher_diagonal",
+    "frozen_copy",
     "generate_prompts",
     "identify_task",
     "infinite",
     "input_moments",
+    "kl_of_tokens",
+    "linear_layers",
     "load_adapter",
     "load_lora_moe",
+    "lora_moe_layers",
     "lora_moe_state_dict",
     "lora_penalty",
     "merged_state_dict",
@@ -115,6 +134,7 @@ __all__ = [
     "remove_lora_moe",
     "rewarm",
     "rewrite_targets",
+    "same_number",
     "save_adapter",
     "train_adapter",
     "use",
@@ -129,6 +149,7 @@ _HOMES = {
     "AdapterPerTask": "adapters",
     "Anchor": "anchors",
     "Balance": "lora_moe",
+    "Identified": "adapters",
     "Infinite": "schedules",
     "KLPenalty": "kl_to_base",
     "KLToBase": "kl_to_base",
@@ -144,6 +165,8 @@ _HOMES = {
     "Project": "projection",
     "Replay": "replay",
     "Rewarm": "schedules",
+    "RewriteReport": "rewriting",
+    "Rewritten": "rewriting",
     "SelfDistill": "distilling",
     "Task": "keeping",
     "TransferMatrix": "metrics",
@@ -151,14 +174,21 @@ _HOMES = {
     "adapter_names": "adapters",
     "add_adapters": "adapters",
     "add_lora_moe": "lora_moe",
+    "agem_": "agem",
+    "batch_logprobs": "tokens",
     "compose": "lora_tasks",
+    "extend_basis": "subspaces",
     "fisher_diagonal": "anchors",
+    "frozen_copy": "tokens",
     "generate_prompts": "prompts",
     "identify_task": "adapters",
     "infinite": "schedules",
     "input_moments": "subspaces",
+    "kl_of_tokens": "kl_to_base",
+    "linear_layers": "subspaces",
     "load_adapter": "adapters",
     "load_lora_moe": "lora_moe",
+    "lora_moe_layers": "lora_moe",
     "lora_moe_state_dict": "lora_moe",
     "lora_penalty": "orthogonal",
     "merged_state_dict": "lora_tasks",
@@ -169,6 +199,7 @@ _HOMES = {
     "remove_lora_moe": "lora_moe",
     "rewarm": "schedules",
     "rewrite_targets": "rewriting",
+    "same_number": "rewriting",
     "save_adapter": "adapters",
     "train_adapter": "adapters",
     "use": "lora_tasks",

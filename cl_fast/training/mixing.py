@@ -456,7 +456,10 @@ class Mixture(torch.utils.data.Dataset):  # type: ignore[misc]
         unit: "samples" or "tokens".
         rank, world: which part of the whole this is (see `shard`).
         first: how many samples of the part were skipped (see `skip`).
+        in_order: that a sampler should not shuffle it.
     """
+
+    in_order = True
 
     def __init__(
         self,

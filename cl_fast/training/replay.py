@@ -41,7 +41,8 @@ class Replay(Keep):
     """Train on the new task and, for a part of the samples, on what past tasks trained on.
 
     The first task is trained on its own data. After that `data` gives a `Mixture`, whose order must
-    not be shuffled again: with a Trainer set `train_sampling_strategy="sequential"`.
+    not be shuffled again: `KeepMixin` and `learn` see to it; with another Trainer set
+    `train_sampling_strategy="sequential"`.
 
     Args:
         ratio: the part of what is trained on that is old, in [0, 1).
@@ -56,9 +57,12 @@ class Replay(Keep):
         shuffle: read new and old data in a random order.
         shuffle_old: the same for old data; by default as `shuffle`.
         lengths: with unit="tokens", as for `mix`; a mapping is from the names of tasks (and "new").
+        old: data from before the stream, by names of their own, with the columns that the trainer
+            gives its data. They count as tasks before the first one, which is then mixed too.
 
     Raises:
-        ValueError: a ratio outside [0, 1), a memory without a policy or the other way round.
+        ValueError: a ratio outside [0, 1), a memory without a policy or the other way round, old
+            data that are empty.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class Replay(Keep):
         shuffle: bool = True,
         shuffle_old: bool | None = None,
         lengths: Lengths = None,
+        old: Mapping[str, Dataset] | None = None,
     ) -> None:
         if policy not in ("all", "reservoir", "balanced"):
             raise ValueError(
@@ -91,6 +96,10 @@ class Replay(Keep):
                 else f"policy={policy!r} needs memory, a number of samples"
             )
         self.ratio = exact_ratio(ratio)
+        for name, data in (old or {}).items():
+            if not hasattr(data, "__len__") or len(data) == 0:
+                raise ValueError(f"old[{name!r}] must be a map-style dataset that is not empty")
+        self.old = [Task(name, -1, data) for name, data in (old or {}).items()]
         self.seed, self.memory, self.policy = seed, memory, policy
         self.split: Split = split or ("size" if policy == "reservoir" else "even")
         self._mixing: dict[str, Any] = {
@@ -110,12 +119,17 @@ class Replay(Keep):
             raise ValueError("lengths are for unit='tokens'")
 
     def data(self, new: Dataset, past: Sequence[Task]) -> Dataset:
-        """`new` for the first task (and for ratio 0), else a `Mixture` with the past tasks by name.
+        """`new` where nothing is old (or for ratio 0), else a `Mixture` with past tasks by name.
 
         Raises:
             ValueError: a past task has no `train`, an empty one, or one whose columns are not those
                 of `new`.
         """
+        names = {task.name for task in past}
+        for task in self.old:
+            if task.name in names:
+                raise ValueError(f"old has {task.name!r}, which is a task: choose another name")
+        past = [*self.old, *past]
         if not past or not self.ratio:
             return new
         held = self.held(past)
@@ -168,6 +182,7 @@ class Replay(Keep):
             "split": self.split,
             **self._mixing,
             "lengths": told,
+            "old": {task.name: len(needs(task, "train", "Replay")) for task in self.old},
         }
 
 

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cl_fast.models.heads import Evaluating, hidden_states, unwrap
-from cl_fast.models.sharding import local
+from cl_fast.models.sharding import local, reshard
 from cl_fast.ops import gram_
 
 __all__ = ["extend_basis", "input_moments", "linear_layers", "weight_subspace"]
@@ -227,6 +227,7 @@ def input_moments(
                     hidden_states(model, **given)
                 else:
                     model(**given)
+                    reshard(model)
                 seen += _summed(_tokens_of(given, collector.mask), device)
     finally:
         for hook in hooks:

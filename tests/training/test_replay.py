@@ -167,8 +167,37 @@ def test_options_tell_all() -> None:
         "shuffle": True,
         "shuffle_old": None,
         "lengths": "given",
+        "old": {},
     }
     assert given.state_dict() == {}
+
+
+def test_data_from_before_the_stream_are_replayed_from_the_first_task_on() -> None:
+    keep = Replay(0.25, old={"base": Rows("base", 50)}, length=400)
+    first = keep.data(Rows("new", 300), [])
+    assert isinstance(first, Mixture)
+    assert read(first) == {"new": 300, "base": 100}
+    second = keep.data(Rows("new", 300), stream(50))
+    assert read(second) == {"new": 300, "base": 50, "t0": 50}
+    assert keep.options()["old"] == {"base": 50}
+    with pytest.raises(ValueError, match="old has 'base', which is a task"):
+        keep.data(Rows("new", 9), [Task("base", 0, Rows("base", 3))])
+    with pytest.raises(ValueError, match=r"old\['base'\] must be a map-style dataset"):
+        Replay(0.25, old={"base": []})
+
+
+def test_a_trainer_with_the_mixin_reads_a_mixture_in_its_order(tmp_path: Path) -> None:
+    class Kept(KeepMixin, Trainer):
+        pass
+
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    rows = [{"input_ids": torch.tensor([i])} for i in range(30)]
+    keep = Replay(0.25, old={"base": rows[:10]})
+    trainer = Kept(llama(), args, train_dataset=rows[10:], keep=keep)
+    assert isinstance(trainer.get_train_dataloader().batch_sampler.sampler, SequentialSampler)
+    assert args.train_sampling_strategy != "sequential"  # the user's own are left alone
+    alone = Kept(llama(), args, train_dataset=rows[10:], keep=Replay(0.25))
+    assert not isinstance(alone.get_train_dataloader().batch_sampler.sampler, SequentialSampler)
 
 
 @pytest.mark.parametrize(
