@@ -58,7 +58,7 @@ from cl_fast.learning.texts import (
 )
 from cl_fast.merging.methods import suggest
 from cl_fast.merging.plan import bytes_text
-from cl_fast.models.heads import Evaluating, unwrap
+from cl_fast.models.heads import Evaluating
 from cl_fast.training.keeping import Keep, Task
 from cl_fast.training.mixing import Mixture, mix
 from cl_fast.training.schedules import Infinite, InfiniteLR, Rewarm, ScheduleLR
@@ -593,21 +593,10 @@ class Job:
 
 
 class BlockTrainer(Trainer):  # type: ignore[misc]
-    """The Trainer of transformers, silent where it shows no bars, for one model after the other.
+    """The Trainer of transformers, silent where it shows no bars."""
 
-    A Trainer that has evaluated a model leaves a mark on it, by which the next one takes it for
-    wrapped already and trains it without DDP, each process on its own: the mark is taken off.
-    """
-
-    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
-        _wait()  # a Trainer makes folders: not before all have seen what is there
-        inner: Any = unwrap(model)
-        inner.__dict__.pop("_is_accelerate_prepared", None)
-        # The forward without autocast, which the next accelerator puts around it again.
-        forward = inner.__dict__.pop("_original_forward", None)
-        if forward is not None:
-            inner.forward = forward
-        super().__init__(inner, *args, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         if self.args.disable_tqdm:
             self.remove_callback(PrinterCallback)
 

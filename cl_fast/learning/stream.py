@@ -301,7 +301,8 @@ class _Stream:
         inner = unwrap(model)
         base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
         for module in {inner, base}:
-            module.__dict__.pop("_is_accelerate_prepared", None)
+            for mark in ("_is_accelerate_prepared", "_original_forward"):
+                module.__dict__.pop(mark, None)
             own = self.forwards.setdefault(module, module.__dict__.get("forward"))
             if own is None:
                 module.__dict__.pop("forward", None)
