@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from cl_fast.training.mixing import mix
+from cl_fast.training.options import share
 from cl_fast.training.preferences import REFERENCES, has_references, pair_checksum
 
 __all__ = ["CHECKSUM", "STAGE", "StoredReferences", "mix_preferences"]
@@ -73,8 +74,7 @@ def mix_preferences(new: Any, past: Any, ratio: float, *, seed: int = 0) -> Any:
         if not len(rows):
             raise ValueError(f"{name} has no pairs")
     if ratio == 0 or not stages:
-        if not 0 <= ratio < 1:
-            raise ValueError(f"ratio must be in [0, 1); got {ratio}")
+        share("ratio", ratio, whole=False)
         return new
     for i, rows in enumerate(stages):
         for name in ("prompt", "chosen", "rejected", *REFERENCES):

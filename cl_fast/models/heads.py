@@ -13,6 +13,7 @@ model that does something else to its logits is refused, never computed wrongly.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ __all__ = [
     "Evaluating",
     "LinearHead",
     "capture",
+    "forward_names",
     "forward_replaced",
     "head_of",
     "hidden_states",
@@ -127,6 +129,13 @@ def unwrap(model: nn.Module) -> Any:
     if parallel or type(model).__name__ == "FullyShardedDataParallel":
         return unwrap(model.module)
     return model
+
+
+def forward_names(model: Any) -> set[str]:
+    """What the forward of a model takes by name; within PEFT, that of its base."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    _, *parameters = inspect.signature(type(base).forward).parameters.values()
+    return {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
 
 
 def _text_config(model: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The part of a tensor that lies on this rank.
+"""The part of a tensor that lies on this rank, and which rank this is.
 
 FSDP2 splits each parameter by rows and keeps it as a DTensor. What works element by element, or
 row by row, works on `local(parameter)` without a word between ranks; what mixes rows sums its
@@ -11,7 +11,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-__all__ = ["local", "reshard", "row_range", "sum_over_ranks_"]
+__all__ = ["local", "reshard", "row_range", "sum_over_ranks_", "this_rank"]
+
+
+def this_rank() -> tuple[int, int]:
+    """Which rank this is, and how many there are: (0, 1) where there is one process."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ from cl_fast.errors import CheckpointError, NonFiniteError
 from cl_fast.models.heads import IGNORED, Evaluating, unwrap
 from cl_fast.ops import stream_key
 from cl_fast.training.keeping import Keep, Task
+from cl_fast.training.options import at_least, dtype_name, integer, one_of
 from cl_fast.training.tokens import batch_logprobs, on_device_of
 
 __all__ = [
@@ -293,12 +294,7 @@ def add_adapters(
             or are sharded already (add adapters before fully_shard).
     """
     listed = _names(names)
-    if isinstance(bottleneck, bool) or not isinstance(bottleneck, int) or bottleneck < 1:
-        raise ValueError(f"bottleneck must be a whole number from 1; got {bottleneck!r}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}; got {activation!r}")
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating-point one; got {dtype}")
+    _check_options(bottleneck, activation, seed, dtype)
     there = adapter_names(model)
     for name in listed:
         if name in there:
@@ -325,6 +321,14 @@ def add_adapters(
                 device=like.device,
                 dtype=dtype or torch.promote_types(like.dtype, torch.float32),
             )
+
+
+def _check_options(bottleneck: int, activation: str, seed: int, dtype: torch.dtype | None) -> None:
+    at_least("bottleneck", bottleneck, 1)
+    one_of("activation", activation, ACTIVATIONS)
+    integer("seed", seed)
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point one; got {dtype}")
 
 
 def _like(block: nn.Module) -> Tensor:
@@ -611,8 +615,7 @@ def identify_task(
             "there is no task to choose from: "
             + ("names is empty" if names is not None else "the model has no adapters")
         )
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens must be 1 or more; got {max_tokens}")
+    at_least("max_tokens", max_tokens, 1)
     if switch is None:
         _known(model, tasks)
     given, labels = _own_tokens(on_device_of(model, batch))
@@ -676,10 +679,7 @@ class AdapterPerTask(Keep):
         seed: int = 0,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if isinstance(bottleneck, bool) or not isinstance(bottleneck, int) or bottleneck < 1:
-            raise ValueError(f"bottleneck must be a whole number from 1; got {bottleneck!r}")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {sorted(ACTIVATIONS)}; got {activation!r}")
+        _check_options(bottleneck, activation, seed, dtype)
         self.bottleneck, self.activation = bottleneck, activation
         self.seed, self.dtype = seed, dtype
 
@@ -709,5 +709,5 @@ class AdapterPerTask(Keep):
             "bottleneck": self.bottleneck,
             "activation": self.activation,
             "seed": self.seed,
-            "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
         }

@@ -27,7 +27,6 @@ of the data it is the empirical Fisher.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
@@ -46,9 +45,10 @@ from cl_fast.models.heads import (
     next_labels,
     run_inside,
 )
-from cl_fast.models.sharding import local, row_range, sum_over_ranks_
+from cl_fast.models.sharding import local, row_range, sum_over_ranks_, this_rank
 from cl_fast.ops import anchor_gradient_, anchor_penalty, anchor_pull_
 from cl_fast.training.keeping import Keep, Task, needs
+from cl_fast.training.options import at_least, dtype_name, integer, not_negative, one_of, share
 from cl_fast.training.tokens import counted, on_device_of
 
 __all__ = ["Anchor", "fisher_diagonal"]
@@ -60,17 +60,6 @@ Center = Literal["mean", "latest"]
 Pull = Literal["gradient", "decoupled"]
 
 _DTYPES = (None, torch.bfloat16, torch.float32, torch.float64)
-
-
-def _one_of(name: str, value: Any, kind: Any) -> None:
-    if value not in get_args(kind):
-        known = ", ".join(repr(x) for x in get_args(kind))
-        raise ValueError(f"{name} must be one of {known}; got {value!r}")
-
-
-def _positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number from 1; got {value!r}")
 
 
 # --- the Fisher diagonal -----------------------------------------------------------------------
@@ -148,19 +137,18 @@ def fisher_diagonal(
         ValueError: unknown options, nothing requires grad, or no token counts.
         NonFiniteError: a gradient is NaN or infinite; the parameter is named.
     """
-    _one_of("group", group, Group)
-    _one_of("labels", labels, Labels)
-    _positive("sequences", sequences)
+    one_of("group", group, get_args(Group))
+    one_of("labels", labels, get_args(Labels))
+    at_least("sequences", sequences, 1)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if not named:
         raise ValueError("no parameter of the model requires grad: there is nothing to anchor")
     device = local(named[0][1]).device
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    rank, ranks = this_rank()
     sharded = any(isinstance(p, DTensor) for _, p in named)
     generator = None
     if labels == "model":
-        own = seed * ranks + (dist.get_rank() if ranks > 1 else 0)
-        generator = torch.Generator(device).manual_seed(own)
+        generator = torch.Generator(device).manual_seed(seed * ranks + rank)
     sums = {}
     for name, p in named:
         x = local(p)
@@ -259,15 +247,14 @@ class Anchor(Keep):
         dtype: torch.dtype | None = None,
         seed: int = 0,
     ) -> None:
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"weight must be 0 or more, and finite; got {weight}")
-        if not 0 <= decay <= 1:
-            raise ValueError(f"decay must be in [0, 1]; got {decay}")
-        _one_of("fisher", fisher, Fisher)
-        _one_of("labels", labels, Labels)
-        _one_of("center", center, Center)
-        _one_of("pull", pull, Pull)
-        _positive("sequences", sequences)
+        not_negative("weight", weight)
+        share("decay", decay)
+        one_of("fisher", fisher, get_args(Fisher))
+        one_of("labels", labels, get_args(Labels))
+        one_of("center", center, get_args(Center))
+        one_of("pull", pull, get_args(Pull))
+        at_least("sequences", sequences, 1)
+        integer("seed", seed)
         if fisher == "none" and labels == "model":
             raise ValueError("labels='model' has no effect with fisher='none': choose a fisher")
         if learning_rate is not None and pull != "decoupled":
@@ -436,7 +423,7 @@ class Anchor(Keep):
             "center": self.center,
             "pull": self.pull,
             "learning_rate": "given" if self.learning_rate else None,
-            "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
             "seed": self.seed,
         }
 

@@ -17,8 +17,6 @@ teacher; Hinton et al. 2015 (1503.02531) for temperature.
 
 from __future__ import annotations
 
-import inspect
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -33,6 +31,7 @@ from cl_fast.models.bases import adapters_off, frozen_copy
 from cl_fast.models.heads import (
     IGNORED,
     Evaluating,
+    forward_names,
     forward_replaced,
     head_of,
     hidden_states,
@@ -42,6 +41,7 @@ from cl_fast.models.heads import (
     unwrap,
 )
 from cl_fast.training.keeping import Dataset, Keep, Task
+from cl_fast.training.options import at_least, dtype_name, function_name, one_of, positive, share
 from cl_fast.training.prompts import PromptDraw, check_prompts, pad_prompts
 
 __all__ = ["SelfDistill"]
@@ -50,17 +50,6 @@ Prompts = Dataset | Callable[[nn.Module, Task], Dataset | None]
 
 _BEYOND_SIGNATURE = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 """Where padding-free batches say where their sequences end; forwards take them as **kwargs."""
-
-
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        words = ", ".join(map(repr, allowed))
-        raise ValueError(f"{name} must be one of {words}; got {value!r}")
-
-
-def _positive(name: str, value: float) -> None:
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be positive and finite; got {value}")
 
 
 class SelfDistill(Keep):
@@ -125,31 +114,28 @@ class SelfDistill(Keep):
         seed: int = 0,
         chunk_tokens: int | None = None,
     ) -> None:
-        _one_of("on", on, ("prompts", "inputs"))
+        one_of("on", on, ("prompts", "inputs"))
         if tokens is None:
             tokens = "all" if on == "prompts" else "labels"
-        _one_of("tokens", tokens, ("all", "labels"))
-        _one_of("average", average, ("sequences", "tokens"))
-        _one_of("tail", tail, ("bucket", "renorm", "none"))
+        one_of("tokens", tokens, ("all", "labels"))
+        one_of("average", average, ("sequences", "tokens"))
+        one_of("tail", tail, ("bucket", "renorm", "none"))
         if not isinstance(teacher, TeacherCache):
             if isinstance(teacher, nn.Module):
                 raise TypeError(
                     "teacher must be 'copy', 'base', 'ema' or a TeacherCache: the model itself is "
                     "the teacher. Another one fits DistillMixin"
                 )
-            _one_of("teacher", teacher, ("copy", "base", "ema"))
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
-        if chunk_tokens is not None and chunk_tokens < 1:
-            raise ValueError(f"chunk_tokens must be at least 1; got {chunk_tokens}")
-        _positive("weight", weight)
-        _positive("temperature", temperature)
+            one_of("teacher", teacher, ("copy", "base", "ema"))
+        at_least("batch_size", batch_size, 1)
+        if chunk_tokens is not None:
+            at_least("chunk_tokens", chunk_tokens, 1)
+        positive("weight", weight)
+        positive("temperature", temperature)
         if teacher_temperature is not None:
-            _positive("teacher_temperature", teacher_temperature)
-        if not 0 <= decay <= 1:
-            raise ValueError(f"decay must be in [0, 1]; got {decay}")
-        if seed < 0:
-            raise ValueError(f"seed must not be negative; got {seed}")
+            positive("teacher_temperature", teacher_temperature)
+        share("decay", decay)
+        at_least("seed", seed, 0)
         if dtype is not None and teacher != "copy":
             raise ValueError(f"dtype is of teacher='copy' only; got teacher={teacher!r}")
         kind_and_mix(kind, beta, skew)  # raises
@@ -344,7 +330,7 @@ class SelfDistill(Keep):
             teacher = f"cache of {teacher.k} tokens at temperature {teacher.temperature:g}"
         prompts: Any = self.prompts
         if _is_function(prompts):
-            prompts = getattr(prompts, "__qualname__", type(prompts).__name__)
+            prompts = function_name(prompts)
         elif prompts is not None:
             prompts = len(prompts)
         return {
@@ -359,7 +345,7 @@ class SelfDistill(Keep):
             "temperature_squared": self.temperature_squared,
             "tail": self.tail,
             "decay": self.decay,
-            "dtype": None if self.dtype is None else str(self.dtype),
+            "dtype": dtype_name(self.dtype),
             "seed": self.seed,
         }
 
@@ -381,7 +367,7 @@ class SelfDistill(Keep):
                 "on='inputs' needs input_ids in the batch; it has "
                 f"{', '.join(map(str, inputs)) or 'nothing'}"
             )
-        names = _forward_names(unwrap(model))
+        names = forward_names(unwrap(model))
         batch = {
             k: v
             for k, v in inputs.items()
@@ -531,8 +517,3 @@ def _refuse_borrowed_forward(model: Any) -> None:
                     "copy of a model that a trainer of TRL has patched. Undo that on the copy, "
                     'del model.__dict__["forward"], or load the weights into a new model'
                 )
-
-
-def _forward_names(model: Any) -> set[str]:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return set(inspect.signature(type(inner).forward).parameters) - {"self"}

@@ -42,18 +42,13 @@ from cl_fast.models.heads import (
     unwrap,
 )
 from cl_fast.training.keeping import Keep, Task
+from cl_fast.training.options import at_least, integer, one_of, positive
 from cl_fast.training.tokens import at_base, check_base, counted, on_device_of
 
 __all__ = ["KLPenalty", "KLToBase", "Kind", "draw", "kl_of_tokens"]
 
 Kind = Literal["k1", "k2", "k3", "reverse_kl", "forward_kl"]
 _ESTIMATORS = ("k1", "k2", "k3")
-
-
-def _check_kinds(kinds: Sequence[str], known: Sequence[str], name: str) -> None:
-    for kind in kinds:
-        if kind not in known:
-            raise ValueError(f"{name} must be of {', '.join(map(repr, known))}; got {kind!r}")
 
 
 def kl_of_tokens(
@@ -76,7 +71,7 @@ def kl_of_tokens(
     Raises:
         ValueError: no such kind; no base; a batch that does not say which tokens count.
     """
-    _check_kinds([kind], get_args(Kind), "kind")
+    one_of("kind", kind, get_args(Kind))
     return _compared(model, batch, (kind,), reference)[kind]
 
 
@@ -215,14 +210,15 @@ class KLToBase(Keep):
         if max_new_tokens is None:
             for batch in self.batches:
                 counted(batch)
-        elif max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
-        if every < 1:
-            raise ValueError(f"every must be at least 1; got {every}")
+        else:
+            at_least("max_new_tokens", max_new_tokens, 1)
+        at_least("every", every, 1)
+        integer("seed", seed)
         if kinds is None:
             exact: tuple[Kind, ...] = ("reverse_kl", "forward_kl")
             kinds = exact if max_new_tokens is None else ("k1", "k2", "k3", "reverse_kl")
-        _check_kinds(kinds, get_args(Kind), "kinds")
+        for kind in kinds:
+            one_of("each of kinds", kind, get_args(Kind))
         self.kinds, self.reference, self.every = tuple(kinds), reference, int(every)
         self.max_new_tokens, self.seed = max_new_tokens, int(seed)
         self.steps = 0
@@ -270,8 +266,14 @@ class KLToBase(Keep):
         self.steps, self.last = int(state["steps"]), dict(state["last"])
 
     def options(self) -> dict[str, Any]:
-        return {"kinds": list(self.kinds), "every": self.every, "batches": len(self.batches),
-                "max_new_tokens": self.max_new_tokens, "seed": self.seed}  # fmt: skip
+        return {
+            "batches": len(self.batches),
+            "kinds": list(self.kinds),
+            "reference": "given" if self.reference is not None else None,
+            "every": self.every,
+            "max_new_tokens": self.max_new_tokens,
+            "seed": self.seed,
+        }
 
     def measures(self) -> dict[str, float]:
         return dict(self.last)
@@ -288,21 +290,20 @@ class KLPenalty(Keep):
     The base costs a forward pass without gradients, and no memory if it is an adapter switched off.
 
     Args:
-        weight: beta, above 0.
+        weight: beta, positive.
         estimator: "k1" (value k1, gradient by the score function), "k2", "k3", "reverse_kl",
             "forward_kl"; see the module.
         reference: the base; by default the model with its adapters of PEFT switched off.
 
     Raises:
-        ValueError: weight not above 0, an unknown estimator; before the first step: no base.
+        ValueError: weight not positive, an unknown estimator; before the first step: no base.
     """
 
     def __init__(
         self, weight: float, *, estimator: Kind = "k2", reference: nn.Module | None = None
     ) -> None:
-        if not weight > 0:
-            raise ValueError(f"weight must be above 0; got {weight}")
-        _check_kinds([estimator], get_args(Kind), "estimator")
+        positive("weight", weight)
+        one_of("estimator", estimator, get_args(Kind))
         self.weight, self.estimator, self.reference = float(weight), estimator, reference
         self._last: Tensor | None = None
 
@@ -321,7 +322,8 @@ class KLPenalty(Keep):
         return self.weight * mean
 
     def options(self) -> dict[str, Any]:
-        return {"weight": self.weight, "estimator": self.estimator}
+        reference = "given" if self.reference is not None else None
+        return {"weight": self.weight, "estimator": self.estimator, "reference": reference}
 
     def measures(self) -> dict[str, float]:
         return {} if self._last is None else {"kl_penalty": float(self._last)}

@@ -44,6 +44,7 @@ from cl_fast.models.heads import unwrap
 from cl_fast.models.sharding import local, row_range
 from cl_fast.ops import gated_low_rank
 from cl_fast.training.keeping import Keep, Task
+from cl_fast.training.options import at_least, not_negative, one_of, positive, share
 
 __all__ = [
     "Balance",
@@ -166,13 +167,10 @@ class LoRAMoE(nn.Module):  # type: ignore[misc]
 
 
 def _check_options(experts: int, rank: int, alpha: float, dropout: float) -> None:
-    for name, value in (("experts", experts), ("rank", rank)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number of 1 or more; got {value!r}")
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"alpha must be a positive number; got {alpha!r}")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout must be in [0, 1); got {dropout!r}")
+    at_least("experts", experts, 1)
+    at_least("rank", rank, 1)
+    positive("alpha", alpha)
+    share("dropout", dropout, whole=False)
 
 
 def _features(name: str, module: nn.Module) -> tuple[int, int]:
@@ -509,12 +507,10 @@ class Balance(Keep):
         form: Form = "code",
         mask_padding: bool = False,
     ) -> None:
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"weight must be a number of 0 or more; got {weight!r}")
+        not_negative("weight", weight)
         if not -1.0 < delta < 1.0:
             raise ValueError(f"delta must be in (-1, 1); got {delta!r}")
-        if form not in ("code", "paper"):
-            raise ValueError(f"form must be one of 'code', 'paper'; got {form!r}")
+        one_of("form", form, ("code", "paper"))
         if column in ("input_ids", "attention_mask", "labels", ""):
             raise ValueError(f"column must be one that the model does not need; got {column!r}")
         self.weight, self.delta, self.column = weight, delta, column

@@ -31,6 +31,7 @@ from cl_fast.models.adapters import LoraLayer, active_adapter, lora_layers
 from cl_fast.models.sharding import local, row_range
 from cl_fast.ops.low_rank import rank_update
 from cl_fast.training.keeping import Keep, Task
+from cl_fast.training.options import integer, one_of
 
 __all__ = [
     "LoraTasks",
@@ -87,9 +88,8 @@ class LoraTasks(Keep):
         start: Literal["fresh", "previous"] = "fresh",
         seed: int = 0,
     ) -> None:
-        if start not in _STARTS:
-            raise ValueError(f"start must be one of 'fresh', 'previous'; got {start!r}")
-        _check_seed(seed)
+        one_of("start", start, _STARTS)
+        integer("seed", seed)
         self.adapter, self.start, self.seed = adapter, start, seed
         self.tasks: list[str] = []
         self._template = adapter
@@ -185,9 +185,8 @@ def compose(
             pruning merge without `density`; an adapter with a bias on B, which PEFT would drop.
     """
     weights = _check_weights(model, weights)
-    _check_seed(seed)
-    if how not in _HOWS:
-        raise ValueError(f"how must be one of {', '.join(map(repr, _HOWS))}; got {how!r}")
+    integer("seed", seed)
+    one_of("how", how, _HOWS)
     if how not in _DENSE and len(weights) > 1 and options.get("density") is None:
         raise ValueError(f"how={how!r} needs density, the fraction of entries that is kept")
     if name in weights or (name in known_adapters(model) and not replace):
@@ -479,11 +478,6 @@ def _wide(weight: Tensor) -> torch.dtype:
 
 def _cuda_devices(model: nn.Module) -> list[int]:
     return sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
-
-
-def _check_seed(seed: Any) -> None:
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int; got {seed!r}")
 
 
 def _check_tasks(model: nn.Module, tasks: Iterable[Any]) -> None:

@@ -34,6 +34,7 @@ from cl_fast.ops.low_rank import rank_update_many_
 from cl_fast.ops.orthogonality import orthogonal_penalty, orthogonal_project, orthogonal_project_
 from cl_fast.training.keeping import Keep, Task
 from cl_fast.training.lora_tasks import activate, add_lora, check_foldable, initialise, whole
+from cl_fast.training.options import integer, not_negative, one_of
 
 __all__ = ["Orthogonal", "lora_penalty", "row_basis"]
 
@@ -85,16 +86,13 @@ class Orthogonal(Keep):
         adapter: str | None = None,
         seed: int = 0,
     ) -> None:
-        if form not in _FORMS:
-            raise ValueError(f"form must be one of 'project', 'squared', 'l1'; got {form!r}")
-        if past not in _PASTS:
-            raise ValueError(f"past must be one of 'fold', 'keep'; got {past!r}")
+        one_of("form", form, _FORMS)
+        one_of("past", past, _PASTS)
         if form == "project" and weight is not None:
             raise ValueError("form='project' is exact and has no weight; leave weight out")
-        if weight is not None and not 0 <= weight < float("inf"):
-            raise ValueError(f"weight must be a finite number from 0; got {weight}")
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed must be an int; got {seed!r}")
+        if weight is not None:
+            not_negative("weight", weight)
+        integer("seed", seed)
         self.form, self.past, self.adapter, self.seed = form, past, adapter, seed
         self.weight = _WEIGHT if weight is None else float(weight)
         self.tasks: list[str] = []

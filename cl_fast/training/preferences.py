@@ -24,15 +24,17 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from cl_fast.losses import dpo_loss, sequence_sums
 from cl_fast.models.heads import Evaluating
 from cl_fast.training.keeping import Dataset, Keep, Task
 from cl_fast.training.mixing import mix
+from cl_fast.training.options import at_least, integer, one_of, share
 from cl_fast.training.tokens import batch_logprobs, on_device_of
 
 __all__ = [
@@ -81,13 +83,17 @@ def _check_pair(pair: Any, at: object) -> None:
 
 
 def _slice(max_length: int | None, truncation_mode: str) -> slice:
-    if truncation_mode not in ("keep_start", "keep_end"):
-        raise ValueError(
-            f"truncation_mode must be 'keep_start' or 'keep_end'; got {truncation_mode!r}"
-        )
+    one_of("truncation_mode", truncation_mode, get_args(Truncation))
     if max_length is None:
         return slice(None)
     return slice(None, max_length) if truncation_mode == "keep_start" else slice(-max_length, None)
+
+
+def _whole(pair: Mapping[str, Any], answer: str, part: slice) -> tuple[list[int], list[int]]:
+    """The tokens of a prompt and one answer, and which are of the answer; truncated."""
+    ids = [*pair["prompt_ids"], *pair[answer]]
+    counts = [0] * len(pair["prompt_ids"]) + [1] * len(pair[answer])
+    return ids[part], counts[part]
 
 
 def collate_pairs(
@@ -109,22 +115,14 @@ def collate_pairs(
     part = _slice(max_length, truncation_mode)
     for i, pair in enumerate(pairs):
         _check_pair(pair, i)
-    rows = []
-    for answer in PAIR[1:]:
-        for pair in pairs:
-            ids = [*pair["prompt_ids"], *pair[answer]]
-            counts = [0] * len(pair["prompt_ids"]) + [1] * len(pair[answer])
-            rows.append((ids[part], counts[part]))
-    shape = len(rows), max(len(ids) for ids, _ in rows)
+    rows = [_whole(pair, answer, part) for answer in PAIR[1:] for pair in pairs]
+    ids = [torch.tensor(row, dtype=torch.int64) for row, _ in rows]
+    answers = [torch.tensor(row, dtype=torch.int64) for _, row in rows]
     batch = {
-        "input_ids": torch.full(shape, pad_id),
-        "attention_mask": torch.zeros(shape, dtype=torch.int64),
-        "completion_mask": torch.zeros(shape, dtype=torch.int64),
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_id),
+        "attention_mask": pad_sequence([torch.ones_like(x) for x in ids], batch_first=True),
+        "completion_mask": pad_sequence(answers, batch_first=True),
     }
-    for i, (ids, counts) in enumerate(rows):
-        batch["input_ids"][i, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
-        batch["attention_mask"][i, : len(ids)] = 1
-        batch["completion_mask"][i, : len(ids)] = torch.tensor(counts, dtype=torch.int64)
     if all(has_references(pair) for pair in pairs):
         for name in REFERENCES:
             batch[name] = torch.tensor([float(p[name]) for p in pairs], dtype=torch.float64)
@@ -232,9 +230,8 @@ def pair_checksum(
     part = _slice(max_length, truncation_mode)
     words = hashlib.blake2b(digest_size=8, person=b"cl_fast pair")
     for answer in PAIR[1:]:
-        ids = [*pair["prompt_ids"], *pair[answer]]
-        counts = [0] * len(pair["prompt_ids"]) + [1] * len(pair[answer])
-        words.update(repr((ids[part], sum(counts[part]))).encode())
+        ids, counts = _whole(pair, answer, part)
+        words.update(repr((ids, sum(counts))).encode())
     words.update(repr(None if ld_alpha is None else float(ld_alpha)).encode())
     return int(int.from_bytes(words.digest(), "little") >> 1)
 
@@ -427,10 +424,10 @@ class PreferenceReplay(Keep):
     """
 
     def __init__(self, ratio: float, *, size: int | None = None, seed: int = 0) -> None:
-        if not 0 <= ratio < 1:
-            raise ValueError(f"ratio must be in [0, 1); got {ratio}")
-        if size is not None and size < 1:
-            raise ValueError(f"size must be at least 1; got {size}")
+        share("ratio", ratio, whole=False)
+        if size is not None:
+            at_least("size", size, 1)
+        integer("seed", seed)
         self.ratio, self.size, self.seed = float(ratio), size, int(seed)
         self.memory = PreferenceMemory()
         self._new: Dataset | None = None

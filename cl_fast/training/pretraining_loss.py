@@ -13,12 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from cl_fast.models.heads import IGNORED
+from cl_fast.training.drawing import Draw
 from cl_fast.training.keeping import Dataset, Keep
-from cl_fast.training.permutations import Permutation, order_key
+from cl_fast.training.options import at_least, function_name, integer, positive
 from cl_fast.training.tokens import batch_logprobs, on_device_of
 
 __all__ = ["PretrainingLoss", "collate_text"]
@@ -30,15 +31,13 @@ def collate_text(examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     Padding is on the right and does not count.
     """
     rows = [torch.as_tensor(example["input_ids"], dtype=torch.int64) for example in examples]
-    longest = max(row.numel() for row in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    labels = torch.full_like(ids, IGNORED)
-    for i, (row, example) in enumerate(zip(rows, examples, strict=True)):
-        n = row.numel()
-        ids[i, :n], mask[i, :n] = row, 1
-        labels[i, :n] = torch.as_tensor(example.get("labels", row), dtype=torch.int64)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    own = [example.get("labels", row) for row, example in zip(rows, examples, strict=True)]
+    labels = [torch.as_tensor(row, dtype=torch.int64) for row in own]
+    return {
+        "input_ids": pad_sequence(rows, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+    }
 
 
 class PretrainingLoss(Keep):
@@ -54,7 +53,7 @@ class PretrainingLoss(Keep):
 
     Args:
         dataset: map-style; its examples have `input_ids` (and `labels`, where they differ).
-        weight: gamma, above 0.
+        weight: gamma, positive.
         batch_size: examples of a micro-batch, per rank.
         seed: of the order.
         collate: examples to a batch with labels; by default `collate_text`.
@@ -75,10 +74,9 @@ class PretrainingLoss(Keep):
     ) -> None:
         if not len(dataset):
             raise ValueError("dataset is empty: there is no pre-training text to draw")
-        if not weight > 0:
-            raise ValueError(f"weight must be above 0; got {weight}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+        positive("weight", weight)
+        at_least("batch_size", batch_size, 1)
+        integer("seed", seed)
         if collate is None:
             first = dataset[0]
             if not isinstance(first, Mapping) or "input_ids" not in first:
@@ -86,27 +84,16 @@ class PretrainingLoss(Keep):
                 raise ValueError(f"examples of dataset have no input_ids; got {known}: tokenise it")
         self.dataset, self.weight, self.batch_size = dataset, float(weight), int(batch_size)
         self.seed, self.collate = int(seed), collate or collate_text
-        self.drawn = 0
-        self._order: tuple[int, Permutation] | None = None
+        self._draw = Draw(len(dataset), self.seed, "pretraining")
         self._last: Tensor | None = None
 
     def draws(self, batch: int, rank: int = 0, ranks: int = 1) -> list[int]:
         """The indices of the examples of a batch, by its number."""
         first = (batch * ranks + rank) * self.batch_size
-        return [self._at(n) for n in range(first, first + self.batch_size)]
-
-    def _at(self, draw: int) -> int:
-        epoch, place = divmod(draw, len(self.dataset))
-        if self._order is None or self._order[0] != epoch:
-            key = order_key(self.seed, "pretraining", epoch)
-            self._order = epoch, Permutation(len(self.dataset), key)
-        return self._order[1][place]
+        return [self._draw[n] for n in range(first, first + self.batch_size)]
 
     def loss(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-        ranks = dist.is_available() and dist.is_initialized()
-        rank, size = (dist.get_rank(), dist.get_world_size()) if ranks else (0, 1)
-        examples = [self.dataset[i] for i in self.draws(self.drawn, rank, size)]
-        self.drawn += 1
+        examples = [self.dataset[i] for i in self._draw.next(self.batch_size)]
         batch = on_device_of(model, self.collate(examples))
         logprobs, counts = batch_logprobs(model, batch)
         nll = -logprobs.sum() / counts.sum().clamp(min=1)
@@ -114,14 +101,19 @@ class PretrainingLoss(Keep):
         return self.weight * nll
 
     def state_dict(self) -> dict[str, Any]:
-        return {"drawn": self.drawn}
+        return {"drawn": self._draw.drawn}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.drawn = int(state["drawn"])
+        self._draw.drawn = int(state["drawn"])
 
     def options(self) -> dict[str, Any]:
-        return {"weight": self.weight, "batch_size": self.batch_size, "seed": self.seed,
-                "examples": len(self.dataset)}  # fmt: skip
+        return {
+            "examples": len(self.dataset),
+            "weight": self.weight,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "collate": function_name(self.collate),
+        }
 
     def measures(self) -> dict[str, float]:
         return {} if self._last is None else {"pretraining_loss": float(self._last)}

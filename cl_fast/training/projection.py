@@ -36,6 +36,7 @@ from cl_fast.models.heads import unwrap
 from cl_fast.models.sharding import local, row_range, sum_over_ranks_
 from cl_fast.ops import orthogonal_project_
 from cl_fast.training.keeping import Keep, Task, needs
+from cl_fast.training.options import at_least, dtype_name, one_of
 from cl_fast.training.subspaces import (
     extend_basis,
     input_moments,
@@ -143,8 +144,8 @@ class Project(Keep):
         tokens: int | None = 65536,
         moments: torch.dtype = torch.float64,
     ) -> None:
-        _one_of("protect", protect, ("inputs", "weights"))
-        _one_of("target", target, ("weights", "lora_A"))
+        one_of("protect", protect, ("inputs", "weights"))
+        one_of("target", target, ("weights", "lora_A"))
         if target == "lora_A":
             if protect != "inputs":
                 raise ValueError("target='lora_A' keeps A off inputs: protect must be 'inputs'")
@@ -154,13 +155,13 @@ class Project(Keep):
         elif adapter is not None:
             raise ValueError("adapter applies to target='lora_A' only")
         others = others or "freeze"
-        _one_of("others", others, ("freeze", "train"))
+        one_of("others", others, ("freeze", "train"))
         if energy is None and protect == "inputs":
             energy = 0.99
         if energy is None and rank is None:
             rank = 0.5
-        if tokens is not None and tokens < 1:
-            raise ValueError(f"tokens must be at least 1, or None; got {tokens}")
+        if tokens is not None:
+            at_least("tokens", tokens, 1)
         if moments not in (torch.float32, torch.float64):
             raise TypeError(f"moments must be torch.float32 or torch.float64; got {moments}")
         self.protect, self.layers, self.others = protect, layers, others
@@ -328,7 +329,7 @@ class Project(Keep):
             "target": self.target,
             "adapter": self.adapter,
             "tokens": self.tokens,
-            "moments": str(self.moments).removeprefix("torch."),
+            "moments": dtype_name(self.moments),
         }
 
     def measures(self) -> dict[str, float]:
@@ -526,11 +527,6 @@ def _fingerprint(weight: Tensor) -> int:
 
 def _width(basis: Tensor | None) -> int:
     return 0 if basis is None else basis.size(1)
-
-
-def _one_of(name: str, value: object, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} must be one of {known}; got {value!r}")
 
 
 def _energy(value: float) -> None:

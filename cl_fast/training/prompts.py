@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from cl_fast.models.heads import IGNORED, Evaluating, unwrap
+from cl_fast.training.drawing import Draw
 from cl_fast.training.keeping import Dataset
-from cl_fast.training.permutations import Permutation, order_key
+from cl_fast.training.options import at_least
 
 __all__ = ["PromptDraw", "check_prompts", "generate_prompts", "generated", "pad_prompts"]
 
@@ -95,60 +96,32 @@ def pad_prompts(prompts: Any, indices: Sequence[int], name: str = "prompts") -> 
     Padding is token 0 and is not attended to.
     """
     rows = [_example(prompts, i, name) for i in indices]
-    width = max(row["input_ids"].numel() for row in rows)
+    ids = [row["input_ids"] for row in rows]
+    seen = [row.get("attention_mask", torch.ones_like(row["input_ids"])) for row in rows]
     out = {
-        "input_ids": torch.zeros(len(rows), width, dtype=torch.long),
-        "attention_mask": torch.zeros(len(rows), width, dtype=torch.long),
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "attention_mask": pad_sequence(seen, batch_first=True),
     }
     if all("labels" in row for row in rows):
-        out["labels"] = torch.full((len(rows), width), IGNORED, dtype=torch.long)
-    for i, row in enumerate(rows):
-        size = row["input_ids"].numel()
-        out["input_ids"][i, :size] = row["input_ids"]
-        out["attention_mask"][i, :size] = row.get("attention_mask", torch.ones(size))
-        if "labels" in out:
-            out["labels"][i, :size] = row["labels"]
+        labels = [row["labels"] for row in rows]
+        out["labels"] = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
     return out
 
 
 # --- drawing -----------------------------------------------------------------------------------
 
 
-class PromptDraw:
-    """An endless stream of indices below `count`: each once per epoch, in a new order each time.
+class PromptDraw(Draw):
+    """`Draw` of prompts.
 
-    The n-th index depends on (seed, stream, count, n) alone. A call takes the next `batch_size`
-    numbers for each rank, so that ranks draw different prompts and together go through all of
-    them.
-
-    Attributes:
-        drawn: how many were drawn so far, by all ranks; set it to go on from there.
+    Args:
+        count: of prompts.
+        seed: of the orders.
+        stream: gives orders of its own, for example to each task.
     """
 
     def __init__(self, count: int, seed: int = 0, stream: int = 0) -> None:
-        self.count, self.seed, self.stream = count, seed, stream
-        self.drawn = 0
-        self._epoch, self._order = -1, Permutation(count, 0)
-
-    def _index(self, n: int) -> int:
-        epoch, place = divmod(n, self.count)
-        if epoch != self._epoch:
-            key = order_key(self.seed, f"prompts {self.stream}", epoch)
-            self._epoch, self._order = epoch, Permutation(self.count, key)
-        return self._order[place]
-
-    def next(self, batch_size: int) -> list[int]:
-        """The next indices of this rank."""
-        rank, ranks = _rank()
-        start = self.drawn + rank * batch_size
-        self.drawn += ranks * batch_size
-        return [self._index(n) for n in range(start, start + batch_size)]
-
-
-def _rank() -> tuple[int, int]:
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+        super().__init__(count, seed, f"prompts {stream}")
 
 
 # --- generating --------------------------------------------------------------------------------
@@ -255,8 +228,7 @@ def generate_prompts(
     count = operator.index(count)
     numbers = {"count": count, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
     for name, value in numbers.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}")
+        at_least(name, value, 1)
     if not temperature > 0 or not 0 < top_p <= 1 or top_k < 0:
         raise ValueError(
             "temperature must be positive, top_p in (0, 1] and top_k not negative; got "

@@ -32,6 +32,7 @@ from cl_fast.errors import CheckpointError, OutputError
 from cl_fast.losses.cache import model_fingerprint, tokenizer_fingerprint
 from cl_fast.models.heads import unwrap
 from cl_fast.training.keeping import Dataset
+from cl_fast.training.options import at_least
 from cl_fast.training.prompts import end_tokens, generated
 
 __all__ = ["BANNED", "TEMPLATE", "RewriteReport", "Rewritten", "rewrite_targets", "same_number"]
@@ -425,8 +426,7 @@ def _check_arguments(
     if isinstance(banned, str) or not all(isinstance(x, str) and x.strip("^") for x in banned):
         raise ValueError(f"banned must be a list of phrases that are not empty; got {banned!r:.80}")
     for name, value in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}")
+        at_least(name, value, 1)
     if not temperature >= 0 or not 0 < top_p <= 1:
         raise ValueError(
             f"temperature must not be negative and top_p in (0, 1]; got {temperature}, {top_p}"

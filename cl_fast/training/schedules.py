@@ -37,6 +37,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from cl_fast.training.options import one_of
+
 __all__ = ["Infinite", "InfiniteLR", "Rewarm", "ScheduleLR", "infinite", "rewarm"]
 
 Cooling = Literal["cosine", "inverse_sqrt"]
@@ -174,8 +176,7 @@ class Infinite:
             ("cooling", self.cooling, ("cosine", "inverse_sqrt")),
             ("annealing", self.annealing, ("exponential", "harmonic")),
         ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {known}; got {value!r}")
+            one_of(name, value, known)
         if (self.anneal_at is None) != (self.anneal_steps is None):
             raise ValueError(
                 "anneal_at and anneal_steps belong together; got "

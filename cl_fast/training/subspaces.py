@@ -17,7 +17,6 @@ Eigenvectors and factorisations are float64.
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -27,8 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cl_fast.models.heads import Evaluating, hidden_states, unwrap
-from cl_fast.models.sharding import local, reshard
+from cl_fast.models.heads import Evaluating, forward_names, hidden_states, unwrap
+from cl_fast.models.sharding import local, reshard, this_rank
 from cl_fast.ops import gram_
 
 __all__ = ["extend_basis", "input_moments", "linear_layers", "weight_subspace"]
@@ -136,24 +135,12 @@ class _Collector:
         )
 
 
-def _names_of_forward(model: Any) -> set[str] | None:
-    """What the forward pass takes by name; None where it takes anything."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    parameters = inspect.signature(base.forward).parameters.values()
-    names = {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-    return names or None
-
-
 def _summed(number: int, device: torch.device, lowest: bool = False) -> int:
-    if not _ranks():
+    if this_rank()[1] == 1:
         return number
     counted = torch.tensor(number, dtype=torch.int64, device=device)
     dist.all_reduce(counted, op=dist.ReduceOp.MIN if lowest else dist.ReduceOp.SUM)
     return int(counted)
-
-
-def _ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and int(dist.get_world_size()) > 1
 
 
 def input_moments(
@@ -193,7 +180,7 @@ def input_moments(
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"dtype must be float32 or float64; got {dtype}")
     inner = unwrap(model)
-    names = _names_of_forward(inner)
+    names = forward_names(inner)  # none where it takes anything
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     headless = isinstance(head, nn.Linear) and all(head is not m for m in layers.values())
     collector = _Collector(layers, dtype)
@@ -214,7 +201,7 @@ def input_moments(
                 given = {
                     k: v
                     for k, v in batch.items()
-                    if k not in _NOT_INPUTS and (names is None or k in names)
+                    if k not in _NOT_INPUTS and (not names or k in names)
                 }
                 if not given:
                     raise ValueError(
@@ -240,7 +227,7 @@ def input_moments(
             f"{missing[0]} was not called by the model's forward pass: leave it out with `layers`"
         )
     for name, total in collector.sums.items():
-        if _ranks():
+        if this_rank()[1] > 1:
             dist.all_reduce(total)
         if not bool(torch.isfinite(total).all()):
             raise ValueError(f"the inputs of {name} are not finite")

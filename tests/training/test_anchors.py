@@ -287,7 +287,7 @@ def test_in_the_trainer_accumulation_changes_nothing(tmp_path: Any) -> None:
         ({"center": "first"}, "center must be one of 'mean', 'latest'; got 'first'"),
         ({"pull": "hard"}, "pull must be one of 'gradient', 'decoupled'; got 'hard'"),
         ({"learning_rate": lambda: 1.0}, "learning_rate has no effect with pull='gradient'"),
-        ({"sequences": 0}, "sequences must be a whole number from 1; got 0"),
+        ({"sequences": 0}, "sequences must be at least 1; got 0"),
         ({"dtype": torch.float16}, "(float16 cannot hold a small F)"),
     ],
 )

@@ -268,14 +268,14 @@ def test_monitor_measures_on_its_steps_and_resumes() -> None:
     [
         (lambda: KLToBase([]), "batches is empty"),
         (lambda: KLToBase(batch(), every=0), "every must be at least 1"),
-        (lambda: KLToBase(batch(), kinds=("k4",)), "kinds must be of 'k1'.*got 'k4'"),  # type: ignore[arg-type]
+        (lambda: KLToBase(batch(), kinds=("k4",)), "each of kinds must be one of 'k1'.*got 'k4'"),  # type: ignore[arg-type]
         (lambda: KLToBase({"input_ids": torch.ones(1, 2)}), "which tokens count"),
         (lambda: KLToBase(batch(), max_new_tokens=0), "max_new_tokens must be at least 1"),
         (lambda: KLToBase(batch()).before_task(llama(), Task("a")), "give reference"),
-        (lambda: KLPenalty(0.0), "weight must be above 0"),
-        (lambda: KLPenalty(1.0, estimator="k0"), "estimator must be of"),  # type: ignore[arg-type]
+        (lambda: KLPenalty(0.0), "weight must be positive"),
+        (lambda: KLPenalty(1.0, estimator="k0"), "estimator must be one of"),  # type: ignore[arg-type]
         (lambda: KLPenalty(1.0).before_task(llama(), Task("a")), "no adapter of PEFT"),
-        (lambda: kl_of_tokens(llama(), batch(), "kl"), "kind must be of"),  # type: ignore[arg-type]
+        (lambda: kl_of_tokens(llama(), batch(), "kl"), "kind must be one of"),  # type: ignore[arg-type]
         (
             lambda: draw(
                 llama(),

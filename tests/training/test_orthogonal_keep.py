@@ -494,8 +494,8 @@ def test_the_trainer_resumes_within_a_task(past: Any, tmp_path: Path) -> None:
         ({"form": "hard"}, ValueError, "form must be one of 'project', 'squared', 'l1'"),
         ({"past": "merge"}, ValueError, "past must be one of 'fold', 'keep'; got 'merge'"),
         ({"weight": 0.5}, ValueError, "leave weight out"),
-        ({"form": "l1", "weight": -1}, ValueError, "weight must be a finite number from 0"),
-        ({"form": "l1", "weight": math.nan}, ValueError, "weight must be a finite number"),
+        ({"form": "l1", "weight": -1}, ValueError, "weight must be 0 or more, and finite"),
+        ({"form": "l1", "weight": math.nan}, ValueError, "weight must be 0 or more"),
         ({"seed": 0.5}, TypeError, "seed must be an int"),
     ],
 )

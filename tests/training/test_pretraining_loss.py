@@ -129,7 +129,7 @@ def test_ranks_draw_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     ("call", "words"),
     [
         (lambda: PretrainingLoss([]), "dataset is empty"),
-        (lambda: PretrainingLoss(texts(2), weight=0), "weight must be above 0; got 0"),
+        (lambda: PretrainingLoss(texts(2), weight=0), "weight must be positive and finite; got 0"),
         (lambda: PretrainingLoss(texts(2), batch_size=0), "batch_size must be at least 1"),
         (lambda: PretrainingLoss([{"text": "a"}]), "no input_ids"),
     ],

@@ -450,12 +450,12 @@ def test_draws_do_not_depend_on_who_asks(monkeypatch: pytest.MonkeyPatch) -> Non
     draws = [PromptDraw(10, seed=3), PromptDraw(10, seed=3)]
     for _ in range(5):
         for rank, draw in enumerate(draws):
-            monkeypatch.setattr("cl_fast.training.prompts._rank", lambda rank=rank: (rank, 2))
+            monkeypatch.setattr("cl_fast.training.drawing.this_rank", lambda rank=rank: (rank, 2))
             shared += draw.next(3)
     assert shared == order
     resumed = PromptDraw(10, seed=3)
     resumed.drawn = 17
-    monkeypatch.setattr("cl_fast.training.prompts._rank", lambda: (0, 1))
+    monkeypatch.setattr("cl_fast.training.drawing.this_rank", lambda: (0, 1))
     assert resumed.next(13) == order[17:]
 
 
@@ -465,12 +465,12 @@ def test_ranks_share_the_stream_of_one(count: int, size: int, ranks: int, seed: 
     alone = PromptDraw(count, seed)
     draws = [PromptDraw(count, seed) for _ in range(ranks)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cl_fast.training.prompts._rank", lambda: (0, 1))
+        patch.setattr("cl_fast.training.drawing.this_rank", lambda: (0, 1))
         order = alone.next(steps * size * ranks)
         shared: list[int] = []
         for _ in range(steps):
             for rank, draw in enumerate(draws):
-                patch.setattr("cl_fast.training.prompts._rank", lambda rank=rank: (rank, ranks))
+                patch.setattr("cl_fast.training.drawing.this_rank", lambda rank=rank: (rank, ranks))
                 shared += draw.next(size)
     assert shared == order
     for epoch in range(3):
