@@ -138,7 +138,7 @@ def penalty_rows(tasks: int, layers: int, columns: int, repeats: int) -> list[di
     for name in ("name matching", "autograd loop", "op"):
         for x, y in zip(ways[name](), mine, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-3)
-    assert other.measures()["orthogonal_overlap"] < 1e-6
+    assert other.measures()["orthogonal/overlap"] < 1e-6
 
     times = in_turns(ways, repeats, time.process_time)
     base = statistics.median(times["name matching"])

@@ -64,7 +64,7 @@ for step in (1, 7, 3, 11):
         )
         trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
-    overlap = logs[-1].get("orthogonal_overlap", 0.0)
+    overlap = logs[-1].get("orthogonal/overlap", 0.0)
     rank = lora_layers(model, "default")[0].down.shape[0]
     print(
         f"{name:<16}{logs[0]['loss']:>10.3f}{logs[-1]['loss']:>12.3f}{overlap:>12.0e}"

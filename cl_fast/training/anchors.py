@@ -428,7 +428,7 @@ class Anchor(Keep):
         }
 
     def measures(self) -> dict[str, float]:
-        """The penalty at the weights as they are now; all ranks must ask under FSDP2."""
+        """`anchor/penalty` at the weights as they are now; all ranks must ask under FSDP2."""
         whole = [(p, n) for p, n in self._last if not isinstance(p, DTensor)]
         split = [(p, n) for p, n in self._last if isinstance(p, DTensor)]
         total = 0.0
@@ -436,4 +436,4 @@ class Anchor(Keep):
             if pairs:
                 value = anchor_penalty(**self._given(pairs, "strength", self.weight))
                 total += float(sum_over_ranks_(value, pairs[0][0]))
-        return {"anchor_penalty": total} if self._last else {}
+        return {"anchor/penalty": total} if self._last else {}

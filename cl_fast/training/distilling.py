@@ -350,12 +350,12 @@ class SelfDistill(Keep):
         }
 
     def measures(self) -> dict[str, float]:
-        """`self_distill`: the divergence, without its weight, averaged over the micro-batches of
-        this rank since it was last asked for."""
+        """`self_distill/divergence`, without its weight, averaged over the micro-batches of this
+        rank since it was last asked for."""
         if self._seen is None:
             return {}
         (total, passes), self._seen = self._seen, None
-        return {"self_distill": float(total) / passes}
+        return {"self_distill/divergence": float(total) / passes}
 
     # --- what is distilled on --------------------------------------------------------------------
 

@@ -326,4 +326,4 @@ class KLPenalty(Keep):
         return {"weight": self.weight, "estimator": self.estimator, "reference": reference}
 
     def measures(self) -> dict[str, float]:
-        return {} if self._last is None else {"kl_penalty": float(self._last)}
+        return {} if self._last is None else {"kl_penalty/kl": float(self._last)}

@@ -635,7 +635,7 @@ class Balance(Keep):
         }
 
     def measures(self) -> dict[str, float]:
-        return {} if self._last is None else {"balance": float(self._last)}
+        return {} if self._last is None else {"balance/loss": float(self._last)}
 
 
 def _types(given: Any, column: str) -> Tensor:

@@ -343,15 +343,15 @@ class Orthogonal(Keep):
         }
 
     def measures(self) -> dict[str, float]:
-        """`orthogonal_penalty`, weighted, before the last step; or with form="project"
-        `orthogonal_overlap`, the largest ||A Q^T|| / ||A|| of a module. Of the rows on this rank;
+        """`orthogonal/penalty`, weighted, before the last step; or with form="project"
+        `orthogonal/overlap`, the largest ||A Q^T|| / ||A|| of a module. Of the rows on this rank;
         nothing in the first task."""
         if self.form == "project":
             running = self._running
             if running is None or running.rows[0] is None:
                 return {}
-            return {"orthogonal_overlap": max(running.overlaps(), default=0.0)}
-        return {} if self._value is None else {"orthogonal_penalty": float(self._value)}
+            return {"orthogonal/overlap": max(running.overlaps(), default=0.0)}
+        return {} if self._value is None else {"orthogonal/penalty": float(self._value)}
 
     def past_rows(self, model: nn.Module) -> dict[str, Tensor]:
         """P [R, d_in] of each layer, for `lora_penalty`; empty before a task is finished."""

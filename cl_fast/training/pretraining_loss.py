@@ -116,4 +116,4 @@ class PretrainingLoss(Keep):
         }
 
     def measures(self) -> dict[str, float]:
-        return {} if self._last is None else {"pretraining_loss": float(self._last)}
+        return {} if self._last is None else {"pretraining_loss/nll": float(self._last)}

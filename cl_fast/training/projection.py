@@ -333,8 +333,8 @@ class Project(Keep):
         }
 
     def measures(self) -> dict[str, float]:
-        """The share of input directions (for "weights", of min(d_in, d_out)) that is protected,
-        over all covered layers."""
+        """`project/protected`: the share of input directions (for "weights", of min(d_in, d_out))
+        that is protected, over all covered layers."""
         held = sum(_width(layer.right) for layer in self._covered)
         whole = sum(
             layer.columns if self.protect == "inputs" else min(layer.owner.weight.shape)

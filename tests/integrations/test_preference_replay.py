@@ -446,7 +446,7 @@ def test_keeps_do_not_depend_on_accumulation(host: str, tmp_path: Path) -> None:
         assert len(logs) == 2
         for entry in logs:
             assert entry["kl_to_base/reverse_kl"] > 0
-            assert entry["pretraining_loss"] > 0
+            assert entry["pretraining_loss/nll"] > 0
         assert keeps[-1].measures()["kl_to_base/reverse_kl"] > 0
     assert found[0].keys() == found[1].keys()
     for name, gradient in found[0].items():
@@ -482,7 +482,7 @@ def test_penalty_and_pretraining_add_their_gradients(host: str, tmp_path: Path) 
         scale = 1e-4 * float(gradient.abs().max()) + 1e-7
         torch.testing.assert_close(whole[name], gradient, rtol=1e-3, atol=scale, msg=name)
     mean = kl_of_tokens(model, batch, "forward_kl").mean().item()
-    assert penalty.measures()["kl_penalty"] == pytest.approx(mean, rel=1e-4)
+    assert penalty.measures()["kl_penalty/kl"] == pytest.approx(mean, rel=1e-4)
 
 
 def test_monitor_in_a_callback(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_one_anchor_stands_for_all_tasks(decay: float) -> None:
         got = gradients_of(anchor, model)
         for name, g in zip(named, want, strict=True):
             torch.testing.assert_close(got[name], g, rtol=1e-9, atol=1e-12)
-        values.append((anchor.measures()["anchor_penalty"], float(value.detach())))
+        values.append((anchor.measures()["anchor/penalty"], float(value.detach())))
     (a, x), (b, y) = values
     assert b - a == pytest.approx(y - x, rel=1e-9)
     assert abs(x - a) > 1e-9 * x  # the constant is there: the tasks disagree
@@ -190,7 +190,7 @@ def test_l2_sp_is_anchored_where_tasks_begin() -> None:
     got = gradients_of(anchor, model)["weight"]
     torch.testing.assert_close(got, 0.5 * (model.weight.detach() - first))
     penalty = 0.25 * float((model.weight.detach() - first).square().sum())
-    assert anchor.measures()["anchor_penalty"] == pytest.approx(penalty)
+    assert anchor.measures()["anchor/penalty"] == pytest.approx(penalty)
     anchor.after_task(model, Task("a"))
     anchor.before_task(model, Task("b", 1))
     second = model.weight.detach().clone()
@@ -270,7 +270,7 @@ def test_in_the_trainer_accumulation_changes_nothing(tmp_path: Any) -> None:
             trainer = Trainer(model, arguments, train_dataset=data, callbacks=[callback])
             trainer.train()
         logs = trainer.state.log_history
-        assert logs[1]["anchor_penalty"] > 0
+        assert logs[1]["anchor/penalty"] > 0
         ends.append({n: p.detach().clone() for n, p in model.named_parameters()})
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-6, atol=1e-9)
 

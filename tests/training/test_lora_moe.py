@@ -314,7 +314,7 @@ def test_balance_equals_the_formula(masked: bool, form: Any) -> None:
     assert value is not None
     want = slow_balance(gates, batch["task_type"].tolist(), 0.3, 0.2, form)
     assert value.item() == pytest.approx(want, rel=1e-5)
-    assert keep.measures() == {"balance": pytest.approx(want, rel=1e-5)}
+    assert keep.measures() == {"balance/loss": pytest.approx(want, rel=1e-5)}
     value.backward()
     touched = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert "model.layers.0.mlp.gate_proj.gate" in touched
@@ -584,7 +584,7 @@ def test_trains_in_the_trainer(tmp_path: Path) -> None:
     model, trainer = train(
         tmp_path / "a", data, gradient_checkpointing=True, eval_strategy="no", **options
     )
-    logs = [x["balance"] for x in trainer.state.log_history if "balance" in x]
+    logs = [x["balance/loss"] for x in trainer.state.log_history if "balance/loss" in x]
     losses = [x["loss"] for x in trainer.state.log_history if "loss" in x]
     assert len(logs) == len(losses) == 6
     assert losses[-1] < losses[0]

@@ -107,7 +107,7 @@ def test_new_tasks_stay_out_of_the_span_of_all_earlier_ones(past: Any) -> None:
         moved = factors(model, adapter)
         assert all(not torch.equal(moved[n][0], start[n][0]) for n in moved)
         measured = keep.measures()
-        assert (measured == {}) if not i else (measured["orthogonal_overlap"] < 1e-6)
+        assert (measured == {}) if not i else (measured["orthogonal/overlap"] < 1e-6)
         found.append(moved)
         keep.after_task(model, Task(name))
     # What the last task adds to a layer's answer is nothing where the input is in the past.
@@ -127,7 +127,7 @@ def test_adam_leaves_the_subspace_without_the_hook() -> None:
     keep.before_task(model, Task("b"))
     keep.on_update = lambda model: None  # type: ignore[method-assign]
     trained(model, keep)
-    assert keep.measures()["orthogonal_overlap"] > 1e-2
+    assert keep.measures()["orthogonal/overlap"] > 1e-2
 
 
 @settings(max_examples=30, deadline=None)
@@ -175,7 +175,7 @@ def test_values_by_hand(form: Any, value: float, grad: list[float]) -> None:
     keep.on_gradients(model)
     assert layer.down.grad is not None
     assert layer.down.grad.tolist() == [grad]
-    assert keep.measures() == {"orthogonal_penalty": value}
+    assert keep.measures() == {"orthogonal/penalty": value}
     assert lora_penalty(model, keep.past_rows(model), form=form).item() == value
 
 
@@ -202,7 +202,7 @@ def test_the_gradient_is_that_of_the_penalty(form: Any) -> None:
         layer.down.grad = torch.ones_like(layer.down)
     keep.on_gradients(model)
     wanted = sum(0.3 * naive(x.down, past[x.name], form) for x in layers)
-    assert math.isclose(keep.measures()["orthogonal_penalty"], wanted, rel_tol=1e-12)
+    assert math.isclose(keep.measures()["orthogonal/penalty"], wanted, rel_tol=1e-12)
     layer, step = layers[2], 1e-6
     p = past[layer.name]
     for i, j in [(0, 0), (1, 7), (1, 31)]:
@@ -296,7 +296,7 @@ def test_accumulation_changes_nothing_in_the_trainer(
         )
         trainer.train()
         logs = [x for x in trainer.state.log_history if "loss" in x]
-        key = "orthogonal_overlap" if form == "project" else "orthogonal_penalty"
+        key = "orthogonal/overlap" if form == "project" else "orthogonal/penalty"
         assert all(key in x for x in logs)
         assert keep.tasks == ["a", "b"]
         found.append({n: p.detach().clone() for n, p in model.named_parameters()})
@@ -409,7 +409,7 @@ def test_removal_of_a_folded_task_is_up_to_rounding() -> None:
     assert all(len(rows) == 2 for rows in keep.past_rows(model).values())
     keep.before_task(model, Task("c"))
     trained(model, keep)
-    assert keep.measures()["orthogonal_overlap"] < 1e-6
+    assert keep.measures()["orthogonal/overlap"] < 1e-6
 
 
 def test_a_removed_task_is_no_longer_avoided() -> None:

@@ -37,6 +37,7 @@ def prompts(count: int = 10, seed: int = 0, longest: int = 9) -> list[dict[str, 
 
 PROMPTS = prompts()
 TASK = Task("new")
+LOGGED = "self_distill/divergence"
 
 
 def moved(model: nn.Module, seed: int = 1, size: float = 0.1) -> nn.Module:
@@ -141,7 +142,7 @@ def test_loss_and_gradients_are_those_of_whole_logits(kind: str, options: dict[s
     assert float(expected.detach()) > 1e-3
     torch.testing.assert_close(loss, factor * expected, rtol=1e-7, atol=0)
     assert_same(found, gradients(model), factor)
-    assert keep.measures() == {"self_distill": pytest.approx(expected.item(), rel=1e-7)}
+    assert keep.measures() == {"self_distill/divergence": pytest.approx(expected.item(), rel=1e-7)}
     assert keep.measures() == {}
 
 
@@ -540,7 +541,7 @@ def test_in_the_trainer_it_logs_and_resumes(tmp_path: Path) -> None:
 
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     whole, trainer = trained(tmp_path, keep(), **options)
-    logged = [x["self_distill"] for x in trainer.state.log_history if "self_distill" in x]
+    logged = [x[LOGGED] for x in trainer.state.log_history if LOGGED in x]
     assert len(logged) == 4
     assert logged[0] == 0 < logged[1]
     again, _ = trained(tmp_path, keep(), **options, resume=str(tmp_path / "checkpoint-2"))
@@ -549,7 +550,7 @@ def test_in_the_trainer_it_logs_and_resumes(tmp_path: Path) -> None:
 
 def test_autocast_does_not_tell_student_and_copy_apart(tmp_path: Path) -> None:
     _, trainer = trained(tmp_path, SelfDistill(PROMPTS), bf16=True)
-    logged = [x["self_distill"] for x in trainer.state.log_history if "self_distill" in x]
+    logged = [x[LOGGED] for x in trainer.state.log_history if LOGGED in x]
     assert logged[0] == 0 < logged[1]
 
 
@@ -577,7 +578,7 @@ def test_in_sft_of_trl_no_logits_are_made(teacher: str, tmp_path: Path) -> None:
             keep=Watched(PROMPTS, teacher=teacher, chunk_tokens=8),
         )  # fmt: skip
         trainer.train()
-        logged = [x["self_distill"] for x in trainer.state.log_history if "self_distill" in x]
+        logged = [x[LOGGED] for x in trainer.state.log_history if LOGGED in x]
         assert logged[-1] > 0
         assert logged[0] == 0 or teacher == "base"
         model = trainer.model
