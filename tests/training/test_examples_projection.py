@@ -2,31 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-
-ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.slow
+from run_examples import printed_by
 
 
-def test_projected_full_finetuning() -> None:
-    printed = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "projected_full_finetuning.py")],
-        capture_output=True,
-        text=True,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([*filter(None, sys.path), str(ROOT)]),
-            "OMP_NUM_THREADS": "1",
-        },
-        timeout=600,
-        check=True,
-    ).stdout
-    lines = [line for line in printed.splitlines() if not line.startswith("{")]
+def test_projected_full_finetuning(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = printed_by("projected_full_finetuning.py", capsys)
     rows = {line[:24].strip(): [float(x) for x in line[24:].split()] for line in lines[1:]}
     before, plain, inputs = (
         rows[name] for name in ("before", "plainly trained", "off the first's inputs")

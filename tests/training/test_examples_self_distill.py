@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-import runpy
-from pathlib import Path
-
 import pytest
-import torch
-
-ROOT = Path(__file__).parents[2]
+from run_examples import printed_by
 
 
-def table(example: str, rows: int, printed: pytest.CaptureFixture[str]) -> dict[str, list[float]]:
-    """The last rows that the example prints: a name, and numbers two spaces apart.
-
-    In this process, which has imported TRL already.
-    """
-    threads = torch.get_num_threads()
-    try:
-        runpy.run_path(str(ROOT / "examples" / example), run_name="__main__")
-    finally:
-        torch.set_num_threads(threads)
-    lines = [x for x in printed.readouterr().out.splitlines() if x and not x.startswith("{")]
+def table(example: str, rows: int, capsys: pytest.CaptureFixture[str]) -> dict[str, list[float]]:
+    """The last rows that the example prints: a name, and numbers two spaces apart."""
+    lines = printed_by(example, capsys)
     cells = [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines[-rows:]]
     return {name: [float(x) for x in numbers] for name, *numbers in cells}
 

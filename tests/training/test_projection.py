@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
+from forked_ranks import on_two_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -641,29 +640,25 @@ def test_a_state_of_another_start_is_refused_in_the_other_order_too() -> None:
         fresh.before_task(model, Task("a"))
 
 
-def two_ranks(rank: int, port: int, protect: str, late: bool, results: Any) -> None:
+def two_ranks(rank: int, protect: str, late: bool) -> dict[str, Tensor]:
     from torch.distributed.fsdp import fully_shard
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    try:
-        model = llama(intermediate_size=33).double()  # not the same number of rows on both
-        keep = Project(protect, **({"energy": 0.9} if protect == "inputs" else {}))  # type: ignore[arg-type]
-        if protect == "inputs":
-            keep.remember(model, OLD[rank : rank + 1])  # each rank has a part
-        if not late:
-            fully_shard(model)
-        keep.before_task(model, Task("new"))
-        if late:  # as accelerate does it, after the Trainer was made
-            fully_shard(model)
-        train(model, keep, steps=3)
-        for name, parameter in model.named_parameters():
-            results[rank, name] = parameter.full_tensor().detach()  # type: ignore[attr-defined]
-        keep.after_task(model, Task("new", batches=lambda: OLD[rank : rank + 1]))
-        for name, basis in keep.bases.items():
-            results[rank, name] = basis
-    finally:
-        dist.destroy_process_group()
+    model = llama(intermediate_size=33).double()  # not the same number of rows on both
+    keep = Project(protect, **({"energy": 0.9} if protect == "inputs" else {}))  # type: ignore[arg-type]
+    if protect == "inputs":
+        keep.remember(model, OLD[rank : rank + 1])  # each rank has a part
+    if not late:
+        fully_shard(model)
+    keep.before_task(model, Task("new"))
+    if late:  # as accelerate does it, after the Trainer was made
+        fully_shard(model)
+    train(model, keep, steps=3)
+    found = {
+        name: parameter.full_tensor().detach()  # type: ignore[attr-defined]
+        for name, parameter in model.named_parameters()
+    }
+    keep.after_task(model, Task("new", batches=lambda: OLD[rank : rank + 1]))
+    return {**found, **keep.bases}
 
 
 @pytest.mark.parametrize(
@@ -675,27 +670,10 @@ def test_rows_split_over_two_ranks(protect: str, late: bool) -> None:
     train(model, keep, steps=3)
     keep.after_task(model, Task("new", batches=lambda: OLD))
     expected: dict[str, Tensor] = {**weights(model), **keep.bases}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = torch.multiprocessing.get_context("fork")
-    with context.Manager() as manager:
-        results = manager.dict()
-        ranks = [
-            context.Process(
-                target=two_ranks, args=(rank, port, protect, late, results), daemon=True
-            )
-            for rank in range(2)
-        ]
-        for one in ranks:
-            one.start()
-        for one in ranks:
-            one.join(60)
-        assert [one.exitcode for one in ranks] == [0, 0]
-        found = dict(results)
-    assert len(found) == 2 * len(expected)
-    for (_, name), value in found.items():
-        wanted, had = expected[name], value
-        if name in keep.bases:  # the span is told, not its basis
-            had, wanted = had @ had.t(), wanted @ wanted.t()
-        torch.testing.assert_close(had, wanted, rtol=1e-7, atol=1e-7)
+    for found in on_two_ranks(two_ranks, protect, late):
+        assert found.keys() == expected.keys()
+        for name, value in found.items():
+            wanted, had = expected[name], value
+            if name in keep.bases:  # the span is told, not its basis
+                had, wanted = had @ had.t(), wanted @ wanted.t()
+            torch.testing.assert_close(had, wanted, rtol=1e-7, atol=1e-7)
