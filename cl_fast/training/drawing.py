@@ -29,12 +29,16 @@ class Draw:
         self.drawn = 0
         self._epoch, self._order = -1, Permutation(0, 0)
 
-    def __getitem__(self, n: int) -> int:
-        epoch, place = divmod(n, self.count)
+    def order(self, epoch: int) -> Permutation:
+        """The order of an epoch, from 0."""
         if epoch != self._epoch:
             key = order_key(self.seed, self.source, epoch)
             self._epoch, self._order = epoch, Permutation(self.count, key)
-        return self._order[place]
+        return self._order
+
+    def __getitem__(self, n: int) -> int:
+        epoch, place = divmod(n, self.count)
+        return self.order(epoch)[place]
 
     def next(self, batch_size: int) -> list[int]:
         """The next indices of this rank."""

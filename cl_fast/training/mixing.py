@@ -46,8 +46,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cl_fast.training.drawing import Draw
 from cl_fast.training.keeping import Dataset
-from cl_fast.training.permutations import Permutation, order_key
+from cl_fast.training.options import at_least, integer, one_of
 
 __all__ = ["Joined", "Mixture", "exact_ratio", "mix"]
 
@@ -228,21 +229,13 @@ class _Source:
     """A dataset and the order in which it is read."""
 
     def __init__(self, name: str, data: Any, seed: int, shuffled: bool) -> None:
-        self.name, self.data, self.seed, self.shuffled = name, data, seed, shuffled
+        self.name, self.data, self.shuffled = name, data, shuffled
         self.size = len(data)
-        self._epoch, self._order = -1, Permutation(0, 0)
-
-    def order(self, epoch: int) -> Permutation:
-        if epoch != self._epoch:
-            order = Permutation(self.size, order_key(self.seed, self.name, epoch))
-            self._epoch, self._order = epoch, order
-            return order
-        return self._order
+        self.draw = Draw(self.size, seed, name)
 
     def place(self, turn: int) -> int:
         """The index of what comes at a turn."""
-        epoch, at = divmod(turn, self.size)
-        return self.order(epoch)[at] if self.shuffled else at
+        return self.draw[turn] if self.shuffled else turn % self.size
 
     def places(self, turns: Ints) -> Ints:
         """The same for turns that grow."""
@@ -253,7 +246,7 @@ class _Source:
         while done < len(turns):
             epoch = int(turns[done]) // self.size
             end = int(np.searchsorted(turns, (epoch + 1) * self.size))
-            out[done:end] = self.order(epoch).many(turns[done:end] - epoch * self.size)
+            out[done:end] = self.draw.order(epoch).many(turns[done:end] - epoch * self.size)
             done = end
         return out
 
@@ -700,7 +693,7 @@ class Mixture(torch.utils.data.Dataset):  # type: ignore[misc]
         place in it is a number, which `skip` takes."""
         return {
             "unit": self.unit,
-            "seed": self._sources[0].seed,
+            "seed": self._sources[0].draw.seed,
             "length": self._total,
             "ratios": {name: str(ratio) for name, ratio in self.ratios.items()},
             "sizes": {source.name: source.size for source in self._sources},
@@ -815,16 +808,12 @@ def _check_options(
         ("unit", unit, ("samples", "tokens")),
         ("split", split, ("even", "size")),
     ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {known}; got {value!r}")
+        one_of(name, value, known)
     for name, value in (("shuffle", shuffle), ("shuffle_old", shuffle_old)):
         if not isinstance(value, bool) and (value is not None or name == "shuffle"):
             raise TypeError(f"{name} must be True or False; got {value!r}")
-    for name, value in (("seed", seed), ("epochs", epochs)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int; got {value!r}")
-    if epochs < 1:
-        raise ValueError(f"epochs must be at least 1; got {epochs}")
+    integer("seed", seed)
+    at_least("epochs", epochs, 1)
     if isinstance(length, bool) or not isinstance(length, int | str):
         raise TypeError(f"length must be a number of samples or a word; got {length!r}")
     if isinstance(length, int):
