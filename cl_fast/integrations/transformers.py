@@ -34,6 +34,7 @@ from cl_fast.models.heads import (
     run_inside,
     unwrap,
 )
+from cl_fast.models.sharding import is_sharded
 
 __all__ = [
     "DistillLossFunction",
@@ -361,7 +362,7 @@ class DistillMixin:
 
 
 def _refuse_sharded(teacher: nn.Module) -> None:
-    if any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in teacher.parameters()):
+    if is_sharded(teacher):
         raise ValueError(
             "a teacher whose parameters are sharded is not supported: give a whole one, or its "
             "predictions as the columns teacher_ids and teacher_logprobs"

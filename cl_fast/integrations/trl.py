@@ -37,6 +37,7 @@ from cl_fast.models.heads import (
     run_inside,
     unwrap,
 )
+from cl_fast.models.sharding import is_sharded
 
 __all__ = ["DPOLoss", "DistillationLoss", "GKDLoss", "SDFTLoss"]
 
@@ -65,7 +66,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _refuse_sharded_teacher(teacher: nn.Module) -> None:
-    if any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in teacher.parameters()):
+    if is_sharded(teacher):
         raise ValueError("a teacher whose parameters are sharded is not supported here")
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-__all__ = ["local", "reshard", "row_range", "sum_over_ranks_", "this_rank"]
+__all__ = ["is_sharded", "local", "reshard", "row_range", "sum_over_ranks_", "this_rank"]
 
 
 def this_rank() -> tuple[int, int]:
@@ -58,6 +58,11 @@ def sum_over_ranks_(partial: Tensor, like: Tensor) -> Tensor:
             if isinstance(placement, Shard):
                 dist.all_reduce(partial, group=like.device_mesh.get_group(dim))
     return partial
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a rank holds parts of parameters only: FSDP2, or ZeRO-3 of DeepSpeed."""
+    return any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in model.parameters())
 
 
 def reshard(model: nn.Module) -> None:

@@ -40,6 +40,7 @@ from cl_fast.models.heads import (
     run_inside,
     unwrap,
 )
+from cl_fast.models.sharding import is_sharded
 from cl_fast.training.keeping import Dataset, Keep, Task
 from cl_fast.training.options import at_least, dtype_name, function_name, one_of, positive, share
 from cl_fast.training.prompts import PromptDraw, check_prompts, pad_prompts
@@ -496,7 +497,7 @@ def _wide(parameter: Tensor) -> Tensor:
 
 
 def _refuse_sharded(model: nn.Module, teacher: str) -> None:
-    if any(hasattr(p, "device_mesh") or hasattr(p, "ds_id") for p in model.parameters()):
+    if is_sharded(model):
         raise ValueError(
             f"teacher={teacher!r} needs whole parameters, and the model's are sharded: begin the "
             "task before the model is sharded (teacher='copy'), or use 'base' or a TeacherCache"
