@@ -36,7 +36,7 @@ from cl_fast.models.heads import unwrap
 from cl_fast.models.sharding import local, row_range, sum_over_ranks_
 from cl_fast.ops import orthogonal_project_
 from cl_fast.training.keeping import Keep, Task, needs
-from cl_fast.training.options import at_least, dtype_name, one_of
+from cl_fast.training.options import at_least, dtype_name, one_of, share
 from cl_fast.training.subspaces import (
     extend_basis,
     input_moments,
@@ -530,8 +530,7 @@ def _width(basis: Tensor | None) -> int:
 
 
 def _energy(value: float) -> None:
-    if isinstance(value, bool) or not 0.0 <= value <= 1.0:
-        raise ValueError(f"energy must be between 0 and 1; got {value}")
+    share("energy", value)
 
 
 def _rank(value: float) -> None:

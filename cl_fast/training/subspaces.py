@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from cl_fast.models.heads import Evaluating, forward_names, hidden_states, unwrap
 from cl_fast.models.sharding import local, reshard, this_rank
 from cl_fast.ops import gram_
+from cl_fast.training.options import at_least, share
 
 __all__ = ["extend_basis", "input_moments", "linear_layers", "weight_subspace"]
 
@@ -175,8 +176,8 @@ def input_moments(
         ValueError: no tokens at all; a layer that was not called; inputs that are not finite, or
             whose shape the attention mask does not describe.
     """
-    if tokens is not None and tokens < 1:
-        raise ValueError(f"tokens must be at least 1, or None; got {tokens}")
+    if tokens is not None:
+        at_least("tokens", tokens, 1)
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"dtype must be float32 or float64; got {dtype}")
     inner = unwrap(model)
@@ -252,11 +253,6 @@ def _tokens_of(batch: Mapping[str, Any], mask: Tensor | None) -> int:
     return math.prod(first.shape[:-1] if floating and first.dim() > 1 else first.shape)
 
 
-def _check_share(name: str, value: float) -> None:
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name} must be between 0 and 1; got {value}")
-
-
 def extend_basis(
     basis: Tensor | None,
     moments: Tensor,
@@ -283,7 +279,7 @@ def extend_basis(
         ValueError: shapes that do not fit, moments that are zero or not finite, a share out of
             range.
     """
-    _check_share("energy", energy)
+    share("energy", energy)
     if moments.dim() != 2 or moments.size(0) != moments.size(1):
         raise ValueError(f"moments must be [d, d]; got the shape {tuple(moments.shape)}")
     d = moments.size(0)
@@ -343,7 +339,7 @@ def weight_subspace(
     if energy is None and rank is None:
         raise ValueError("energy or rank must be given")
     if energy is not None:
-        _check_share("energy", energy)
+        share("energy", energy)
     if rank is not None and rank < 0:
         raise ValueError(f"rank must not be negative; got {rank}")
     whole: Any = weight.detach()

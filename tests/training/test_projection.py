@@ -587,8 +587,8 @@ def infinite_weight() -> None:
 
 BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: Project("outputs"), ValueError, "protect must be one of"),  # type: ignore[arg-type]
-    (lambda: Project(energy=1.01), ValueError, "energy must be between 0 and 1"),
-    (lambda: Project(energy=[0.5, -1]), ValueError, "energy must be between 0 and 1"),
+    (lambda: Project(energy=1.01), ValueError, "energy must be in [0, 1]"),
+    (lambda: Project(energy=[0.5, -1]), ValueError, "energy must be in [0, 1]"),
     (lambda: Project(energy=[]), ValueError, "energy must be a number, or one per task"),
     (lambda: Project(energy=float("nan")), ValueError, "energy must be a number"),
     (lambda: Project("weights", rank=1.5), ValueError, "Give an int to count"),
