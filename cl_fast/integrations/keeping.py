@@ -7,15 +7,17 @@ The hooks are called where the Trainer has its own: gradients are complete and c
 `on_gradients` may add to them; weights are new when `on_update` sees them. A callback cannot add to
 the loss: a keep that has a loss is refused by `KeepCallback`.
 
-A checkpoint of the Trainer gets one more file, `keeps.pt` (and `keeps-1.pt`, ... of other ranks),
-written when the checkpoint is whole;
-`train(resume_from_checkpoint=...)` reads it again. DeepSpeed steps out of sight of callbacks; it is
-refused.
+A checkpoint of the Trainer gets `keeps.json`, a list of its files, and `keeps.pt` (and
+`keeps-1.pt`, ... of other ranks), written when the checkpoint is whole;
+`train(resume_from_checkpoint=...)` reads it again: from the folder that is given (`KeepMixin`), or
+from `output_dir` (`KeepCallback`, which is not told another one). DeepSpeed steps out of sight of
+callbacks; it is refused.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,10 +32,13 @@ from cl_fast.errors import CheckpointError
 from cl_fast.models.heads import unwrap
 from cl_fast.training.keeping import Keep, Task
 
-__all__ = ["STATE", "KeepCallback", "KeepMixin", "listed", "load_states", "save_states"]
+__all__ = ["STATE", "KeepCallback", "KeepMixin", "is_whole", "listed", "load_states", "save_states"]
 
 STATE = "keeps.pt"
 """The file of the keeps' states in a checkpoint of the Trainer."""
+
+_FILES = "keeps.json"
+"""The file that lists what else a checkpoint has."""
 
 
 def listed(keep: Keep | Iterable[Keep]) -> list[Keep]:
@@ -76,6 +81,7 @@ class KeepCallback(TrainerCallback):  # type: ignore[misc]
         self.keeps, self.task = keeps, task
         self.begun = False
         self.alone = True  # else the mixin logs
+        self.checkpoint: Path | None = None  # from which it is resumed, where a host tells
 
     @classmethod
     def of_mixin(cls, keeps: list[Keep], task: Task, batches: Any) -> KeepCallback:
@@ -106,7 +112,7 @@ class KeepCallback(TrainerCallback):  # type: ignore[misc]
         self._begin(given["model"])
         if state.global_step:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            load_states(self.keeps, folder)
+            load_states(self.keeps, self.checkpoint or folder)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         for keep in self.keeps:
@@ -124,7 +130,10 @@ class KeepCallback(TrainerCallback):  # type: ignore[misc]
                 state.log_history[-1].update(found)
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        save_states(self.keeps, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero:
+            _list_files(folder)
+        save_states(self.keeps, folder)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         model, loader = given["model"], given.get("train_dataloader")
@@ -160,6 +169,26 @@ def save_states(keeps: Sequence[Keep], folder: Path) -> None:
     states = [{"keep": type(keep).__name__, "state": keep.state_dict()} for keep in keeps]
     torch.save(states, part)
     part.replace(path)
+
+
+def _list_files(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f"{_FILES}.part"
+    names = [path.name for path in folder.iterdir() if path.suffix != ".part"]
+    part.write_text(json.dumps(sorted(names)), encoding="utf-8")
+    part.replace(folder / _FILES)
+
+
+def is_whole(checkpoint: Path, ranks: int = 1) -> bool:
+    """Whether a checkpoint was saved to its end, by all ranks, and nothing of it is gone since.
+
+    The Trainer deletes old ones file by file; what a kill leaves of that must not be taken up.
+    """
+    files = checkpoint / _FILES
+    states = [STATE, *(f"keeps-{rank}.pt" for rank in range(1, ranks))]
+    if not files.is_file() or not all((checkpoint / name).is_file() for name in states):
+        return False
+    return all((checkpoint / name).exists() for name in json.loads(files.read_text("utf-8")))
 
 
 def load_states(keeps: Sequence[Keep], folder: Path) -> None:
@@ -238,10 +267,20 @@ class KeepMixin:
 
         `train(resume_from_checkpoint=...)` would make one step more.
         """
+        from transformers import TrainerState
+
         host: Any = self
+        host.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         host._load_from_checkpoint(str(checkpoint))
+        if host.args.load_best_model_at_end and host.state.best_model_checkpoint is not None:
+            host._load_best_model()
         load_states(self.keeps, checkpoint)
         self.keep_callback.on_train_end(host.args, host.state, host.control, model=host.model)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        self.keep_callback.checkpoint = Path(resume_from_checkpoint)  # perhaps of another run
+        host: Any = super()
+        host._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(
         self,

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cl_fast.errors import CheckpointError, OutputError
 
-__all__ = ["Ledger", "content_hash", "digests", "load_tensors", "save_tensors"]
+__all__ = ["Ledger", "content_hash", "digests", "load_tensors", "named", "save_tensors"]
 
 FORMAT, VERSION = "cl_fast.stream", 1
 _LOOKED_AT = 64
@@ -55,7 +55,7 @@ class Ledger:
         return self.out / "stream.json"
 
     def read(self) -> bool:
-        """Take up what an earlier call left; False where there is nothing.
+        """Take up what an earlier call left; False where it has done nothing.
 
         Raises:
             CheckpointError: the folder is of another run: the differing key is named.
@@ -75,8 +75,10 @@ class Ledger:
             if (content["format"], content["version"]) != (FORMAT, VERSION):
                 raise ValueError(f"format {content['format']!r} version {content['version']!r}")
             saved = content["identity"]
-            self.trained = list(content["trained"])
-            self.scores = dict(content["scores"])
+            trained, scores = list(content["trained"]), dict(content["scores"])
+            if not trained and not scores:
+                return False  # cut off before anything was done: nothing is lost by another run
+            self.trained, self.scores = trained, scores
             self.seconds = dict(content["seconds"])
             self.merged = dict(content["merged"])
         except (KeyError, TypeError, ValueError) as error:
@@ -152,9 +154,14 @@ def _parts(value: Any) -> Iterable[bytes]:
         for key in sorted(value, key=str):
             yield str(key).encode()
             yield from _parts(value[key])
+    elif isinstance(value, np.ndarray) and value.dtype == object:
+        yield from _parts(value.tolist())  # its bytes are addresses
     elif isinstance(value, Tensor | np.ndarray):
-        array = value.detach().cpu().float().numpy() if isinstance(value, Tensor) else value
-        yield f"{array.shape}".encode()
+        if isinstance(value, Tensor):
+            value = value.detach().cpu()
+            value = value.float() if value.dtype == torch.bfloat16 else value
+        array = np.asarray(value)
+        yield f"{array.dtype}{array.shape}".encode()
         yield np.ascontiguousarray(array).tobytes()
     elif isinstance(value, list | tuple):
         yield f"{len(value)} of".encode()
@@ -164,6 +171,18 @@ def _parts(value: Any) -> Iterable[bytes]:
         yield repr(value).encode()
     else:
         yield type(value).__name__.encode()
+
+
+def named(value: Any) -> Any:
+    """A plain value as it is, a function or an object by its name."""
+    if isinstance(value, str | int | float | bool | type(None)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): named(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [named(one) for one in value]
+    kind = value if hasattr(value, "__qualname__") else type(value)
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _bytes_of(tensor: Tensor) -> np.ndarray[Any, Any]:

@@ -29,8 +29,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cl_fast.errors import CheckpointError
-from cl_fast.integrations.keeping import STATE, KeepMixin, listed, load_states, save_states
-from cl_fast.learning.ledger import Ledger, content_hash, digests, load_tensors, save_tensors
+from cl_fast.integrations.keeping import (
+    KeepMixin,
+    is_whole,
+    listed,
+    load_states,
+    save_states,
+)
+from cl_fast.learning.ledger import (
+    Ledger,
+    content_hash,
+    digests,
+    load_tensors,
+    named,
+    save_tensors,
+)
 from cl_fast.learning.merges import Merge, check_merge, merge_tasks
 from cl_fast.learning.report import Report
 from cl_fast.models.heads import Evaluating, unwrap
@@ -102,7 +115,9 @@ def learn(
             soup that maximises the mean score), or function(base, {task: state dict}) -> state
             dict. Adapters of PEFT are multiplied out for it.
         merge_options: of the method, as density=0.2 or weight=[...].
-        trainer_options: handed to the trainer, as processing_class or data_collator.
+        trainer_options: handed to the trainer, as processing_class or data_collator. Where a run
+            is resumed, they, `score` and `schedule` are compared by their names; callbacks may
+            differ.
 
     Returns:
         The report; `report.model` is the model that came out.
@@ -163,6 +178,11 @@ class _Stream:
         ):
             if name in trainer_options:
                 raise ValueError(f"{name} is given to the trainer by learn; leave it out")
+        if trainer_options.get("peft_config") is not None:
+            raise ValueError(
+                "peft_config would make new adapters in each trainer, task after task: give learn "
+                "the model with its adapters, peft.get_peft_model(model, peft_config)"
+            )
         self.make = None if isinstance(model, nn.Module) else model
         if self.make is not None and not callable(self.make):
             raise TypeError(f"model must be a module or a function; got {type(model).__name__}")
@@ -209,6 +229,11 @@ class _Stream:
             identity[f"keep[{i}]"] = {type(one).__name__: one.options()}
         identity["trainer"] = f"{trainer.__module__}.{trainer.__qualname__}"
         identity["start"], identity["score_every"] = self.start, self.score_every
+        # Of functions and objects the names: what they do is not known.
+        identity["score"], identity["schedule"] = named(self.score), named(self.schedule)
+        for key, value in self.options.items():
+            if key != "callbacks":
+                identity[f"trainer.{key}"] = named(value)
         return identity
 
     def _task(self, index: int) -> Task:
@@ -223,6 +248,8 @@ class _Stream:
     def run(self) -> Report:
         resumed = self.ledger.read()
         self._together()  # before the first rank makes a folder there
+        if not resumed and self._first_args().process_index == 0:
+            self.ledger.write()  # before anything else, so that the folder is known as ours
         done = len(self.ledger.trained)
         self.bar = tqdm(
             total=len(self.names), initial=done, desc="tasks", unit="task",
@@ -231,9 +258,9 @@ class _Stream:
         try:
             if done:
                 self._take_up(done)
+                self._score_again(done - 1)
             for index in range(done, len(self.names)):
-                self._learn_one(index, first=not resumed)
-                resumed = True
+                self._learn_one(index)
                 self.bar.update()
             return self._finish()
         finally:
@@ -316,7 +343,14 @@ class _Stream:
                 if self.names[i] not in self.own:
                     self._trainer(i, self.model, trains=False)
 
-    def _learn_one(self, index: int, *, first: bool) -> None:
+    def _score_again(self, index: int) -> None:
+        """The scores after a task, where a kill came between its training and them."""
+        if self.names[index] not in self.ledger.scores:
+            host = self._trainer(index, self.model, trains=False)
+            self._phase(f"{self.names[index]}: scores after")
+            self._record(self.names[index], self._scores(host, self._to_score(index)), host)
+
+    def _learn_one(self, index: int) -> None:
         from transformers import set_seed
 
         name, folder = self.names[index], self._folder(index)
@@ -333,7 +367,9 @@ class _Stream:
             self._back_to_base()
         host = self._trainer(index, self.model)
         self._phase(f"{name}: training")
-        checkpoint = _last_checkpoint(folder / "checkpoints", finished=not self._sharded())
+        checkpoint = _last_checkpoint(
+            folder / "checkpoints", host.args.world_size, finished=not self._sharded()
+        )
         began = time.monotonic()
         set_seed(host.args.seed)
         if checkpoint is not None and _is_finished(checkpoint):
@@ -437,8 +473,6 @@ class _Stream:
     def _finish(self) -> Report:
         last = len(self.names) - 1
         host = self._trainer(last, self.model, trains=False)
-        if self.names[last] not in self.ledger.scores:
-            self._record(self.names[last], self._scores(host, self._to_score(last)), host)
         host.save_model(str(self.ledger.out / "model"))
         if self.merge is not None:
             self._merge(host)
@@ -518,19 +552,21 @@ def _multiplied_out(model: Any) -> dict[str, Tensor]:
     return state
 
 
-def _last_checkpoint(folder: Path, *, finished: bool) -> Path | None:
-    """The newest checkpoint that is whole: the keeps' states are written last.
+def _last_checkpoint(folder: Path, ranks: int, *, finished: bool) -> Path | None:
+    """The newest checkpoint that is whole.
 
     Without `finished`, one that is not of the last step of its task.
     """
-    found = [path.parent for path in folder.glob(f"checkpoint-*/{STATE}")]
+    found = [path for path in folder.glob("checkpoint-*") if is_whole(path, ranks)]
     found = [path for path in found if finished or not _is_finished(path)]
     return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
 def _is_finished(checkpoint: Path) -> bool:
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    return bool(state["global_step"] >= state["max_steps"])
+    control = state["stateful_callbacks"].get("TrainerControl", {"args": {}})["args"]
+    stopped = control.get("should_training_stop", False)  # early, by a callback
+    return bool(stopped or state["global_step"] >= state["max_steps"])
 
 
 def _check_tasks(tasks: Any, probes: Mapping[str, Any], score: Any) -> dict[str, tuple[Any, Any]]:
