@@ -5,6 +5,7 @@ Learning rates were chosen once, by hand, on seed 0; nothing was tuned per seed.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,10 +27,12 @@ from cl_fast.training import (
     Project,
     Replay,
     SelfDistill,
+    adapter_names,
     add_lora_moe,
     generate_prompts,
     identify_task,
     rewarm,
+    use,
     use_adapter,
 )
 from cl_fast.training.keeping import Keep, Task
@@ -78,11 +81,14 @@ class Method:
     score: Callable[[nn.Module, Any, str], float] = accuracy
     note: str = ""
 
-    def run(self, toy: Toy, base: Mapping[str, Tensor]) -> Found:
-        steps = STEPS[toy.kind]
-        tasks = {
+    def run(
+        self, toy: Toy, base: Mapping[str, Tensor], *, steps: int | None = None, tasks: int = 4
+    ) -> Found:
+        """One seed; fewer steps and tasks for a quick look."""
+        steps = steps or STEPS[toy.kind]
+        stream = {
             name: (toy.draw((name,), steps * SIZE, draw=1 + i), toy.every(name))
-            for i, name in enumerate(STREAM)
+            for i, name in enumerate(STREAM[:tasks])
         }
         model = toy.model(base)
         keeps = self.keep(toy, model)
@@ -103,7 +109,7 @@ class Method:
         with tempfile.TemporaryDirectory() as folder:
             report = learn(
                 self.wrap(model),
-                tasks,
+                stream,
                 args=args,
                 out=folder,
                 keep=keeps,
@@ -115,15 +121,13 @@ class Method:
 
 
 def found(report: Report) -> Found:
+    tasks = report.matrix.tasks
     if report.merged:
-        return Found(
-            sum(report.merged[name] for name in STREAM) / len(STREAM),
-            report.learning_accuracy,
-            float("nan"),
-            sum(report.merged[name] for name in BASE) / len(BASE),
-        )
-    kept = sum(report.probes[name][STREAM[-1]] for name in BASE) / len(BASE)
-    backward = float("nan") if "known" in report.metric else report.backward
+        average = sum(report.merged[name] for name in tasks) / len(tasks)
+        kept = sum(report.merged[name] for name in BASE) / len(BASE)
+        return Found(average, report.learning_accuracy, math.nan, kept)
+    kept = sum(report.probes[name][tasks[-1]] for name in BASE) / len(BASE)
+    backward = math.nan if "known" in report.metric else report.backward
     return Found(report.average, report.learning_accuracy, backward, kept)
 
 
@@ -133,14 +137,14 @@ def found(report: Report) -> Found:
 def lora(rank: int = 4) -> Callable[[Any], Any]:
     def wrap(model: Any) -> Any:
         torch.manual_seed(0)
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+        config = LoraConfig(r=rank, lora_alpha=4 * rank, target_modules="all-linear")
         return get_peft_model(model, config)
 
     return wrap
 
 
 def moe(model: Any) -> Any:
-    add_lora_moe(model, LINEAR, experts=4, rank=4, alpha=8.0)
+    add_lora_moe(model, LINEAR, experts=4, rank=4, alpha=32.0)
     return model
 
 
@@ -159,8 +163,11 @@ def generated(toy: Toy) -> Callable[[nn.Module, Task], Any]:
 
     def prompts(model: nn.Module, task: Task) -> Any:
         names = (*BASE, *STREAM[: task.index])
-        starts = [toy.every(name).ids[0, :1] for name in names] * (512 // len(names))
-        return generate_prompts(model, prefixes=starts, max_new_tokens=3, seed=toy.seed)
+        marks = [toy.every(name).ids[0, :1] for name in names]
+        return generate_prompts(
+            model, 512, prefixes=marks, max_new_tokens=3, batch_size=256, seed=toy.seed,
+            progress=False,
+        )  # fmt: skip
 
     return prompts
 
@@ -198,10 +205,21 @@ def task_known(model: nn.Module, examples: Any, name: str) -> float:
         use_adapter(model, None)
 
 
+def lora_known(model: Any, examples: Any, name: str) -> float:
+    """The LoRA of the task that is asked for; none where there is none."""
+    if name not in model.peft_config:
+        with model.disable_adapter():
+            return accuracy(model, examples)
+    before = model.active_adapter
+    use(model, name)
+    try:
+        return accuracy(model, examples)
+    finally:
+        use(model, before)
+
+
 def task_identified(model: nn.Module, examples: Any, name: str) -> float:
     """The adapter under which the prompt is likeliest."""
-    from cl_fast.training import adapter_names
-
     names = adapter_names(model)
     if not names:
         return accuracy(model, examples)
@@ -214,8 +232,6 @@ def task_identified(model: nn.Module, examples: Any, name: str) -> float:
 
 
 def _has_adapter(model: nn.Module, name: str) -> bool:
-    from cl_fast.training import adapter_names
-
     return name in adapter_names(model)
 
 
@@ -224,13 +240,16 @@ def _has_adapter(model: nn.Module, name: str) -> bool:
 
 def replayed(ratio: float) -> Callable[[Toy, Any], list[Keep]]:
     def keep(toy: Toy, _: Any) -> list[Keep]:
-        return [Replay(ratio, old={"base": toy.draw(BASE, 7680, draw=97)}, seed=toy.seed)]
+        # As many samples of each of the base's skills as of a task.
+        count = len(BASE) * STEPS[toy.kind] * SIZE
+        base = {"base": toy.draw(BASE, count, draw=97)}
+        return [Replay(ratio, old=base, split="size", seed=toy.seed)]
 
     return keep
 
 
 def rewarmed(optimizer: Any, steps: int, task: Task) -> Any:
-    return rewarm(optimizer, steps=steps, warmup=steps // 10, peak=FULL, end=FULL / 10)
+    return rewarm(optimizer, steps=steps, warmup=steps // 10, min_lr=FULL / 10)
 
 
 SEPARATE: dict[str, Any] = {"start": "base"}
@@ -253,23 +272,26 @@ METHODS: list[Method] = [
     Method(
         "self-distillation, own prompts",
         lambda toy, model: [SelfDistill(generated(toy), batch_size=16, seed=toy.seed)],
-        note="prompts that the model writes",
+        note="the model writes them",
     ),
     Method("L2-SP", lambda toy, model: [Anchor(0.1)]),
-    Method("EWC", lambda toy, model: [BaseFisher(toy, 300.0)]),
-    Method("projection off inputs (GPM)", lambda toy, model: remembered(toy, model)),
+    Method("EWC", lambda toy, model: [BaseFisher(toy, 1000.0)]),
+    Method("projection off inputs (GPM)", lambda toy, model: remembered(toy, model, energy=0.995)),
     Method(
         "projection off weights (OSF)",
         lambda toy, model: remembered(toy, model, protect="weights", others="train"),
     ),
     Method("one LoRA, sequential", wrap=lora(), rate=LORA),
-    Method("new LoRA per task, folded", lambda toy, model: [Fold()], lora(), LORA),
-    Method("O-LoRA, exact", lambda toy, model: [Orthogonal()], lora(), LORA),
-    Method("O-LoRA, L1", lambda toy, model: [Orthogonal("l1", weight=0.5)], lora(), LORA),
     Method(
-        "O-LoRA, squared", lambda toy, model: [Orthogonal("squared", weight=0.5)], lora(), LORA
+        "new LoRA per task, folded",
+        lambda toy, model: [Orthogonal("squared", weight=0.0)],
+        lora(),
+        LORA,
     ),
-    Method("LoRAMoE", wrap=moe, rate=LORA),
+    Method("O-LoRA, exact", lambda toy, model: [Orthogonal()], lora(), LORA),
+    Method("O-LoRA, L1", lambda toy, model: [Orthogonal("l1", weight=0.1)], lora(), LORA),
+    Method("O-LoRA, squared", lambda toy, model: [Orthogonal("squared", weight=5.0)], lora(), LORA),
+    Method("LoRAMoE", wrap=moe, rate=2e-3),
     Method(
         "AdapterCL, task known",
         lambda toy, model: [AdapterPerTask(32)],
@@ -281,7 +303,14 @@ METHODS: list[Method] = [
         lambda toy, model: [AdapterPerTask(32)],
         rate=LORA,
         score=task_identified,
-        note="inputs are uniform noise, so their perplexity tells little",
+        note="a prompt of the base goes to an adapter too",
+    ),
+    Method(
+        "separate LoRAs, task known",
+        lambda toy, model: [LoraTasks()],
+        lora(),
+        LORA,
+        score=lora_known,
     ),
     Method(
         "separate LoRAs, mean",
@@ -290,10 +319,10 @@ METHODS: list[Method] = [
         options={**SEPARATE, "merge": "linear"},
     ),
     Method(
-        "separate LoRAs, sum x 0.25 (task arithmetic)",
+        "separate LoRAs, sum (task arithmetic)",
         wrap=lora(),
         rate=LORA,
-        options={**SEPARATE, "merge": "task_arithmetic", "merge_options": {"lam": 0.25}},
+        options={**SEPARATE, "merge": "task_arithmetic"},
     ),
     Method(
         "separate LoRAs, TIES",

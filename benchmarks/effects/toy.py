@@ -3,7 +3,8 @@
     prompt  [task, a, b, =]        answer: one symbol of 16
 
 The base model computes four functions: a, b, max(a, b), min(a, b). A task of the stream is a new
-task token, whose answer is a permutation, drawn by the seed, of a or of b.
+task token, whose answer is a permutation, drawn by the seed, of a or of b. All tokens count in the
+loss, as in a language model: it can write prompts, too.
 
     shared     all tasks use the 16 symbols of the base: learning one overwrites the others
     disjoint   each task has 16 symbols of its own, which the base has never seen
@@ -33,7 +34,7 @@ class Examples:
     def __init__(self, ids: Tensor) -> None:
         self.ids = ids
         self.labels = ids.clone()
-        self.labels[:, :-1] = IGNORED
+        self.labels[:, 0] = IGNORED  # nothing tells which task comes
 
     def __len__(self) -> int:
         return self.ids.size(0)
