@@ -47,8 +47,13 @@ from cl_fast.learning.ledger import (
 from cl_fast.learning.merges import Merge, check_merge, merge_tasks
 from cl_fast.learning.report import Report
 from cl_fast.models.heads import Evaluating, unwrap
+from cl_fast.training.adapters import AdapterPerTask
 from cl_fast.training.keeping import Keep, Task
+from cl_fast.training.lora_tasks import LoraTasks
 from cl_fast.training.metrics import TransferMatrix
+from cl_fast.training.mixing import mix
+from cl_fast.training.orthogonal import Orthogonal
+from cl_fast.training.replay import Replay
 
 __all__ = ["learn"]
 
@@ -196,6 +201,7 @@ class _Stream:
         self.score_every, self.schedule = score_every, schedule
         self.merge, self.merge_options = merge, merge_options
         self.options = trainer_options
+        _check_keeps(self.keeps, self.data, trainer)
         self.trainer_class = _kept(trainer)
         self.base = digests(unwrap(self.model).state_dict())
         self.ledger = Ledger(out, self._identity(trainer))
@@ -590,6 +596,33 @@ def _check_tasks(tasks: Any, probes: Mapping[str, Any], score: Any) -> dict[str,
         if name in found or name == "before":
             raise ValueError(f"probes has {name!r}, which is a task: choose another name")
     return found
+
+
+def _check_keeps(
+    keeps: Sequence[Keep], tasks: Mapping[str, tuple[Any, Any]], trainer: type[Any]
+) -> None:
+    """What would else be found at a later task, with all before it trained."""
+    from transformers import Trainer
+
+    for one in keeps:
+        names_modules = isinstance(one, LoraTasks | AdapterPerTask)
+        if names_modules or (isinstance(one, Orthogonal) and one.past == "keep"):
+            for name in tasks:
+                if "." in name:
+                    raise ValueError(
+                        f"tasks has {name!r}: {type(one).__name__} calls an adapter like the task, "
+                        "and its name must not hold a dot"
+                    )
+        # Other trainers may prepare their data alike.
+        if isinstance(one, Replay) and one.ratio and trainer.__init__ is Trainer.__init__:
+            sources: dict[str, Any] = {task.name: task.train for task in one.old}
+            sources |= {name: train for name, (train, _) in tasks.items()}
+            names = list(sources)
+            for name in names[max(1, len(one.old)) :]:
+                try:
+                    mix([sources[name][0]], {names[0]: [sources[names[0]][0]]}, 0.5)
+                except ValueError as error:
+                    raise ValueError(f"tasks[{name!r}] with Replay: {error}") from error
 
 
 def _check_args(args: Any, names: Sequence[str]) -> dict[str, Any]:

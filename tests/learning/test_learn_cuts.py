@@ -30,7 +30,7 @@ from cl_fast.errors import CheckpointError
 from cl_fast.integrations.keeping import KeepMixin
 from cl_fast.learning import Report, learn
 from cl_fast.learning.ledger import Ledger, content_hash
-from cl_fast.training import Keep, Task
+from cl_fast.training import Keep, LoraTasks, Orthogonal, Replay, Task
 
 
 def run(out: Path, keep: Keep | None = None, **given: Any) -> Report:
@@ -180,4 +180,27 @@ def test_a_trainer_takes_up_the_checkpoint_that_it_is_given(tmp_path: Path) -> N
 def test_adapters_come_with_the_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="peft_config would make new adapters in each trainer"):
         run(tmp_path / "run", peft_config=LoraConfig(r=2))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("train", "name", "keep", "words"),
+    [
+        (
+            [{**row, "n": 1} for row in rows(1)],
+            "b",
+            Replay(0.25),
+            r"tasks\['b'\] with Replay: .*'n'",
+        ),
+        (rows(1), "b", Replay(0.25, old={"o": [{"text": ""}]}), "'a'.* only 'o' has .'text'"),
+        (rows(1), "b.c", LoraTasks(), "'b.c': LoraTasks calls an adapter like the task"),
+        (rows(1), "b.c", Orthogonal(past="keep"), "'b.c': Orthogonal calls an adapter"),
+    ],
+)
+def test_what_would_fail_at_the_second_task_fails_before_the_first(
+    train: Any, name: str, keep: Keep, words: str, tmp_path: Path
+) -> None:
+    data = {"a": (rows(0), rows(0)), name: (train, rows(1))}
+    with pytest.raises(ValueError, match=words):
+        learn(llama(), data, args=arguments(), out=tmp_path / "run", keep=keep)
     assert not (tmp_path / "run").exists()
