@@ -236,7 +236,7 @@ def test_a_compiled_decoder_is_used() -> None:
         (".transformers", ("transformers", "peft", "trl")),
         (".trl", ("transformers", "peft", "trl", "datasets")),
         (".torchtitan", ("transformers", "peft", "trl")),
-        (".keeping", ("peft", "trl")),
+        (".keeping", ("trl", "datasets")),
     ],
 )
 def test_a_host_is_imported_when_it_is_used(module: str, absent: tuple[str, ...]) -> None:
