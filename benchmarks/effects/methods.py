@@ -134,10 +134,10 @@ def found(report: Report) -> Found:
 # --- pieces ------------------------------------------------------------------------------------
 
 
-def lora(rank: int = 4) -> Callable[[Any], Any]:
+def lora(alpha: float = 16.0) -> Callable[[Any], Any]:
     def wrap(model: Any) -> Any:
         torch.manual_seed(0)
-        config = LoraConfig(r=rank, lora_alpha=4 * rank, target_modules="all-linear")
+        config = LoraConfig(r=4, lora_alpha=alpha, target_modules="all-linear")
         return get_peft_model(model, config)
 
     return wrap
@@ -281,7 +281,7 @@ METHODS: list[Method] = [
         "projection off weights (OSF)",
         lambda toy, model: remembered(toy, model, protect="weights", others="train"),
     ),
-    Method("one LoRA, sequential", wrap=lora(), rate=LORA),
+    Method("one LoRA, sequential", wrap=lora(8.0), rate=LORA),
     Method(
         "new LoRA per task, folded",
         lambda toy, model: [Orthogonal("squared", weight=0.0)],

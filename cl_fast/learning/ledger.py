@@ -28,7 +28,7 @@ from cl_fast.errors import CheckpointError, OutputError
 __all__ = ["Ledger", "content_hash", "digests", "load_tensors", "named", "save_tensors"]
 
 FORMAT, VERSION = "cl_fast.stream", 1
-_LOOKED_AT = 64
+_LOOKED_AT = 512
 
 
 class Ledger:
@@ -86,9 +86,12 @@ class Ledger:
         for key in dict.fromkeys([*self.identity, *saved]):
             mine, theirs = self.identity.get(key), saved.get(key)
             if mine != theirs:
+                hint = ""
+                if key == "model":
+                    hint = " (learn trains in place: a model that was trained is another one)"
                 raise CheckpointError(
                     f"{self.out} holds a run with another {key}: {_short(theirs)} there, "
-                    f"{_short(mine)} now. Give what it was given, or choose another folder"
+                    f"{_short(mine)} now{hint}. Give what it was given, or choose another folder"
                 )
         return True
 
@@ -136,7 +139,7 @@ def _plain(value: Any) -> Any:
 
 
 def content_hash(dataset: Any, *, every: bool = False) -> str:
-    """Of the length of a dataset and of up to 64 examples, evenly spaced, or of every one."""
+    """Of the length of a dataset and of up to 512 examples, evenly spaced, or of every one."""
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         return f"a {type(dataset).__name__}"
     digest = blake2b(digest_size=12)
@@ -165,6 +168,9 @@ def _parts(value: Any) -> Iterable[bytes]:
         yield np.ascontiguousarray(array).tobytes()
     elif isinstance(value, list | tuple):
         yield f"{len(value)} of".encode()
+        if value and all(type(one) is int for one in value):  # token ids
+            yield np.array(value, dtype=np.int64).tobytes()
+            return
         for one in value:
             yield from _parts(one)
     elif isinstance(value, str | int | float | bool | bytes | type(None)):

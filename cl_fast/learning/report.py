@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -189,9 +190,8 @@ class Report:
 
         head, rows = self.table()
         values = [[math.nan if x == "-" else float(x) for x in row[1:]] for row in rows]
-        figure = Figure(
-            figsize=(1.6 + 0.8 * len(head), 1.4 + 0.5 * len(rows)), layout="constrained"
-        )
+        width = max(5.0, 1.6 + 0.8 * len(head))
+        figure = Figure(figsize=(width, 1.8 + 0.5 * len(rows)), layout="constrained")
         axes = figure.subplots()
         finite = [x for row in values for x in row if math.isfinite(x)]
         low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
@@ -207,7 +207,8 @@ class Report:
             axes.axhline(0.5, color="white", linewidth=3)  # before the training | after tasks
         if self.probes:
             axes.axvline(len(self.matrix.tasks) - 0.5, color="white", linewidth=3)
-        axes.set_title(", ".join(f"{k} {_text(v)}" for k, v in self.summary().items()), fontsize=9)
+        told = ", ".join(f"{k} {_text(v)}" for k, v in self.summary().items())
+        axes.set_title(textwrap.fill(told, int(11 * width)), fontsize=9)
         figure.colorbar(image, label=self.metric)
         figure.savefig(Path(path), dpi=150)
 

@@ -46,6 +46,7 @@ from cl_fast.learning.ledger import (
 )
 from cl_fast.learning.merges import Merge, check_merge, merge_tasks
 from cl_fast.learning.report import Report
+from cl_fast.models.bases import adapters_off
 from cl_fast.models.heads import Evaluating, unwrap
 from cl_fast.training.adapters import AdapterPerTask
 from cl_fast.training.keeping import Keep, Task
@@ -281,6 +282,9 @@ class _Stream:
 
     def _take_up(self, done: int) -> None:
         """The model and the keeps as they were after `done` tasks."""
+        base = self.ledger.out / "base.safetensors"
+        if self.merge is not None and not base.exists() and self._first_args().process_index == 0:
+            save_tensors(unwrap(self.model).state_dict(), base)  # it ran without a merge before
         past = [self._task(i) for i in range(done)]
         for one in self.keeps:
             one.restore(unwrap(self.model), past)
@@ -478,6 +482,9 @@ class _Stream:
 
     def _finish(self) -> Report:
         last = len(self.names) - 1
+        if self._sharded() and self.make is not None:
+            self.model = self.make()
+            self._take_up(len(self.names))
         host = self._trainer(last, self.model, trains=False)
         host.save_model(str(self.ledger.out / "model"))
         if self.merge is not None:
@@ -488,6 +495,8 @@ class _Stream:
             if not drawn:
                 warnings.warn("matplotlib is not installed: report.png is left out", stacklevel=3)
             report.save(self.ledger.out, picture=drawn)
+            for index in range(len(self.names)):  # made anew by trainers that only evaluated
+                shutil.rmtree(self._folder(index) / "checkpoints", ignore_errors=True)
         host.accelerator.wait_for_everyone()
         return report
 
@@ -520,7 +529,7 @@ class _Stream:
             return inner, start, self._after_each("state.safetensors", start)
         inner.load_state_dict(start, strict=False)
         self._unpatch(inner)
-        with inner.disable_adapter():
+        with adapters_off(inner):
             model = copy.deepcopy(inner).unload()
         base = {n: x.clone() for n, x in model.state_dict().items()}
         return model, base, self._after_each("merged.safetensors", base)
@@ -528,7 +537,13 @@ class _Stream:
     def _after_each(self, file: str, base: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         found = {}
         for i, name in enumerate(self.names):
-            found[name] = {**base, **load_tensors(self._folder(i) / file)}
+            path = self._folder(i) / file
+            if file == "merged.safetensors" and not path.exists():
+                raise CheckpointError(
+                    f"{path} does not exist: {name!r} was trained without merge=, and then "
+                    "adapters are not multiplied out. Train into another folder, with merge="
+                )
+            found[name] = {**base, **load_tensors(path)}
         return found
 
 

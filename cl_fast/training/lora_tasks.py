@@ -115,6 +115,8 @@ class LoraTasks(Keep):
         for task in past:
             if task.name not in known_adapters(model):
                 self._add(model, task.name)
+        if past:
+            activate(model, past[-1].name, trains=False)
 
     def _add(self, model: nn.Module, name: str) -> None:
         if self._template is None:

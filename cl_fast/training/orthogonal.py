@@ -137,6 +137,8 @@ class Orthogonal(Keep):
             for task in past[1:]:
                 if task.name not in _configs(model):
                     add_lora(model, task.name, first, self.seed)
+            names = [first, *(task.name for task in past[1:])]
+            activate(model, names[-1], beside=names[:-1], trains=False)
 
     def _bound(self, model: nn.Module, name: str) -> _Running:
         layers = lora_layers(model, name)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from test_learn import (
     Averaged,
     accuracy,
@@ -204,3 +204,50 @@ def test_what_would_fail_at_the_second_task_fails_before_the_first(
     with pytest.raises(ValueError, match=words):
         learn(llama(), data, args=arguments(), out=tmp_path / "run", keep=keep)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("keep", [LoraTasks, lambda: Orthogonal(past="keep")])
+def test_after_a_resume_the_adapters_of_the_last_task_answer(
+    keep: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def adapted() -> Any:
+        torch.manual_seed(0)
+        return get_peft_model(llama(), LoraConfig(r=2, target_modules="all-linear"))
+
+    common: dict[str, Any] = {"args": arguments(learning_rate=0.1, max_steps=2)}
+    expected = learn(adapted(), tasks("a", "b"), out=tmp_path / "straight", keep=keep(), **common)
+    write = Ledger.write
+
+    def dying(ledger: Ledger) -> None:
+        write(ledger)
+        if ledger.trained == ["a"] and "a" not in ledger.scores:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Ledger, "write", dying)
+    with pytest.raises(KeyboardInterrupt):
+        learn(adapted(), tasks("a", "b"), out=tmp_path / "cut", keep=keep(), **common)
+    monkeypatch.undo()
+    found = learn(adapted(), tasks("a", "b"), out=tmp_path / "cut", keep=keep(), **common)
+    assert found.matrix.rows == expected.matrix.rows
+    again = learn(adapted(), tasks("a", "b"), out=tmp_path / "cut", keep=keep(), **common)
+    ids = torch.arange(3, 12)[None]
+    answers = [r.model.eval()(ids).logits for r in (expected, found, again)]  # type: ignore[union-attr]
+    assert torch.equal(answers[0], answers[1])
+    assert torch.equal(answers[0], answers[2])
+
+
+def test_a_merge_may_be_asked_for_afterwards(tmp_path: Path) -> None:
+    common: dict[str, Any] = {"args": arguments(max_steps=2)}
+    merging: dict[str, Any] = {"merge": "ties", "merge_options": {"density": 0.5}}
+    expected = learn(llama(), tasks("a", "b"), out=tmp_path / "one", **merging, **common)
+    learn(llama(), tasks("a", "b"), out=tmp_path / "two", **common)
+    found = learn(llama(), tasks("a", "b"), out=tmp_path / "two", **merging, **common)
+    assert found.merged == expected.merged
+    assert not list((tmp_path / "two").glob("tasks/*/checkpoints"))
+
+    adapted = get_peft_model(llama(), LoraConfig(r=2, target_modules="all-linear"))
+    first = {name: x.clone() for name, x in adapted.state_dict().items()}
+    learn(adapted, tasks("a"), out=tmp_path / "three", **common)
+    adapted.load_state_dict(first)
+    with pytest.raises(CheckpointError, match="'a' was trained without merge="):
+        learn(adapted, tasks("a"), out=tmp_path / "three", merge="linear", **common)
