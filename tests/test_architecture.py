@@ -34,6 +34,7 @@ FLOORS = {
     "cl_fast.ops.streams": 0,
     "cl_fast._native": -1,
     "cl_fast.triton_kernels": -1,
+    "cl_fast.documents": -1,
     "cl_fast.errors": -1,
     "cl_fast._version": -1,
 }

@@ -21,7 +21,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -32,9 +31,9 @@ from pydantic import (
     model_validator,
 )
 
+from cl_fast.documents import key_path, kind_of, parse_document, read_document
 from cl_fast.errors import RecipeError
 from cl_fast.merging.methods import suggest
-from cl_fast.merging.recipe import _key_path, _kind, _Loader, _yaml_words
 
 __all__ = [
     "CONTROLLED",
@@ -389,7 +388,7 @@ def _schedule(value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping) or len(value) != 1:
         raise RecipeError(
             "schedule: must be a word, or a mapping from it to its options, as "
-            f"{{rewarm: {{warmup: 0.01}}}}; got {_kind(value)}"
+            f"{{rewarm: {{warmup: 0.01}}}}; got {kind_of(value)}"
         )
     ((word, options),) = value.items()
     known = (*_OWN_SCHEDULES, *_HF_SCHEDULES)
@@ -400,7 +399,7 @@ def _schedule(value: Any) -> dict[str, Any]:
         )
     options = {} if options is None else options
     if not isinstance(options, Mapping):
-        raise RecipeError(f"schedule.{word}: must be a mapping of options; got {_kind(options)}")
+        raise RecipeError(f"schedule.{word}: must be a mapping of options; got {kind_of(options)}")
     defaults = _OWN_SCHEDULES.get(word)
     if defaults is None:
         return {"type": word, "options": _hf_options(word, dict(options))}
@@ -416,7 +415,7 @@ def _schedule(value: Any) -> dict[str, Any]:
                 raise RecipeError(f"{where}: must be {' or '.join(_CHOICES[key])}; got {option!r}")
         elif key == "skip_zero":
             if not isinstance(option, bool):
-                raise RecipeError(f"{where}: must be true or false; got {_kind(option)}")
+                raise RecipeError(f"{where}: must be true or false; got {kind_of(option)}")
         else:
             _check_span(option, where)
     return {"type": word, "options": {**defaults, **options}}
@@ -460,7 +459,7 @@ def _keep(one: Any, where: str) -> dict[str, dict[str, Any]]:
             f"{', '.join(KEEPS)}"
         )
     if options is not None and not isinstance(options, Mapping):
-        raise RecipeError(f"{where}.{word}: must be a mapping of options; got {_kind(options)}")
+        raise RecipeError(f"{where}.{word}: must be a mapping of options; got {kind_of(options)}")
     return {word: dict(options or {})}
 
 
@@ -476,17 +475,7 @@ def load_plan(path: str | Path) -> Plan:
         RecipeError: the file cannot be read, is not YAML, or a key in it is wrong.
     """
     file = Path(path)
-    try:
-        if file.is_dir():
-            raise RecipeError(f"{file}: is a folder; name the plan in it")
-        if file.stat().st_size > _MAX_BYTES:
-            raise RecipeError(f"{file}: {file.stat().st_size} bytes; not a plan")
-        text = file.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise RecipeError(f"{file}: cannot be read ({error.strerror or error})") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{file}: not UTF-8 text ({error.reason} at {error.start})") from None
-    return parse_plan(text, source=file)
+    return parse_plan(read_document(file, "plan", _MAX_BYTES), source=file)
 
 
 def parse_plan(content: str | Mapping[str, Any], *, source: Path | None = None) -> Plan:
@@ -496,15 +485,10 @@ def parse_plan(content: str | Mapping[str, Any], *, source: Path | None = None) 
         RecipeError: what is wrong, beginning with `source` (if given) and the key's path.
     """
     prefix = f"{source}: " if source is not None else ""
-    data: Any = content
-    if isinstance(content, str):
-        try:
-            data = yaml.load(content, Loader=_Loader)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise RecipeError(f"{prefix}not valid YAML: {_yaml_words(error)}") from None
+    data: Any = parse_document(content, prefix) if isinstance(content, str) else content
     if not isinstance(data, Mapping):
         raise RecipeError(
-            f"{prefix}a plan is a mapping with 'model' and 'stages'; got {_kind(data)}"
+            f"{prefix}a plan is a mapping with 'model' and 'stages'; got {kind_of(data)}"
         )
     try:
         plan = Plan.model_validate(dict(data))
@@ -542,10 +526,10 @@ def _raise(error: ValidationError, prefix: str) -> NoReturn:
     # A misspelt key is both unknown and missing; "unknown" can say what was meant.
     first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
     location = tuple(x for x in first["loc"] if not _of_union(x))
-    where = _key_path(location)
+    where = key_path(location) or "plan"
     cause = (first.get("ctx") or {}).get("error")
     if isinstance(cause, RecipeError):
-        inside = f"{_key_path(location[:2])}." if location[:1] == ("stages",) else ""
+        inside = f"{key_path(location[:2])}." if location[:1] == ("stages",) else ""
         raise RecipeError(f"{prefix}{inside}{cause}") from None
     kind, value = first["type"], first.get("input")
     if kind == "extra_forbidden":
@@ -557,7 +541,7 @@ def _raise(error: ValidationError, prefix: str) -> NoReturn:
     if kind == "missing":
         raise RecipeError(f"{prefix}{where}: is required") from None
     words = _WORDS.get(kind, str(first["msg"]).lower().replace("input should", "must"))
-    raise RecipeError(f"{prefix}{where}: {words}; got {_kind(value)}") from None
+    raise RecipeError(f"{prefix}{where}: {words}; got {kind_of(value)}") from None
 
 
 def _of_union(part: int | str) -> bool:

@@ -20,8 +20,7 @@ from __future__ import annotations
 
 import math
 import os
-import re
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -39,6 +38,7 @@ from pydantic import (
     model_validator,
 )
 
+from cl_fast.documents import key_path, kind_of, parse_document, read_document
 from cl_fast.errors import RecipeError
 from cl_fast.merging.methods import (
     CHOICES,
@@ -168,7 +168,7 @@ class Recipe(BaseModel):
                 self._settings[name] = _setting(name, value, key)
             elif name == "int8_mask":
                 if not isinstance(value, bool):
-                    raise RecipeError(f"{key}: must be true or false; got {_kind(value)}")
+                    raise RecipeError(f"{key}: must be true or false; got {kind_of(value)}")
             else:
                 words[name] = value
         self._policy = make_policy(method, words)
@@ -449,7 +449,7 @@ def _parse_filter(item: Mapping[Any, Any], key: str, depth: int) -> _Filter:
         raise RecipeError(f"{key}: has no 'value'")
     text = item.get("filter")
     if text is not None and not isinstance(text, str):
-        raise RecipeError(f"{key}.filter: must be a part of tensor names; got {_kind(text)}")
+        raise RecipeError(f"{key}.filter: must be a part of tensor names; got {kind_of(text)}")
     if text == "":
         raise RecipeError(f"{key}.filter: is empty; leave it out for the default")
     if text == "*":
@@ -459,7 +459,7 @@ def _parse_filter(item: Mapping[Any, Any], key: str, depth: int) -> _Filter:
 
 def _scalar(value: Any, key: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RecipeError(f"{key}: must be {_WANTED}; got {_kind(value)}")
+        raise RecipeError(f"{key}: must be {_WANTED}; got {kind_of(value)}")
     try:
         number = float(value)
     except OverflowError:
@@ -471,7 +471,7 @@ def _scalar(value: Any, key: str) -> float:
 
 def _tokenizer_block(block: Any) -> str:
     if not isinstance(block, Mapping):
-        raise RecipeError(f"tokenizer: must be a mapping with 'source'; got {_kind(block)}")
+        raise RecipeError(f"tokenizer: must be a mapping with 'source'; got {kind_of(block)}")
     for key in block:
         if key in ("tokens", "pad_to_multiple_of"):
             raise RecipeError(
@@ -484,7 +484,7 @@ def _tokenizer_block(block: Any) -> str:
     source = block.get("source")
     if not isinstance(source, str):
         raise RecipeError(
-            f"tokenizer.source: must be 'base' or a model reference; got {_kind(source)}"
+            f"tokenizer.source: must be 'base' or a model reference; got {kind_of(source)}"
         )
     return source
 
@@ -520,30 +520,6 @@ def _same(left: str, right: str) -> bool:
         return False
 
 
-def _construct_mapping(loader: Any, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag.endswith(":merge"):
-                continue
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key_node.value!r} appears twice", key_node.start_mark
-                )
-            seen.add(key_node.value)
-    mapping: dict[Hashable, Any] = yaml.SafeLoader.construct_mapping(loader, node, deep)
-    return mapping
-
-
-#: Safe YAML without two traps: a duplicate key is an error, and ``1e-3`` is a number.
-_Loader: Any = type("_Loader", (yaml.SafeLoader,), {"construct_mapping": _construct_mapping})
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
 def load_recipe(path: str | Path) -> Recipe:
     """Read and check a recipe file.
 
@@ -551,17 +527,7 @@ def load_recipe(path: str | Path) -> Recipe:
         RecipeError: the file cannot be read, is not YAML, or anything in it is wrong.
     """
     file = Path(path)
-    try:
-        if file.is_dir():
-            raise RecipeError(f"{file}: is a folder; name the recipe file in it")
-        if file.stat().st_size > _MAX_RECIPE_BYTES:
-            raise RecipeError(f"{file}: {file.stat().st_size} bytes; not a recipe")
-        text = file.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise RecipeError(f"{file}: cannot be read ({error.strerror or error})") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{file}: not UTF-8 text ({error.reason} at {error.start})") from None
-    return parse_recipe(text, source=file)
+    return parse_recipe(read_document(file, "recipe", _MAX_RECIPE_BYTES), source=file)
 
 
 def parse_recipe(content: str | Mapping[str, Any], *, source: Path | None = None) -> Recipe:
@@ -571,17 +537,11 @@ def parse_recipe(content: str | Mapping[str, Any], *, source: Path | None = None
         RecipeError: what is wrong, beginning with ``source`` (if given) and the key's path.
     """
     prefix = f"{source}: " if source is not None else ""
-    text: str | None = None
-    data: Any = content
-    if isinstance(content, str):
-        text = content
-        try:
-            data = yaml.load(content, Loader=_Loader)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise RecipeError(f"{prefix}not valid YAML: {_yaml_words(error)}") from None
+    text = content if isinstance(content, str) else None
+    data: Any = content if text is None else parse_document(text, prefix)
     if not isinstance(data, Mapping):
         raise RecipeError(
-            f"{prefix}a recipe is a mapping with 'merge_method' and 'models'; got {_kind(data)}"
+            f"{prefix}a recipe is a mapping with 'merge_method' and 'models'; got {kind_of(data)}"
         )
     try:
         recipe = Recipe.model_validate(dict(data))
@@ -590,13 +550,6 @@ def parse_recipe(content: str | Mapping[str, Any], *, source: Path | None = None
     recipe._source = source
     recipe._text = text
     return recipe
-
-
-def _yaml_words(error: Exception) -> str:
-    problem = getattr(error, "problem", None)
-    mark = getattr(error, "problem_mark", None)
-    words = problem or str(error).splitlines()[0] if str(error) else type(error).__name__
-    return f"{words} (line {mark.line + 1}, column {mark.column + 1})" if mark else str(words)
 
 
 _TYPE_WORDS = {
@@ -620,7 +573,7 @@ def _raise(error: ValidationError, prefix: str) -> NoReturn:
     cause = (first.get("ctx") or {}).get("error")
     if isinstance(cause, RecipeError):
         raise RecipeError(f"{prefix}{cause}") from None
-    where = _key_path(first["loc"])
+    where = key_path(first["loc"]) or "recipe"
     kind, value = first["type"], first.get("input")
     if kind == "extra_forbidden":
         last = first["loc"][-1]
@@ -634,7 +587,7 @@ def _raise(error: ValidationError, prefix: str) -> NoReturn:
             hint += " (under 'parameters')"
         raise RecipeError(f"{prefix}{where}: unknown key{hint}") from None
     if kind == "invalid_key" or first["loc"][-1:] == ("[key]",):
-        raise RecipeError(f"{prefix}{where}: a key must be text; got {_kind(value)}") from None
+        raise RecipeError(f"{prefix}{where}: a key must be text; got {kind_of(value)}") from None
     if kind == "missing":
         raise RecipeError(f"{prefix}{where}: is required") from None
     if where.endswith(".model") and isinstance(value, Mapping):
@@ -643,31 +596,5 @@ def _raise(error: ValidationError, prefix: str) -> NoReturn:
             "override_architecture are not supported by this version"
         ) from None
     words = _TYPE_WORDS.get(kind, str(first["msg"]))
-    got = value if isinstance(value, int | float) else _kind(value)
+    got = value if isinstance(value, int | float) else kind_of(value)
     raise RecipeError(f"{prefix}{where}: {words}; got {got}") from None
-
-
-def _key_path(location: tuple[int | str, ...]) -> str:
-    path = ""
-    for part in location:
-        if isinstance(part, int):
-            path += f"[{part}]"
-        elif part != "[key]":
-            path += f".{part}" if path else str(part)
-    return path or "recipe"
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, Mapping):
-        return "a mapping"
-    if isinstance(value, list | tuple):
-        return "a list"
-    if isinstance(value, str):
-        return f"the text {value if len(value) <= 60 else value[:57] + '...'!r}"
-    if isinstance(value, int | float):
-        return f"the number {value}"
-    return f"a {type(value).__name__}"
