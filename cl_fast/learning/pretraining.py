@@ -44,7 +44,7 @@ from transformers.utils import logging
 from cl_fast.errors import CheckpointError, OutputError, RecipeError
 from cl_fast.learning.plan import KEEPS, Plan, Stage, flat, span
 from cl_fast.learning.report import Report
-from cl_fast.learning.stream import _FREE, learn
+from cl_fast.learning.stream import FREE, learn
 from cl_fast.learning.texts import (
     Blocks,
     Count,
@@ -66,7 +66,7 @@ from cl_fast.training.schedules import Infinite, InfiniteLR, Rewarm, ScheduleLR
 __all__ = ["Job", "Lengths", "loss_table"]
 
 #: Keys that say where a run is and what it shows, not what it computes.
-_MAY_DIFFER = {"output", "save_every", *(f"training.{name}" for name in _FREE)}
+_MAY_DIFFER = {"output", "save_every", *(f"training.{name}" for name in FREE)}
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ Score: TypeAlias = Callable[[nn.Module, Any, str], float]
 Schedule: TypeAlias = Callable[[torch.optim.Optimizer, int, Task], Any]
 
 # Of TrainingArguments: where a run is, and what it shows; nothing of what it computes.
-_FREE = (
+FREE = (
     "output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "log_level",
     "log_level_replica", "logging_strategy", "logging_steps", "logging_first_step",
     "save_total_limit", "save_steps", "save_strategy", "eval_on_start", "push_to_hub", "hub_token",
@@ -229,7 +229,7 @@ class _Stream:
         for name, args in self.args.items():
             prefix = "args" if len(set(map(id, self.args.values()))) == 1 else f"args.{name}"
             for key, value in args.to_dict().items():
-                if key not in _FREE:
+                if key not in FREE:
                     identity[f"{prefix}.{key}"] = value
             identity[f"{prefix}.world_size"] = args.world_size
         for i, one in enumerate(self.keeps):
