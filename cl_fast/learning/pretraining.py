@@ -6,7 +6,8 @@
 
 The folder of a run:
 
-    plan.json    the plan that the run was begun with; a resumed run must have an equal one
+    plan.json    the plan that the run was begun with; a resumed run must have an equal one, unless
+                 nothing was scored or trained yet
     tokens/      the packed texts (`cl_fast.learning.texts`)
     run/         what `learn` keeps: report.json, report.md, report.png, the state after each stage
     model/       the final model and its tokenizer, for from_pretrained
@@ -296,6 +297,8 @@ class Job:
     def _check_output(self) -> None:
         saved = self.out / "plan.json"
         if saved.is_file():
+            if not self._begun():
+                return  # nothing is lost by another plan
             try:
                 theirs = json.loads(saved.read_text())
             except ValueError as error:
@@ -316,6 +319,16 @@ class Job:
                     f"output: {self.out} is not empty ({strange[0]}) and holds no run of "
                     "cl-fast train; choose another folder"
                 )
+
+    def _begun(self) -> bool:
+        """Whether the folder has scores or a trained stage."""
+        try:
+            content = json.loads((self.out / "run" / "stream.json").read_text())
+            return bool(content["trained"] or content["scores"])
+        except FileNotFoundError:
+            return False
+        except (KeyError, TypeError, ValueError):
+            return True  # `learn` will tell what is wrong with it
 
     # --- lengths -------------------------------------------------------------------------------
 

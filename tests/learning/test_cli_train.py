@@ -209,6 +209,30 @@ def test_a_plan_that_has_changed_is_refused(done: tuple[Path, str], root: Path) 
     Job(parse_plan(content(root, **free)), out)
 
 
+def test_a_mistake_before_training_locks_nothing(root: Path, tmp_path: Path) -> None:
+    """Neither in the texts nor in the model: the corrected plan takes the folder over."""
+    stage = {"name": "a", "texts": [str(root / "a.txt")], "steps": 3}
+    changes: dict[str, Any] = {"stages": [stage], "probes": {}, "old_texts": [], "replay": 0}
+    out = tmp_path / "out"
+    wrong = parse_plan(content(root, **changes, documents="file"))
+    with pytest.raises(RecipeError, match="held_out takes whole documents"):
+        Job(wrong, out, quiet=True).run()
+    assert (out / "plan.json").is_file()
+    right = parse_plan(content(root, **changes))
+    (out / "run").mkdir()
+    nothing: dict[str, Any] = {"trained": [], "scores": {}}
+    (out / "run" / "stream.json").write_text(json.dumps(nothing))
+    Job(right, out, quiet=True)
+    (out / "run" / "stream.json").write_text(json.dumps({**nothing, "scores": {"before": {}}}))
+    with pytest.raises(CheckpointError, match="another documents: 'file' there, 'line' now"):
+        Job(right, out, quiet=True)
+    (out / "run" / "stream.json").unlink()
+    Job(right, out, quiet=True).run()
+    assert json.loads((out / "plan.json").read_text())["documents"] == "line"
+    with pytest.raises(CheckpointError, match="another documents: 'line' there, 'file' now"):
+        Job(wrong, out, quiet=True)
+
+
 def test_texts_that_have_changed_are_refused(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
