@@ -313,17 +313,30 @@ def test_two_processes_learn_what_one_does(root: Path, tmp_path: Path) -> None:
         assert (two[name] - weight).norm() < 1e-3 * moved
 
 
-def test_a_model_that_was_evaluated_is_wrapped_again(root: Path, tmp_path: Path) -> None:
-    """The mark that accelerate leaves would keep DDP away from it."""
-    model = llama()
-    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", bf16=True)
-    before = model.forward
-    host = pretraining.BlockTrainer(model=model, args=args)
-    host.accelerator.prepare_model(model, evaluation_mode=True)
-    assert model._is_accelerate_prepared
-    pretraining.BlockTrainer(model=model, args=args)
-    assert not hasattr(model, "_is_accelerate_prepared")
-    assert model.forward == before
+def test_a_model_that_was_evaluated_is_wrapped_again(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mark that accelerate leaves when it evaluates would keep DDP away from the model."""
+    seen: list[bool] = []
+    train, evaluate = pretraining.BlockTrainer.train, pretraining.BlockTrainer.evaluate
+
+    def watched(of: Any) -> Any:
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if of is train:
+                seen.append(hasattr(self.model, "_is_accelerate_prepared"))
+            done = of(self, *args, **kwargs)
+            if of is evaluate:
+                seen.append(hasattr(self.model, "_is_accelerate_prepared"))
+            return done
+
+        return method
+
+    monkeypatch.setattr(pretraining.BlockTrainer, "train", watched(train))
+    monkeypatch.setattr(pretraining.BlockTrainer, "evaluate", watched(evaluate))
+    stage = {"name": "a", "texts": [str(root / "a.txt")], "steps": 3}
+    changes: dict[str, Any] = {"stages": [stage], "probes": {}, "old_texts": [], "replay": 0}
+    Job(parse_plan(content(root, **changes)), tmp_path / "out", quiet=True).run()
+    assert seen[:2] == [True, False]  # the scores before, and then the training
 
 
 # --- the example -------------------------------------------------------------------------------
@@ -387,6 +400,39 @@ def test_order_and_replay_are_exact(root: Path, tmp_path: Path) -> None:
     assert new[:count] != sorted(new[:count])
     first = job._mixture(0, blocks, old, 7)
     assert [first.source(i)[0] for i in range(7)].count("old_texts") == 2
+
+
+def test_a_model_with_folded_adapters_is_left_whole(root: Path, tmp_path: Path) -> None:
+    """O-LoRA folds what was learned into the base: an adapter alone would answer like the base."""
+    plan = parse_plan(
+        content(
+            root,
+            peft={"r": 2, "targets": ["q_proj", "v_proj"]},
+            keep=["orthogonal"],
+            stages=[{"name": n, "texts": str(root / f"{n}.txt"), "steps": 3} for n in "ab"],
+            probes={},
+        )
+    )
+    report = Job(plan, tmp_path / "out", quiet=True).run()
+    again = Job(plan, tmp_path / "out", quiet=True).run()  # and once more, with nothing to train
+    assert not (tmp_path / "out" / "model" / "adapter_config.json").exists()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").eval()
+    ids = torch.arange(3, 19)[None]
+    with torch.no_grad():
+        base = AutoModelForCausalLM.from_pretrained(root / "base").eval()(input_ids=ids).logits
+        logits = model(input_ids=ids).logits
+        for of in (report, again):
+            assert of.model is not None
+            expected = of.model.eval()(input_ids=ids).logits
+            torch.testing.assert_close(logits, expected, rtol=1e-6, atol=1e-6)
+    assert (logits - base).abs().max() > 1e-3
+    made = AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
+    held = [d for n, d in enumerate((root / "b.txt").read_text().splitlines()) if n % 5 == 4]
+    row = [i for d in held for i in [*made(d)["input_ids"], made.eos_token_id]]
+    blocks = torch.tensor(row[: len(row) // 16 * 16]).view(-1, 16)
+    with torch.no_grad():
+        loss = model(input_ids=blocks, labels=blocks).loss
+    assert -report.matrix.rows[-1][1] == pytest.approx(float(loss), abs=1e-5)
 
 
 # --- what is refused ---------------------------------------------------------------------------
