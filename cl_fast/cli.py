@@ -32,6 +32,7 @@ _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", 1):
     _UNITS |= {_letter: 1000**_power, f"{_letter}B": 1000**_power, f"{_letter}IB": 1024**_power}
 
+_DESCRIPTION = "Merge language models at memory speed, and train on without forgetting."
 _EPILOG = (
     "docs: docs/engine.md (how a merge runs), docs/merge-recipes.md (recipes and methods), "
     "docs/train-plan.md (plans of train)"
@@ -85,9 +86,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="cl-fast", description="Merge language models at memory speed.", epilog=_EPILOG
-    )
+    parser = argparse.ArgumentParser(prog="cl-fast", description=_DESCRIPTION, epilog=_EPILOG)
     parser.add_argument("--version", action="version", version=f"cl-fast {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
@@ -408,14 +407,18 @@ def _train(arguments: argparse.Namespace) -> int:
         from cl_fast.learning.pretraining import Job
     except ImportError as error:
         raise ClFastError(
-            f"cl-fast train needs {error.name}: pip install 'cl_fast[hosts]'"
+            f"cl-fast train needs {error.name}: pip install '.[train]' in a checkout of cl_fast"
         ) from error
     job = Job(plan, arguments.out, quiet=arguments.quiet)
     if arguments.dry_run:
         for line in job.describe(job.estimate()):
             print(line)
     else:
-        job.run()
+        try:
+            job.run()
+        except KeyboardInterrupt as error:
+            error.add_note("the same command goes on, from the last checkpoint if there is one")
+            raise
     return 0
 
 

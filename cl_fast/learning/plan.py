@@ -311,8 +311,6 @@ class Plan(_Learning):
                 seen[name] = f"the name of {key} already"
         for i, stage in enumerate(self.stages):
             _check_stage(self, stage, i)
-        if self.old_texts and not any(s.replay and s.replay.ratio for s in self.stages):
-            raise RecipeError("old_texts: no stage replays; set replay, or remove old_texts")
         return self
 
 
@@ -512,6 +510,11 @@ _WORDS = {
     "too_short": "must not be empty",
     "string_pattern_mismatch": "must be of letters, digits, '.', '_' and '-'",
 }
+#: Of blocks that may be written as a number.
+_SHORT: dict[int | str, str] = {
+    "learning_rate": "must be a number like 3e-4, or a mapping with peak",
+    "replay": "must be a ratio like 0.05, or a mapping with ratio",
+}
 _BLOCKS: dict[str, type[BaseModel]] = {
     "learning_rate": LearningRate,
     "replay": Replay,
@@ -540,7 +543,8 @@ def _raise(error: ValidationError, prefix: str) -> NoReturn:
         ) from None
     if kind == "missing":
         raise RecipeError(f"{prefix}{where}: is required") from None
-    words = _WORDS.get(kind, str(first["msg"]).lower().replace("input should", "must"))
+    short = _SHORT.get(location[-1]) if kind.startswith("model_") and location else None
+    words = short or _WORDS.get(kind, str(first["msg"]).lower().replace("input should", "must"))
     raise RecipeError(f"{prefix}{where}: {words}; got {kind_of(value)}") from None
 
 

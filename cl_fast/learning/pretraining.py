@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -56,6 +57,7 @@ from cl_fast.learning.texts import (
     find_files,
     pack,
     stacked,
+    too_short,
 )
 from cl_fast.merging.methods import suggest
 from cl_fast.merging.plan import bytes_text
@@ -134,6 +136,9 @@ class Job:
                 "device; leave it out and merge the adapter afterwards"
             )
         self._check_output()
+        if self.old and not any(s.replay and s.replay.ratio for s in plan.stages):
+            # The last, since one may have switched replay off to see what it does.
+            raise RecipeError("old_texts: no stage replays; set replay, or remove old_texts")
 
     # --- checks --------------------------------------------------------------------------------
 
@@ -144,13 +149,17 @@ class Job:
         for i, one in enumerate(self.plan.keep):
             ((word, options),) = one.items()
             where = f"keep[{i}].{word}"
-            known = [n for n in inspect.signature(_keep_class(word)).parameters if n != "self"]
+            parameters = inspect.signature(_keep_class(word)).parameters
+            known = [n for n in parameters if n != "self"]
             for name in options:
                 if name not in known:
                     raise RecipeError(
                         f"{where}.{name}: unknown option{suggest(str(name), known)}; known are "
                         f"{', '.join(known)}"
                     )
+            for name in known:
+                if parameters[name].default is inspect.Parameter.empty and name not in options:
+                    raise RecipeError(f"{where}: {name} is required")
             for name in KEEPS[word][1]:
                 if name in options:
                     files = options[name] if isinstance(options[name], list) else [options[name]]
@@ -183,10 +192,9 @@ class Job:
     def _model(self) -> tuple[Any, Any]:
         plan = self.plan
         for key, reference in (("model", plan.model), ("tokenizer", plan.tokenizer)):
-            if reference and reference.startswith((".", "/", "~")):
-                folder = Path(reference).expanduser()
-                if not folder.is_dir():
-                    raise RecipeError(f"{key}: there is no folder {reference}")
+            # Before transformers asks the hub for it, again and again.
+            if reference and _is_path(reference) and not Path(reference).expanduser().is_dir():
+                raise RecipeError(f"{key}: there is no folder {reference}")
         try:
             config = AutoConfig.from_pretrained(_reference(plan.model))
         except (OSError, ValueError) as error:
@@ -363,27 +371,23 @@ class Job:
         found = {}
         for i, stage in enumerate(self.plan.stages):
             part = stage.held_out if isinstance(stage.held_out, float) else 0.0
-            count = self._count(self.texts[stage.name], part)
+            count = self._count(self.texts[stage.name], stage.name, part)
             exact, held = count.exact, count.held_out
             if not part:
-                other = self._count(self.held_out[stage.name])
+                other = self._count(self.held_out[stage.name], _held(stage.name))
                 exact, held = exact and other.exact, other.tokens
             length = self.plan.batch.length
-            tokens, blocks, held = count.tokens, count.tokens // length, held // length
-            for what, has in (("texts", blocks), ("held_out", held)):
-                if not has and exact:
-                    raise RecipeError(
-                        f"stages[{i}].{what}: fewer tokens than one block of {length}: give more "
-                        "text, or shorter blocks (batch.length)"
-                    )
+            for name, tokens in ((stage.name, count.tokens), (_held(stage.name), held)):
+                if exact and tokens < length:
+                    raise RecipeError(f"{name}: {too_short(tokens, length)}")
+            blocks = count.tokens // length
             steps = self._steps(i, max(1, blocks))
-            found[stage.name] = Lengths(
-                tokens, exact, blocks, held, steps, steps * self.step_samples
-            )
+            samples = steps * self.step_samples
+            found[stage.name] = Lengths(count.tokens, exact, blocks, held // length, steps, samples)
         return found
 
-    def _count(self, texts: Texts, held_out: float = 0.0) -> Count:
-        return count_tokens(texts, self.tokenizer, held_out=held_out, bos=self.plan.bos)
+    def _count(self, texts: Texts, name: str, held_out: float = 0.0) -> Count:
+        return count_tokens(texts, self.tokenizer, held_out=held_out, bos=self.plan.bos, name=name)
 
     # --- words ---------------------------------------------------------------------------------
 
@@ -467,11 +471,11 @@ class Job:
         )  # fmt: skip
         length, apart = self.plan.batch.length, self.plan.documents_apart
         found = []
-        for row, which in zip(rows, ("", ", held out"), strict=True):
+        for row, which in zip(rows, (name, _held(name)), strict=True):
             try:
                 found.append(row and Blocks(row, length, documents_apart=apart))
             except ValueError as error:
-                raise RecipeError(f"{name}{which}: {error}") from None
+                raise RecipeError(f"{which}: {error}") from None
         return found[0], found[1]
 
     def _data(self) -> tuple[dict[str, Blocks], dict[str, Blocks], dict[str, Blocks], Any, Any]:
@@ -481,7 +485,7 @@ class Job:
             part = stage.held_out if isinstance(stage.held_out, float) else 0.0
             blocks[stage.name], kept = self._pack(self.texts[stage.name], stage.name, part)
             if kept is None:
-                kept, _ = self._pack(self.held_out[stage.name], f"{stage.name}, held out")
+                kept, _ = self._pack(self.held_out[stage.name], _held(stage.name))
             held[stage.name] = kept
         probes = {name: self._pack(t, f"probes.{name}")[0] for name, t in self.probes.items()}
         old = self._pack(self.old, "old_texts")[0] if self.old else None
@@ -624,6 +628,10 @@ class _Nothing:
         return {"input_ids": torch.zeros(1, dtype=torch.int64)}
 
 
+def _held(name: str) -> str:
+    return f"{name}, held out"
+
+
 def _files(texts: Texts) -> str:
     count = len(texts.files)
     return f"{count} file{'s' if count > 1 else ''}, {bytes_text(texts.size)}"
@@ -652,6 +660,20 @@ def _wait() -> None:
 
 def _reference(name: str) -> str:
     return str(Path(name).expanduser()) if name.startswith("~") else name
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name is one of a folder, and not of a model on the hub, as gpt2 or owner/model."""
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
+        return True
+    owner, slash, _ = name.partition("/")
+    if not slash or not Path(owner).is_dir():
+        return False
+    files = ("config.json", "tokenizer_config.json", "tokenizer.json")
+    try:
+        return not any(isinstance(try_to_load_from_cache(name, file), str) for file in files)
+    except ValueError:
+        return True  # no name that the hub could have
 
 
 def _first(error: BaseException) -> str:

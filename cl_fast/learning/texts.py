@@ -328,17 +328,18 @@ def count_tokens(
     held_out: float = 0.0,
     bos: bool = False,
     sample: int = 16 << 20,
+    name: str = "texts",
 ) -> Count:
     """The tokens that `pack` would give, estimated beyond `sample` bytes of files from the
     beginning of each. Writes nothing.
 
     Raises:
-        RecipeError: as `pack`, of what was read.
+        RecipeError: as `pack`, of what was read; `name` is that of the texts, in messages.
     """
     end_token(tokenizer)
     part, extra = _fraction(held_out), 1 + (begin_token(tokenizer, bos) is not None)
     size, read, number = texts.size, 0, 0
-    exact, counts = size <= sample, [0, 0]
+    exact, counts, documents = size <= sample, [0, 0], [0, 0]
 
     def budget(path: Path) -> float:
         return float("inf") if exact else sample * path.stat().st_size / size
@@ -348,9 +349,13 @@ def count_tokens(
         read += count
 
     for ids, _, last in _tokenized(texts, tokenizer, budget, told):
-        counts[_is_held_out(number, part)] += len(ids) + (extra if last else 0)
+        to = _is_held_out(number, part)
+        counts[to] += len(ids) + (extra if last else 0)
+        documents[to] += last
         number += last
-    if not exact:
+    if exact:
+        _check_documents(documents[: 2 if part else 1], part, name, len(texts.files))
+    else:
         factor = size / max(1, read)
         counts = [int(count * factor) for count in counts]
     return Count(counts[0], counts[1], exact)
@@ -554,7 +559,7 @@ def _write(
                     to.add([ends])
                     to.documents += 1
                     number += 1
-        _check_documents(writers, number, part, name, len(texts.files))
+        _check_documents([w.documents for w in writers], part, name, len(texts.files))
         for writer in writers:
             writer.close()
     except BaseException:
@@ -571,13 +576,12 @@ def _write(
     return {"train": rows[0], "held_out": rows[1] if part else None, "largest": largest}
 
 
-def _check_documents(
-    writers: Sequence[_Writer], number: int, part: Fraction, name: str, files: int
-) -> None:
+def _check_documents(documents: Sequence[int], part: Fraction, name: str, files: int) -> None:
+    number = sum(documents)
     if not number:
         raise RecipeError(f"{name}: there is no text in {files} files")
-    for writer, what in zip(writers, ("the rest", "that"), strict=False):
-        if not writer.documents:
+    for count, what in zip(documents, ("the rest", "that"), strict=False):
+        if not count:
             raise RecipeError(
                 f"{name}: held_out takes whole documents, and {float(part):g} of {number} leave "
                 f"{what} none: name files to hold out, or make documents smaller (documents: "
@@ -586,6 +590,14 @@ def _check_documents(
 
 
 # --- blocks ------------------------------------------------------------------------------------
+
+
+def too_short(tokens: int, length: int) -> str:
+    """What is said of a row that is shorter than a block."""
+    return (
+        f"has {tokens} tokens, fewer than one block of {length}: give more text, or shorter "
+        "blocks (batch.length)"
+    )
 
 
 class Blocks(torch.utils.data.Dataset[Any]):  # type: ignore[misc]
@@ -607,10 +619,7 @@ class Blocks(torch.utils.data.Dataset[Any]):  # type: ignore[misc]
 
     def __init__(self, row: Row, length: int, *, documents_apart: bool = False) -> None:
         if row.tokens < length:
-            raise ValueError(
-                f"has {row.tokens} tokens, fewer than one block of {length}: give more text, or "
-                "shorter blocks (batch.length)"
-            )
+            raise ValueError(too_short(row.tokens, length))
         self.row, self.length, self.documents_apart = row, length, documents_apart
         self.dropped = row.tokens % length
         self._map: NDArray[Any] | None = None

@@ -19,7 +19,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tiny_models import VOCABULARY, WORDS, llama, tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cl_fast.cli import main
 from cl_fast.errors import CheckpointError, RecipeError
@@ -450,6 +450,9 @@ def test_a_model_with_folded_adapters_is_left_whole(root: Path, tmp_path: Path) 
         ({"probes": {"p": "none.txt"}}, RecipeError, r"probes.p\[0\]: there is no file none.txt"),
         ({"keep": [{"anchor": {"wieght": 1}}]}, RecipeError, "wieght: .* did you mean 'weight'"),
         ({"keep": [{"anchor": {"weight": -1.0}}]}, RecipeError, r"keep\[0\].anchor: weight must"),
+        ({"keep": ["anchor"]}, RecipeError, r"keep\[0\].anchor: weight is required"),
+        ({"replay": 0}, RecipeError, "old_texts: no stage replays; set replay, or remove"),
+        ({"replay": 0, "batch": {"length": 65}}, RecipeError, "batch.length: 65"),  # the other one
         ({"keep": ["orthogonal"]}, RecipeError, "orthogonal: works on a LoRA; set peft"),
         (
             {"peft": {"merge": True}, "training": {"fsdp": True}},
@@ -472,6 +475,86 @@ def test_bad_plans(
     with pytest.raises(error, match=words):
         Job(parse_plan(content(root, **changes)), tmp_path / "out", quiet=True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "is_path"),
+    [
+        ("gpt2", False),
+        ("owner/model", False),
+        ("here/model", True),
+        ("here/my model", True),
+        ("here/it", False),  # of the hub, downloaded before
+        ("work/steady/model", True),
+        ("model/", True),
+        ("./model", True),
+        ("~/model", True),
+        ("/model", True),
+    ],
+)
+def test_a_folder_that_is_missing_is_not_looked_for_elsewhere(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, is_path: bool
+) -> None:
+    asked: list[str] = []
+
+    def ask(what: str, **_: Any) -> None:
+        asked.append(what)
+        raise OSError("asked the hub")
+
+    look = pretraining.try_to_load_from_cache
+
+    def cached(what: str, file: str) -> Any:
+        return "somewhere" if what == "here/it" else look(what, file)
+
+    monkeypatch.setattr(pretraining.AutoConfig, "from_pretrained", ask)
+    monkeypatch.setattr(pretraining, "try_to_load_from_cache", cached)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    with pytest.raises((RecipeError, CheckpointError)) as told:
+        Job(parse_plan(content(root, model=name)), tmp_path / "out", quiet=True)
+    if is_path:
+        assert str(told.value) == f"model: there is no folder {name}"
+    assert asked == ([] if is_path else [name])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"documents": "file"}, "a: held_out takes whole documents, and 0.2 of 1 leave that none"),
+        ({"held_out": "few.txt"}, "a, held out: has 4 tokens, fewer than one block of 16: give"),
+        ({"batch": {"length": 50}, "held_out": 0.02}, r"a, held out: has \d+ tokens, fewer than"),
+        ({"texts": "few.txt", "held_out": "few.txt"}, "a: has 4 tokens, fewer than one block"),
+        ({"texts": "empty.txt", "held_out": "few.txt"}, "a: there is no text in 1 files"),
+    ],
+)
+def test_a_dry_run_and_a_run_say_the_same_of_small_texts(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "few.txt").write_text("the cat sat\n")
+    (tmp_path / "empty.txt").write_text("\n")
+    changes = dict(changes)
+    stage = {"name": "a", "texts": changes.pop("texts", str(root / "a.txt")), "epochs": 1}
+    plan = parse_plan(content(root, **changes, stages=[stage], old_texts=[], replay=0, probes={}))
+    job = Job(plan, tmp_path / "out", quiet=True)
+    with pytest.raises(RecipeError, match=f"^{words}") as dry:
+        job.estimate()
+    with pytest.raises(RecipeError) as wet:
+        job.run()
+    assert str(wet.value) == str(dry.value)
+
+
+def test_an_interrupt_tells_how_to_go_on(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretraining, "learn", interrupted)
+    plan = written(tmp_path / "plan.yml", content(root, output=str(tmp_path / "out")))
+    assert main(["train", str(plan)]) == 130
+    told = capsys.readouterr().err
+    assert "cl-fast: interrupted\n         the same command goes on" in told
 
 
 @pytest.mark.parametrize(
