@@ -32,7 +32,16 @@ from cl_fast.errors import CheckpointError
 from cl_fast.models.heads import unwrap
 from cl_fast.training.keeping import Keep, Task
 
-__all__ = ["STATE", "KeepCallback", "KeepMixin", "is_whole", "listed", "load_states", "save_states"]
+__all__ = [
+    "STATE",
+    "KeepCallback",
+    "KeepMixin",
+    "is_whole",
+    "listed",
+    "load_states",
+    "save_states",
+    "trained_columns",
+]
 
 STATE = "keeps.pt"
 """The file of the keeps' states in a checkpoint of the Trainer."""
@@ -43,6 +52,9 @@ _FILES = "keeps.json"
 
 def listed(keep: Keep | Iterable[Keep]) -> list[Keep]:
     """One keep or several, checked, as a list."""
+    if isinstance(keep, type | str) or not isinstance(keep, Keep | Iterable):
+        hint = ": make an object of it" if isinstance(keep, type) else ""
+        raise TypeError(f"keep must be a Keep, or several; got {keep!r}{hint}")
     keeps = [keep] if isinstance(keep, Keep) else list(keep)
     given: list[Any] = [*keeps]
     for i, one in enumerate(given):
@@ -166,7 +178,14 @@ def save_states(keeps: Sequence[Keep], folder: Path) -> None:
     path = _state_file(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    states = [{"keep": type(keep).__name__, "state": keep.state_dict()} for keep in keeps]
+    states = [
+        {
+            "keep": type(keep).__name__,
+            "options": json.dumps(keep.options(), sort_keys=True, default=str),
+            "state": keep.state_dict(),
+        }
+        for keep in keeps
+    ]
     torch.save(states, part)
     part.replace(path)
 
@@ -195,7 +214,7 @@ def load_states(keeps: Sequence[Keep], folder: Path) -> None:
     """What `save_states` wrote.
 
     Raises:
-        CheckpointError: there is nothing, or it is of other keeps.
+        CheckpointError: there is nothing, or it is of other keeps, or of keeps with other options.
     """
     path = _state_file(folder)
     if not path.is_file():
@@ -208,7 +227,25 @@ def load_states(keeps: Sequence[Keep], folder: Path) -> None:
     if saved != mine:
         raise CheckpointError(f"{path} is of the keeps {saved}, not {mine}: give the same ones")
     for keep, state in zip(keeps, states, strict=True):
+        before = json.loads(state["options"])
+        now = json.loads(json.dumps(keep.options(), default=str))
+        for key in dict.fromkeys([*now, *before]):
+            if now.get(key) != before.get(key):
+                raise CheckpointError(
+                    f"{path} is of {type(keep).__name__} with {key}={before.get(key)!r}; now it is "
+                    f"{now.get(key)!r}: give what it was given"
+                )
+    for keep, state in zip(keeps, states, strict=True):
         keep.load_state_dict(state["state"])
+
+
+def trained_columns(host: Any, dataset: Any) -> Any:
+    """A `datasets.Dataset` without the columns that the Trainer would not give to its model."""
+    if not (hasattr(dataset, "select_columns") and host.args.remove_unused_columns):
+        return dataset
+    host._set_signature_columns_if_needed()
+    used = [name for name in dataset.column_names if name in host._signature_columns]
+    return dataset.select_columns(used) if used else dataset
 
 
 class KeepMixin:
@@ -239,10 +276,20 @@ class KeepMixin:
         **kwargs: Any,
     ) -> None:
         self.keeps = listed(keep)
+        if task is not None and not isinstance(task, Task):
+            raise TypeError(f"task must be a Task; got {task!r}: Task(name, index)")
+        asks = [one for one in self.keeps if type(one).data is not Keep.data]
+        if asks and task is not None and task.index > 0 and not past:
+            raise ValueError(
+                f"{type(asks[0]).__name__} needs past=[Task(name, index, train), ...]: the tasks "
+                f"before task {task.index}, with the task_dataset of their trainers as train"
+            )
         self.keep_callback = KeepCallback.of_mixin(self.keeps, task or Task("task"), self._batches)
         kwargs["callbacks"] = [*(kwargs.get("callbacks") or ()), self.keep_callback]
         super().__init__(*args, **kwargs)
         host: Any = self
+        if any(getattr(one, "trained_columns_only", False) for one in self.keeps):
+            host.train_dataset = trained_columns(host, host.train_dataset)
         self.task_dataset = host.train_dataset
         for one in self.keeps if host.train_dataset is not None else ():
             host.train_dataset = one.data(host.train_dataset, past)

@@ -57,6 +57,8 @@ class Ledger:
     def read(self) -> bool:
         """Take up what an earlier call left; False where it has done nothing.
 
+        Tasks may have been added after the last one.
+
         Raises:
             CheckpointError: the folder is of another run: the differing key is named.
             OutputError: it holds something else.
@@ -83,9 +85,12 @@ class Ledger:
             self.merged = dict(content["merged"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.path} is not one that learn wrote: {error}") from error
+        names, before = self.identity["tasks"], saved.get("tasks", [])
+        more = names[len(before) :] if names[: len(before)] == before else []
+        of_more = tuple(f"{kind}.{name}." for name in more for kind in ("tasks", "args"))
         for key in dict.fromkeys([*self.identity, *saved]):
             mine, theirs = self.identity.get(key), saved.get(key)
-            if mine != theirs:
+            if mine != theirs and not (more and (key == "tasks" or key.startswith(of_more))):
                 hint = ""
                 if key == "model":
                     hint = " (learn trains in place: a model that was trained is another one)"

@@ -43,6 +43,8 @@ class Report:
         seconds: of training, per task.
         merged: scores of tasks and probes by the merged model, where one was asked for.
         merge: how it was merged, in words.
+        sequential: whether a task starts from the model after the one before it; else there is no
+            transfer, and nothing to forget.
         model: what came out: the merged model, or the one that was trained. Not saved.
     """
 
@@ -52,6 +54,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     merged: dict[str, float] = field(default_factory=dict)
     merge: str = ""
+    sequential: bool = True
     model: nn.Module | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -60,15 +63,15 @@ class Report:
 
     @property
     def backward(self) -> float:
-        return self.matrix.backward
+        return self.matrix.backward if self.sequential else math.nan
 
     @property
     def forward(self) -> float:
-        return self.matrix.forward
+        return self.matrix.forward if self.sequential else math.nan
 
     @property
     def forgetting(self) -> float:
-        return self.matrix.forgetting
+        return self.matrix.forgetting if self.sequential else math.nan
 
     @property
     def learning_accuracy(self) -> float:
@@ -76,7 +79,7 @@ class Report:
 
     def summary(self) -> dict[str, float]:
         """The numbers that are defined: of one task there is no transfer."""
-        numbers = {words: getattr(self.matrix, name) for name, words in _SUMMARY.items()}
+        numbers = {words: getattr(self, name) for name, words in _SUMMARY.items()}
         return {words: number for words, number in numbers.items() if not math.isnan(number)}
 
     def kept(self, probe: str) -> float:
@@ -140,6 +143,7 @@ class Report:
             "probes": {k: {w: _number(x) for w, x in v.items()} for k, v in self.probes.items()},
             "seconds": dict(self.seconds),
             "merge": self.merge,
+            "sequential": self.sequential,
             "merged": {k: _number(x) for k, x in self.merged.items()},
             "summary": self.summary(),
         }
@@ -160,6 +164,7 @@ class Report:
                 dict(content["seconds"]),
                 {k: _read(x) for k, x in content["merged"].items()},
                 content["merge"],
+                content["sequential"],
             )
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"this is no report of cl_fast.learn: {error}") from error

@@ -11,6 +11,7 @@ killed gives the bits of one that was not, on a CPU.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import json
@@ -21,6 +22,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -35,6 +37,7 @@ from cl_fast.integrations.keeping import (
     listed,
     load_states,
     save_states,
+    trained_columns,
 )
 from cl_fast.learning.ledger import (
     Ledger,
@@ -57,6 +60,9 @@ from cl_fast.training.orthogonal import Orthogonal
 from cl_fast.training.replay import Replay
 
 __all__ = ["learn"]
+
+_REFERENCE = "ref"
+"""What DPOTrainer calls the copy of the adapter that it compares with."""
 
 Score: TypeAlias = Callable[[nn.Module, Any, str], float]
 Schedule: TypeAlias = Callable[[torch.optim.Optimizer, int, Task], Any]
@@ -165,6 +171,8 @@ class _Stream:
             from transformers import Trainer
 
             trainer = Trainer
+        if not isinstance(trainer, type):
+            raise TypeError(f"trainer must be a Trainer's class; got {trainer!r}")
         self.data = _check_tasks(tasks, probes, score)
         self.names, self.probes = list(self.data), probes
         self.args = _check_args(args, self.names)
@@ -208,6 +216,7 @@ class _Stream:
         self.ledger = Ledger(out, self._identity(trainer))
         self.own: dict[str, Any] = {}  # training data of tasks, as their trainers prepared them
         self.forwards: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+        self.foreign = _REFERENCE not in getattr(unwrap(self.model), "peft_config", ())
         self.bar: Any = None
 
     # --- what the run is made of ---------------------------------------------------------------
@@ -233,7 +242,8 @@ class _Stream:
                     identity[f"{prefix}.{key}"] = value
             identity[f"{prefix}.world_size"] = args.world_size
         for i, one in enumerate(self.keeps):
-            identity[f"keep[{i}]"] = {type(one).__name__: one.options()}
+            identity[f"keep[{i}]"] = type(one).__name__
+            identity |= {f"keep[{i}].{k}": value for k, value in one.options().items()}
         identity["trainer"] = f"{trainer.__module__}.{trainer.__qualname__}"
         identity["start"], identity["score_every"] = self.start, self.score_every
         # Of functions and objects the names: what they do is not known.
@@ -266,6 +276,8 @@ class _Stream:
             if done:
                 self._take_up(done)
                 self._score_again(done - 1)
+            if done < len(self.names):
+                self._check_replay()
             for index in range(done, len(self.names)):
                 self._learn_one(index)
                 self.bar.update()
@@ -325,7 +337,9 @@ class _Stream:
         host.stream_schedule = self.schedule and (
             lambda optimizer, steps: self.schedule(optimizer, steps, task)  # type: ignore[misc]
         )
-        self.own[name] = host.task_dataset
+        replays = any(getattr(one, "trained_columns_only", False) for one in self.keeps)
+        mine = host.task_dataset
+        self.own[name] = trained_columns(host, mine) if replays else mine
         return host
 
     def _unpatch(self, model: Any) -> None:
@@ -337,6 +351,8 @@ class _Stream:
         """
         inner = unwrap(model)
         base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+        if self.foreign and _REFERENCE in getattr(inner, "peft_config", ()):
+            inner.delete_adapter(_REFERENCE)
         for module in {inner, base}:
             for mark in ("_is_accelerate_prepared", "_original_forward"):
                 module.__dict__.pop(mark, None)
@@ -345,6 +361,34 @@ class _Stream:
                 module.__dict__.pop("forward", None)
             else:
                 module.__dict__["forward"] = own
+
+    def _check_replay(self) -> None:
+        """All data as the trainer prepares them, and whether they can be mixed, before training."""
+        replays = [one for one in self.keeps if isinstance(one, Replay) and one.ratio]
+        for one in replays:
+            for i, task in enumerate(one.old):
+                host = self.trainer_class(
+                    model=self.model, args=self._quiet_args(), train_dataset=task.train,
+                    **self.options,
+                )  # fmt: skip
+                one.old[i] = replace(task, train=trained_columns(host, host.train_dataset))
+        if not replays:
+            return
+        for i, name in enumerate(self.names):
+            if name not in self.own:
+                self._trainer(i, self.model, trains=False)
+            past = [self._task(j) for j in range(i)]
+            for one in replays:
+                try:
+                    one.data(self.own[name], past)
+                except ValueError as error:
+                    raise ValueError(f"tasks[{name!r}] with Replay: {error}") from error
+
+    def _quiet_args(self) -> Any:
+        self._unpatch(self.model)
+        args = copy.deepcopy(self._first_args())
+        args.output_dir = str(self._folder(0) / "checkpoints")
+        return args
 
     def _prepare_past(self, index: int) -> None:
         """The data of earlier tasks as their trainers prepare it, for keeps that ask for it."""
@@ -422,7 +466,12 @@ class _Stream:
             state = host.accelerator.get_state_dict(host.model_wrapped) or {}
         else:
             state = unwrap(host.model).state_dict()
-        tensors = {n: x for n, x in state.items() if isinstance(x, Tensor)}
+        # DPOTrainer's copy of the adapter, its reference, is made anew for each task.
+        tensors = {
+            n: x
+            for n, x in state.items()
+            if isinstance(x, Tensor) and not (self.foreign and f".{_REFERENCE}." in n)
+        }
         now = digests(tensors)
         return {n: x for n, x in tensors.items() if self.base.get(n) != now[n]}
 
@@ -432,13 +481,18 @@ class _Stream:
         found = {}
         for name in names:
             evaluation = self.data[name][1] if name in self.data else self.probes[name]
-            if self.score is None:
-                prefix = f"eval_{name}"
-                metrics = host.evaluate(host.eval_dataset[name], metric_key_prefix=prefix)
-                found[name] = -float(metrics[f"{prefix}_loss"])
-                continue
             model = host.model
-            with torch.no_grad(), Evaluating(model):
+            with contextlib.ExitStack() as stack:
+                for one in self.keeps:
+                    stack.enter_context(one.scoring(unwrap(model), name))
+                if self.score is None:
+                    prefix = f"eval_{name}"
+                    # By name: the trainer has prepared them.
+                    metrics = host.evaluate(name, metric_key_prefix=prefix)
+                    found[name] = -float(metrics[f"{prefix}_loss"])
+                    continue
+                stack.enter_context(torch.no_grad())
+                stack.enter_context(Evaluating(model))
                 value: Any = self.score(model, evaluation, name)
             try:
                 found[name] = float(value)
@@ -476,7 +530,10 @@ class _Stream:
             k: math.nan if x is None else x for k, x in self.ledger.merged.get("scores", {}).items()
         }
         words = str(self.ledger.merged.get("words", ""))
-        return Report(matrix, metric, probes, dict(self.ledger.seconds), merged, words, self.model)
+        return Report(
+            matrix, metric, probes, dict(self.ledger.seconds), merged, words,
+            self.start == "previous", self.model,
+        )  # fmt: skip
 
     # --- the end -------------------------------------------------------------------------------
 
@@ -486,7 +543,7 @@ class _Stream:
             self.model = self.make()
             self._take_up(len(self.names))
         host = self._trainer(last, self.model, trains=False)
-        host.save_model(str(self.ledger.out / "model"))
+        self._leave(host)
         if self.merge is not None:
             self._merge(host)
         report = self._report()
@@ -499,6 +556,32 @@ class _Stream:
                 shutil.rmtree(self._folder(index) / "checkpoints", ignore_errors=True)
         host.accelerator.wait_for_everyone()
         return report
+
+    def _leave(self, host: Any) -> None:
+        """The final model, for from_pretrained.
+
+        An adapter is saved as one, unless the weights beneath it have changed (a keep has folded
+        earlier tasks into them): then the whole model, multiplied out.
+        """
+        inner, folder = unwrap(self.model), self.ledger.out / "model"
+        if not hasattr(inner, "merge_and_unload") or not self._base_changed(inner):
+            host.save_model(str(folder))
+        elif host.is_world_process_zero():
+            self._unpatch(inner)
+            shutil.rmtree(folder, ignore_errors=True)  # no adapter of an earlier call beside it
+            copy.deepcopy(inner).merge_and_unload().save_pretrained(folder)
+            tokenizer = self.options.get("processing_class")
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+
+    def _base_changed(self, model: Any) -> bool:
+        kinds = ("lora_", "modules_to_save", "trainable_tokens")
+        beneath = {
+            name: x
+            for name, x in model.state_dict().items()
+            if name in self.base and not any(kind in name for kind in kinds)
+        }
+        return any(self.base[name] != digest for name, digest in digests(beneath).items())
 
     def _merge(self, host: Any) -> None:
         assert self.merge is not None
@@ -606,6 +689,8 @@ def _check_tasks(tasks: Any, probes: Mapping[str, Any], score: Any) -> dict[str,
             raise ValueError(f"tasks[{name!r}]: the training data is empty")
         if evaluation is None and score is None:
             raise ValueError(f"tasks[{name!r}] needs evaluation data, or learn a score function")
+        if score is None and hasattr(evaluation, "__len__") and len(evaluation) == 0:
+            raise ValueError(f"tasks[{name!r}]: the evaluation data is empty")
         found[name] = (train, evaluation)
     for name in probes:
         if name in found or name == "before":
@@ -619,6 +704,12 @@ def _check_keeps(
     """What would else be found at a later task, with all before it trained."""
     from transformers import Trainer
 
+    preferences = any(kind.__name__ == "DPOTrainer" for kind in trainer.__mro__)
+    if preferences and any(isinstance(one, Replay) and one.ratio for one in keeps):
+        raise ValueError(
+            "Replay would compare earlier pairs with the reference of a later stage: use "
+            "PreferenceReplay with DPOTrainer"
+        )
     for one in keeps:
         names_modules = isinstance(one, LoraTasks | AdapterPerTask)
         if names_modules or (isinstance(one, Orthogonal) and one.past == "keep"):
@@ -628,8 +719,11 @@ def _check_keeps(
                         f"tasks has {name!r}: {type(one).__name__} calls an adapter like the task, "
                         "and its name must not hold a dot"
                     )
-        # Other trainers may prepare their data alike.
-        if isinstance(one, Replay) and one.ratio and trainer.__init__ is Trainer.__init__:
+        # Other trainers may prepare their data alike, and unused columns of tables are left out.
+        bare = trainer.__init__ is Trainer.__init__ and not any(
+            hasattr(train, "select_columns") for train, _ in tasks.values()
+        )
+        if isinstance(one, Replay) and one.ratio and bare:
             sources: dict[str, Any] = {task.name: task.train for task in one.old}
             sources |= {name: train for name, (train, _) in tasks.items()}
             names = list(sources)
@@ -645,7 +739,8 @@ def _check_args(args: Any, names: Sequence[str]) -> dict[str, Any]:
         missing = [name for name in names if name not in args]
         unknown = [name for name in args if name not in names]
         if missing or unknown:
-            what = f"lacks {missing[0]!r}" if missing else f"has {unknown[0]!r}"
+            faults = [f"lacks {name!r}" for name in missing] + [f"has {name!r}" for name in unknown]
+            what = " and ".join(faults)
             raise ValueError(
                 f"args must have an entry for each of the tasks {list(names)}: it {what}"
             )

@@ -177,7 +177,10 @@ def active_adapter(model: nn.Module) -> str:
         ValueError: the model has no adapters of PEFT, or several are active.
     """
     active = getattr(model, "active_adapters", None)
-    names = active() if callable(active) else active
+    try:
+        names = active() if callable(active) else active
+    except ValueError:  # transformers' own method, on a model without any
+        names = None
     if names is None:
         raise ValueError(
             f"{type(model).__name__} has no adapters: wrap it with peft.get_peft_model first"

@@ -26,6 +26,7 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -703,6 +704,10 @@ class AdapterPerTask(Keep):
             self._add(model, task.name)
         if past:
             use_adapter(model, past[-1].name)
+
+    def scoring(self, model: nn.Module, name: str) -> AbstractContextManager[Any]:
+        """The task's own adapter; none where it has none."""
+        return using_adapter(model, name if name in adapter_names(model) else None)
 
     def options(self) -> dict[str, Any]:
         return {

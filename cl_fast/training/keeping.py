@@ -20,6 +20,7 @@ step of the optimizer, so it does not depend on the number of accumulated micro-
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -87,6 +88,11 @@ class Keep:
 
     def after_task(self, model: nn.Module, task: Task) -> None:
         """After the last step of a task."""
+
+    def scoring(self, model: nn.Module, name: str) -> AbstractContextManager[Any]:
+        """The model as it is to be scored on the task `name`, or on a probe of that name, while
+        this lasts; nothing by default."""
+        return nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
         """What changes over time, also within a task: nested dicts and lists of tensors, numbers

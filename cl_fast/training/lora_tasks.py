@@ -17,9 +17,10 @@ An adapter begins with A uniform in (-1, 1) / sqrt(d_in), drawn from a seed (it 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any, Literal, get_args
 
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from cl_fast.models.adapters import LoraLayer, active_adapter, lora_layers
+from cl_fast.models.bases import adapters_off
 from cl_fast.models.sharding import local, row_range
 from cl_fast.ops.low_rank import rank_update
 from cl_fast.training.keeping import Keep, Task
@@ -126,6 +128,20 @@ class LoraTasks(Keep):
     def after_task(self, model: nn.Module, task: Task) -> None:
         self.tasks.append(task.name)
         activate(model, task.name, trains=False)
+
+    @contextlib.contextmanager
+    def scoring(self, model: nn.Module, name: str) -> Iterator[None]:
+        """The task's own adapter; none where it has none."""
+        if name not in self.tasks:
+            with adapters_off(model):
+                yield
+            return
+        before = active_adapter(model)
+        activate(model, name, trains=False)
+        try:
+            yield
+        finally:
+            activate(model, before, trains=False)
 
     def state_dict(self) -> dict[str, Any]:
         return {"tasks": list(self.tasks), "template": self._template or ""}

@@ -57,13 +57,19 @@ class Replay(Keep):
         shuffle: read new and old data in a random order.
         shuffle_old: the same for old data; by default as `shuffle`.
         lengths: with unit="tokens", as for `mix`; a mapping is from the names of tasks (and "new").
-        old: data from before the stream, by names of their own, with the columns that the trainer
-            gives its data. They count as tasks before the first one, which is then mixed too.
+        old: data from before the stream, by names of their own. They count as tasks before the
+            first one, which is then mixed too. `learn` has them prepared by the trainer, like the
+            data of tasks; elsewhere they need the columns that the trainer gives its data.
+
+    Attributes:
+        trained_columns_only: that a host may leave out what the trainer does not read.
 
     Raises:
         ValueError: a ratio outside [0, 1), a memory without a policy or the other way round, old
             data that are empty.
     """
+
+    trained_columns_only = True
 
     def __init__(
         self,
@@ -100,6 +106,7 @@ class Replay(Keep):
             if not hasattr(data, "__len__") or len(data) == 0:
                 raise ValueError(f"old[{name!r}] must be a map-style dataset that is not empty")
         self.old = [Task(name, -1, data) for name, data in (old or {}).items()]
+        self._old_sizes = {task.name: len(needs(task, "train", "Replay")) for task in self.old}
         self.seed, self.memory, self.policy = seed, memory, policy
         self.split: Split = split or ("size" if policy == "reservoir" else "even")
         self._mixing: dict[str, Any] = {
@@ -182,7 +189,7 @@ class Replay(Keep):
             "split": self.split,
             **self._mixing,
             "lengths": told,
-            "old": {task.name: len(needs(task, "train", "Replay")) for task in self.old},
+            "old": self._old_sizes,
         }
 
 

@@ -227,7 +227,9 @@ def test_a_finished_run_is_only_read(
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        ({"tasks": {**tasks(), "d": (rows(3), rows(3))}}, "another tasks:"),
+        ({"tasks": dict(reversed(tasks().items()))}, "another tasks:"),
+        ({"tasks": tasks("a", "b")}, "another tasks:"),
+        ({"tasks": {"d": (rows(3), rows(3)), **tasks()}}, "another tasks:"),
         ({"tasks": tasks() | {"b": (rows(7), rows(1, 4))}}, "another tasks.b.train"),
         ({"tasks": tasks() | {"b": (rows(1), rows(7, 4))}}, "another tasks.b.evaluation"),
         ({"model": dropping(1)}, "another model"),
@@ -399,6 +401,11 @@ def test_merges_are_those_of_the_merging_room(method: str, peft: bool, tmp_path:
         ({"args": {"a": arguments()}}, ValueError, "lacks 'b'"),
         ({"args": 3}, TypeError, "TrainingArguments; got int"),
         ({"keep": [Averaged]}, TypeError, "make an object of it"),
+        ({"keep": Averaged}, TypeError, "make an object of it"),
+        ({"keep": "replay"}, TypeError, "keep must be a Keep, or several; got 'replay'"),
+        ({"trainer": "SFTTrainer"}, TypeError, "trainer must be a Trainer's class"),
+        ({"tasks": {"a": (rows(0), [])}}, ValueError, "the evaluation data is empty"),
+        ({"args": {"a": arguments(), "c": arguments()}}, ValueError, "lacks 'b' and has 'c'"),
         ({"score_every": "step"}, ValueError, "'task' or 'end'; got 'step'"),
         ({"start": "end"}, ValueError, "'previous' or 'base'; got 'end'"),
         ({"merge": "tie"}, ValueError, "one of linear, .*; got 'tie'"),
