@@ -423,7 +423,8 @@ class Job:
         texts, about = self.texts[stage.name], "" if has.exact else "about "
         yield (
             f"stage {i + 1}  {stage.name}: {_files(texts)}, "
-            f"{about}{has.tokens:,} tokens in {has.blocks:,} blocks, {has.held_out:,} held out"
+            f"{about}{has.tokens:,} tokens in {has.blocks:,} blocks, and {has.held_out:,} more "
+            "held out"
         )
         olds = self._olds(i)
         ratio = self._ratio(stage, len(olds))
@@ -700,10 +701,16 @@ def _keep_class(word: str) -> Any:
 
 def _packed_words(name: str, packed: Blocks) -> str:
     row = packed.row
+    dropped = f"{packed.dropped:,} after the last whole block dropped"
+    if row.found:
+        return (
+            f"found    {name}: {row.documents:,} documents, {row.tokens:,} tokens, packed "
+            f"before, {dropped}"
+        )
     speed = row.tokens / max(row.seconds, 1e-9)
     return (
         f"packed   {name}: {row.documents:,} documents, {row.tokens:,} tokens ({speed:,.0f} per "
-        f"second), {packed.dropped:,} after the last whole block dropped"
+        f"second), {dropped}"
     )
 
 

@@ -22,7 +22,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from hashlib import blake2b
 from pathlib import Path
@@ -230,6 +230,7 @@ class Row:
         read: bytes of the files.
         seconds: that packing took, when it was done.
         begins, ends: the tokens that were put around each document; None for none.
+        found: whether an earlier call had packed them.
     """
 
     path: Path
@@ -239,6 +240,7 @@ class Row:
     seconds: float
     begins: int | None
     ends: int
+    found: bool = field(default=False, compare=False)
 
 
 def end_token(tokenizer: Any) -> int:
@@ -421,7 +423,8 @@ def pack(
         told = home / f"{key}.json"
         while waits and not told.is_file():
             time.sleep(_POLL)
-        if not told.is_file():
+        found = told.is_file()
+        if not found:
             rows = _write(
                 texts, tokenizer, home / key, part, (begins, eos), vocabulary, name, quiet
             )
@@ -433,11 +436,12 @@ def pack(
         raise OutputError(f"{error.filename or home}: {error.strerror or error}") from error
     kept = rows["held_out"]
     _check_vocabulary(rows["largest"], vocabulary, name)
-    return _row(home, rows["train"]), None if kept is None else _row(home, kept)
+    train = _row(home, rows["train"], found)
+    return train, None if kept is None else _row(home, kept, found)
 
 
-def _row(home: Path, row: Mapping[str, Any]) -> Row:
-    return Row(**{**row, "path": home / row["path"]})
+def _row(home: Path, row: Mapping[str, Any], found: bool) -> Row:
+    return Row(**{**row, "path": home / row["path"], "found": found})
 
 
 def _fraction(held_out: float) -> Fraction:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -132,8 +133,16 @@ def test_losses_are_those_of_the_held_out_texts(done: tuple[Path, str], root: Pa
     assert -report.matrix.rows[-1][1] == pytest.approx(float(loss), abs=1e-5)
 
 
-def test_what_is_told_before(done: tuple[Path, str]) -> None:
+def test_what_is_told_before(done: tuple[Path, str], root: Path) -> None:
     _, told = done
+    words = r"tokens in (\d+) blocks, and (\d+) more held out"
+    blocks, held = (int(n) for n in re.findall(words, told)[0])
+    mine = (root / "a.txt").read_text().splitlines()
+    rows = [
+        sum(len(d.split()) + 1 for n, d in enumerate(mine) if (n % 5 == 4) == out)
+        for out in (False, True)
+    ]
+    assert [blocks, held] == [row // 16 for row in rows]
     assert "LlamaForCausalLM, 6,832 parameters, all trained" in told
     assert "2 sequences x 16 tokens x 2 accumulated x 1 device = 64 tokens" in told
     assert "5 steps, 320 tokens: 15 new blocks" in told
@@ -191,8 +200,14 @@ def test_again_does_nothing_anew(
     monkeypatch.setattr(
         pretraining.BlockTrainer, "training_step", lambda *_, **__: pytest.fail("trained again")
     )
-    Job(parse_plan(content(root)), out, quiet=True).run()
+    told: list[str] = []
+    Job(parse_plan(content(root)), out).run(told.append)
     assert (out / "model" / "model.safetensors").read_bytes() == before
+    assert not any(line.startswith("packed") or "per second" in line for line in told)
+    found = [line for line in told if line.startswith("found ")]
+    first = [line.split(" (")[0].split()[1:] for line in done[1].splitlines() if "packed " in line]
+    assert [line.split(", packed before, ")[0].split()[1:] for line in found] == first
+    assert len(found) == 2
 
 
 def test_a_plan_that_has_changed_is_refused(done: tuple[Path, str], root: Path) -> None:
