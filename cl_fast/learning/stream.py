@@ -176,6 +176,7 @@ class _Stream:
         self.data = _check_tasks(tasks, probes, score)
         self.names, self.probes = list(self.data), probes
         self.args = _check_args(args, self.names)
+        self.args_of_tasks = isinstance(args, Mapping)
         if score_every not in ("task", "end"):
             raise ValueError(f"score_every must be 'task' or 'end'; got {score_every!r}")
         if start not in ("previous", "base"):
@@ -236,7 +237,7 @@ class _Stream:
         for name, probe in self.probes.items():
             identity[f"probes.{name}"] = content_hash(probe)
         for name, args in self.args.items():
-            prefix = "args" if len(set(map(id, self.args.values()))) == 1 else f"args.{name}"
+            prefix = f"args.{name}" if self.args_of_tasks else "args"
             for key, value in args.to_dict().items():
                 if key not in FREE:
                     identity[f"{prefix}.{key}"] = value
@@ -267,6 +268,8 @@ class _Stream:
         self._together()  # before the first rank makes a folder there
         if not resumed and self._first_args().process_index == 0:
             self.ledger.write()  # before anything else, so that the folder is known as ours
+        if self.merge is None:
+            self.ledger.merged = {}  # of an earlier call, perhaps of fewer tasks
         done = len(self.ledger.trained)
         self.bar = tqdm(
             total=len(self.names), initial=done, desc="tasks", unit="task",

@@ -169,6 +169,17 @@ def test_tasks_may_be_added_after_the_last_one(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], x) for name, x in expected.items())
 
 
+def test_a_stream_with_arguments_of_each_task_may_grow_from_one(tmp_path: Path) -> None:
+    first, second = arguments(max_steps=1), arguments(max_steps=2)
+    merging: dict[str, Any] = {"merge": "linear"}
+    learn(llama(), tasks("a"), args={"a": first}, out=tmp_path, **merging)
+    report = learn(llama(), tasks("a", "b"), args={"a": first, "b": second}, out=tmp_path)
+    assert len(report.matrix.rows) == 2
+    assert not report.merged  # that of one task is no longer shown
+    with pytest.raises(CheckpointError, match=r"another args.a.max_steps: 1 there, 2 now"):
+        learn(llama(), tasks("a", "b"), args={"a": second, "b": second}, out=tmp_path)
+
+
 def test_an_option_of_a_keep_that_differs_is_named(tmp_path: Path) -> None:
     common: dict[str, Any] = {"args": arguments(max_steps=1), "out": tmp_path}
     learn(llama(), tasks("a"), keep=Anchor(0.1), **common)
