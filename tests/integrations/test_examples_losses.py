@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
+from run_examples import printed_by
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 
-def table(example: str) -> list[list[str]]:
-    """The cells of the last table that the example prints, by two spaces apart."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([*filter(None, sys.path), str(ROOT)]),
-        "TRL_EXPERIMENTAL_SILENCE": "1",
-    }
-    printed = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / example)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=600,
-        check=True,
-    ).stdout
-    lines = [line for line in printed.splitlines() if not line.startswith("{")]
-    return [[cell for cell in line.split("  ") if cell.strip()] for line in lines[1:]]
+@pytest.fixture
+def table(capsys: pytest.CaptureFixture[str]) -> Callable[[str], list[list[str]]]:
+    """The cells of the last table that an example prints, by two spaces apart."""
+
+    def read(example: str) -> list[list[str]]:
+        lines = printed_by(example, capsys)
+        return [[cell for cell in line.split("  ") if cell.strip()] for line in lines[1:]]
+
+    return read
 
 
-def test_distill_hf_trainer() -> None:
+Table = Callable[[str], list[list[str]]]
+
+
+def test_distill_hf_trainer(table: Table) -> None:
     rows = {name.strip(): (float(first), float(second)) for name, first, second in table(
         "distill_hf_trainer.py"
     )}  # fmt: skip
@@ -41,23 +33,23 @@ def test_distill_hf_trainer() -> None:
     assert min(rows["with its earlier self"]) > 0.9
 
 
-def test_distill_trl_gkd() -> None:
+def test_distill_trl_gkd(table: Table) -> None:
     losses = [float(row[-1]) for row in table("distill_trl_gkd.py")]
     assert losses[-1] < losses[0] / 2
 
 
-def test_dpo_trl() -> None:
+def test_dpo_trl(table: Table) -> None:
     rows = [[float(cell) for cell in row] for row in table("dpo_trl.py")]
     assert rows[-1][1] < rows[0][1] / 2  # loss
     assert rows[-1][3] == 1.0  # chosen preferred
 
 
-def test_distill_peft() -> None:
+def test_distill_peft(table: Table) -> None:
     (_, free, away), (_, held, near) = [[float(x) for x in row] for row in table("distill_peft.py")]
     assert free < held
     assert near < away / 4
 
 
-def test_distill_torchtitan_loop() -> None:
+def test_distill_torchtitan_loop(table: Table) -> None:
     losses = [float(row[-1]) for row in table("distill_torchtitan_loop.py")]
     assert losses[-1] < losses[0] / 2
