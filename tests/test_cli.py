@@ -14,6 +14,7 @@ from typing import Any
 
 import merge_cases as cases
 import pytest
+import torch
 
 import cl_fast
 from cl_fast import backends, cli
@@ -250,8 +251,13 @@ def test_a_merge_loads_neither_torch_nor_numpy(recipe: Path, tmp_path: Path, wha
     assert done.stdout.splitlines()[-1] == "0 []", done.stderr
 
 
-def test_interrupt_signal_is_130(recipe: Path, tmp_path: Path) -> None:
+def test_interrupt_signal_is_130(tmp_path: Path) -> None:
     """Whenever it comes: nothing at the output, no traceback, and the run can go on."""
+    generator = torch.Generator().manual_seed(0)
+    for name in ("base", "one", "two", "three"):  # many files to write, so that there is time
+        many = {f"layer.{i}": torch.randn(64, 64, generator=generator) for i in range(300)}
+        cases.save(tmp_path / "models" / name, many)
+    recipe = cases.write_recipe(tmp_path / "recipe.yml", cases.recipe(tmp_path / "models"))
     interrupted = 0
     delays = (0.0, 0.0, 0.003, 0.006, 0.01, 0.015, 0.02, 0.03)
     for attempt in range(64):
