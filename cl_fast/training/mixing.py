@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
@@ -480,7 +481,27 @@ class Mixture(torch.utils.data.Dataset):  # type: ignore[misc]
         self._length = max(0, whole - first)
         self._data = [source.data for source in self._sources]
         self._in_bulk = any(hasattr(data, "__getitems__") for data in self._data)
+        self._table, self._starts = self._one_table()
         self._forget()
+
+    def _one_table(self) -> tuple[Any, list[int]]:
+        """The sources as one `datasets.Dataset`, a view of them, and where each begins in it.
+
+        A batch is then one call whatever it holds. None unless all are such tables, alike in
+        columns, types and format.
+        """
+        datasets = sys.modules.get("datasets")  # imported, if a source is one of its tables
+        parts: list[Any] = []
+        for data in self._data:
+            parts += data.parts if isinstance(data, Joined) else [data]
+        if datasets is None or not all(isinstance(part, datasets.Dataset) for part in parts):
+            return None, []
+        first: Any = parts[0]
+        if any(x.features != first.features or x.format != first.format for x in parts):
+            return None, []
+        starts = [0, *accumulate(len(d) for d in self._data)]
+        table = datasets.concatenate_datasets(parts)
+        return (table if table.format == first.format else None), starts
 
     def _forget(self) -> None:
         """The places of neighbours: found again where they are needed."""
@@ -612,6 +633,10 @@ class Mixture(torch.utils.data.Dataset):  # type: ignore[misc]
         start, end, data, places = self._near
         if indices and start <= min(indices) and max(indices) < end and not self._in_bulk:
             return [data[i - start][places[i - start]] for i in indices]
+        if self._table is not None:
+            found = (self._where(i) for i in indices)
+            rows: list[Any] = self._table.__getitems__([self._starts[s] + at for s, at in found])
+            return rows
         return _fetch(self._data, [self._where(i) for i in indices])
 
     # Parts.

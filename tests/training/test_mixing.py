@@ -473,3 +473,20 @@ def test_bad_places() -> None:
     for part in (mixture.skip(2), mixture.shard(0, 2)):
         with pytest.raises(ValueError, match="shard a whole mixture"):
             part.shard(0, 2)
+
+
+def test_a_batch_of_tables_is_one_call_and_the_same_samples() -> None:
+    def table(start: int, count: int) -> datasets.Dataset:
+        rows = {"input_ids": [[start + i, i] for i in range(count)]}
+        return datasets.Dataset.from_dict(rows).with_format("torch")
+
+    old = {"a": table(1000, 7), "b": table(2000, 9)}
+    mixture = mix(table(0, 60), old, 0.25, seed=3)
+    assert mixture._table is not None
+    batch = mixture.__getitems__(list(range(len(mixture))))
+    for i, row in enumerate(batch):
+        assert torch.equal(row["input_ids"], mixture[i]["input_ids"])
+    # Of another format: still right, source by source.
+    mixed = mix(table(0, 60), table(1000, 7).with_format(None), 0.25, seed=3)
+    assert mixed._table is None
+    assert len(mixed.__getitems__(list(range(40)))) == 40
