@@ -271,6 +271,8 @@ def test_interrupt_signal_is_130(tmp_path: Path) -> None:
             stderr=subprocess.PIPE,
             text=True,
             env=environment(),
+            # Where the tests run behind a shell's `&`, interrupts are ignored, also by children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         while not cases.partial(out).exists() and process.poll() is None:
             time.sleep(0.0005)
