@@ -276,9 +276,10 @@ class _Stream:
             disable=self._first_args().disable_tqdm or not self._first_args().should_log,
         )  # fmt: skip
         try:
-            if done:
+            if done and self.names[done - 1] not in self.ledger.scores:
+                self._take_up_unscored(done)
+            elif done:
                 self._take_up(done)
-                self._score_again(done - 1)
             if done < len(self.names):
                 self._check_replay()
             for index in range(done, len(self.names)):
@@ -299,13 +300,33 @@ class _Stream:
         """The model and the keeps as they were after `done` tasks."""
         base = self.ledger.out / "base.safetensors"
         if self.merge is not None and not base.exists() and self._first_args().process_index == 0:
-            save_tensors(unwrap(self.model).state_dict(), base)  # it ran without a merge before
+            # It ran without a merge before.
+            save_tensors(self._own_tensors(unwrap(self.model).state_dict()), base)
         past = [self._task(i) for i in range(done)]
         for one in self.keeps:
             one.restore(unwrap(self.model), past)
         last = self._folder(done - 1)
         self._load(last / "state.safetensors")
         load_states(self.keeps, last)
+
+    def _take_up_unscored(self, done: int) -> None:
+        """The same where a kill came between a task's training and its scores, which are made now.
+
+        The trainer that scores begins with the model of the task's start, as the other one did:
+        DPOTrainer makes its reference log-probs of the model that it is given.
+        """
+        index, model = done - 1, unwrap(self.model)
+        if index and self.start == "previous":
+            earlier = load_tensors(self._folder(index - 1) / "state.safetensors")
+            base = {n: x.clone() for n, x in model.state_dict().items() if n in earlier}
+            self._take_up(index)
+            host = self._trainer(index, self.model, trains=False)
+            model.load_state_dict(base, strict=False)  # a later state tells what differs from it
+        else:
+            host = self._trainer(index, self.model, trains=False)
+        self._take_up(done)
+        self._phase(f"{self.names[index]}: scores after")
+        self._record(self.names[index], self._scores(host, self._to_score(index)), host)
 
     def _load(self, path: Path) -> None:
         tensors = load_tensors(path)
@@ -400,13 +421,6 @@ class _Stream:
                 if self.names[i] not in self.own:
                     self._trainer(i, self.model, trains=False)
 
-    def _score_again(self, index: int) -> None:
-        """The scores after a task, where a kill came between its training and them."""
-        if self.names[index] not in self.ledger.scores:
-            host = self._trainer(index, self.model, trains=False)
-            self._phase(f"{self.names[index]}: scores after")
-            self._record(self.names[index], self._scores(host, self._to_score(index)), host)
-
     def _learn_one(self, index: int) -> None:
         from transformers import set_seed
 
@@ -463,18 +477,21 @@ class _Stream:
     def _back_to_base(self) -> None:
         self._load(self.ledger.out / "base.safetensors")
 
+    def _own_tensors(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Without DPOTrainer's copy of the adapter, its reference, which each task makes anew."""
+        return {
+            n: x
+            for n, x in state.items()
+            if isinstance(x, Tensor) and not (self.foreign and f".{_REFERENCE}." in n)
+        }
+
     def _changed(self, host: Any) -> dict[str, Tensor]:
         """The tensors of the model that differ from those of the start; on the first rank."""
         if self._sharded():
             state = host.accelerator.get_state_dict(host.model_wrapped) or {}
         else:
             state = unwrap(host.model).state_dict()
-        # DPOTrainer's copy of the adapter, its reference, is made anew for each task.
-        tensors = {
-            n: x
-            for n, x in state.items()
-            if isinstance(x, Tensor) and not (self.foreign and f".{_REFERENCE}." in n)
-        }
+        tensors = self._own_tensors(state)
         now = digests(tensors)
         return {n: x for n, x in tensors.items() if self.base.get(n) != now[n]}
 
@@ -511,7 +528,7 @@ class _Stream:
         if host.is_world_process_zero():
             if where == "before" and (self.start == "base" or self.merge is not None):
                 path = self.ledger.out / "base.safetensors"
-                save_tensors(unwrap(self.model).state_dict(), path)
+                save_tensors(self._own_tensors(unwrap(self.model).state_dict()), path)
             self.ledger.write()
             self._report().save(self.ledger.out, picture=False)
         host.accelerator.wait_for_everyone()

@@ -18,6 +18,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from cl_fast.errors import CheckpointError
 from cl_fast.learning import learn
+from cl_fast.learning.ledger import Ledger
 from cl_fast.training import (
     AdapterPerTask,
     Anchor,
@@ -82,6 +83,30 @@ def test_preferences_with_an_adapter_go_on_after_each_stage(tmp_path: Path) -> N
     assert again.matrix.rows == report.matrix.rows
     found, expected = weights(again.model), weights(report.model)
     assert all(torch.equal(x, found[name]) for name, x in expected.items() if ".ref." not in name)
+
+
+@pytest.mark.parametrize("cut", ["one", "two"])
+@pytest.mark.parametrize(("make", "start"), [(llama, "previous"), (adapted, "base")])
+def test_scores_after_a_cut_have_the_references_of_their_stage(
+    make: Any, start: Any, cut: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common: dict[str, Any] = {"trainer": DPOTrainer, "processing_class": tokenizer()}
+    common["args"] = DPOConfig(precompute_ref_log_probs=True, **{**QUIET, "learning_rate": 0.01})
+    common["start"] = start
+    expected = learn(make(), STAGES, out=tmp_path / "straight", **common)
+    write = Ledger.write
+
+    def dying(ledger: Ledger) -> None:
+        write(ledger)
+        if cut in ledger.trained and cut not in ledger.scores:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Ledger, "write", dying)
+    with pytest.raises(KeyboardInterrupt):
+        learn(make(), STAGES, out=tmp_path / "cut", **common)
+    monkeypatch.undo()
+    found = learn(make(), STAGES, out=tmp_path / "cut", **common)
+    assert found.matrix.rows == expected.matrix.rows
 
 
 def test_replay_of_preferences_by_samples_is_refused(tmp_path: Path) -> None:
