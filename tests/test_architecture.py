@@ -36,6 +36,7 @@ FLOORS = {
     "cl_fast.triton_kernels": -1,
     "cl_fast.documents": -1,
     "cl_fast.errors": -1,
+    "cl_fast.options": -1,
     "cl_fast._version": -1,
 }
 SIDE_BY_SIDE = {"cl_fast.merging", "cl_fast.editing", "cl_fast.training"}

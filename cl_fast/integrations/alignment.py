@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
+from cl_fast.options import share
 from cl_fast.training.mixing import mix
-from cl_fast.training.options import share
 from cl_fast.training.preferences import REFERENCES, has_references, pair_checksum
 
 __all__ = ["CHECKSUM", "STAGE", "StoredReferences", "mix_preferences"]

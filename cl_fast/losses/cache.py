@@ -21,7 +21,6 @@ docs/teacher-cache.md.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import operator
 import os
@@ -39,6 +38,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cl_fast.checkpoints.safetensors import build_header, read_header, strict_json
+from cl_fast.checkpoints.writing import write_whole
 from cl_fast.errors import CheckpointError, OutputError
 from cl_fast.losses.teachers import Tail, TopK
 from cl_fast.ops.heads import Head, chunks
@@ -210,27 +210,6 @@ def _check_dataset(dataset: Any) -> None:
 # --- files -------------------------------------------------------------------------------------
 
 
-def _write(path: Path, parts: Iterable[bytes]) -> None:
-    """Whole or not at all: written under another name, and renamed."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            for data in parts:
-                file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
-
-
 def _json(content: dict[str, Any]) -> list[bytes]:
     return [json.dumps(content, indent=1).encode() + b"\n"]
 
@@ -336,7 +315,7 @@ def _save_shard(path: Path, identity: _Identity, arrays: dict[str, NDArray[Any]]
             "digest": digest,
         },
     )
-    _write(path, [header, *(arrays[name].tobytes() for name in names)])
+    write_whole(path, [header, *(arrays[name].tobytes() for name in names)])
     return digest
 
 
@@ -585,7 +564,7 @@ class TeacherCache:
             "identity": asdict(identity),
             "shards": [asdict(entry) for entry in entries],
         }
-        _write(folder / MANIFEST, _json(manifest))
+        write_whole(folder / MANIFEST, _json(manifest))
         (folder / PLAN).unlink(missing_ok=True)
         return cls.open(folder)
 
@@ -799,7 +778,8 @@ def _begin(folder: Path, identity: _Identity) -> None:
     elif inside:
         raise OutputError(f"{folder}: is not empty, and holds no teacher cache")
     else:
-        _write(path, _json({"format": FORMAT, "version": VERSION, "identity": asdict(identity)}))
+        content = {"format": FORMAT, "version": VERSION, "identity": asdict(identity)}
+        write_whole(path, _json(content))
 
 
 def _plan(positions: list[int], shard_tokens: int) -> list[tuple[int, int]]:

@@ -36,10 +36,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from cl_fast.errors import CheckpointError, NonFiniteError
+from cl_fast.models.blocks import blocks_of, text_config
 from cl_fast.models.heads import IGNORED, Evaluating, unwrap
 from cl_fast.ops import stream_key
+from cl_fast.options import at_least, dtype_name, integer, one_of
 from cl_fast.training.keeping import Keep, Task
-from cl_fast.training.options import at_least, dtype_name, integer, one_of
 from cl_fast.training.tokens import batch_logprobs, on_device_of
 
 __all__ = [
@@ -204,39 +205,6 @@ def _after_block(block: nn.Module, _: Any, output: Any) -> Any:
 # --- into a model ------------------------------------------------------------------------------
 
 
-def _text_config(inner: Any) -> Any:
-    config: Any = getattr(inner, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a decoder of transformers: the list of as many modules as its config tells.
-
-    Raises:
-        ValueError: there is no config, no such list, or more than one.
-    """
-    inner = unwrap(model)
-    count = getattr(_text_config(inner), "num_hidden_layers", None)
-    if count is None:
-        raise ValueError(
-            f"{type(inner).__name__} has no config with num_hidden_layers, so its blocks cannot be "
-            "told: a model of transformers is needed"
-        )
-    lists = [
-        (name, module)
-        for name, module in inner.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
-    # Lists within a block are not meant.
-    outer = [(n, m) for n, m in lists if not any(n.startswith(f"{other}.") for other, _ in lists)]
-    if len(outer) != 1:
-        raise ValueError(
-            f"{type(inner).__name__} has {len(outer)} lists of {count} modules, "
-            f"{[name for name, _ in outer]}; exactly one is needed, to know its blocks"
-        )
-    return list(outer[0][1])
-
-
 def _banks(model: nn.Module) -> list[_Bank]:
     return [m for m in unwrap(model).modules() if isinstance(m, _Bank)]
 
@@ -301,7 +269,7 @@ def add_adapters(
         if name in there:
             raise ValueError(f"the model has an adapter {name!r} already; it has {there}")
     blocks = blocks_of(model)
-    width = int(_text_config(unwrap(model)).hidden_size)
+    width = int(text_config(unwrap(model)).hidden_size)
     if any(isinstance(p, DTensor) for p in blocks[0].parameters()):
         raise ValueError("the blocks are sharded already: add adapters before fully_shard")
     banks = _banks(model)
@@ -497,7 +465,7 @@ def load_adapter(
     down = state.get("blocks.0.down.weight")
     if down is None or down.dim() != 2:
         raise CheckpointError(f"{path} lacks the matrix blocks.0.down.weight")
-    width = int(_text_config(unwrap(model)).hidden_size)
+    width = int(text_config(unwrap(model)).hidden_size)
     made = Adapter(width, down.size(0), activation=metadata["activation"]).state_dict()
     for i in range(len(blocks)):
         for part, like in made.items():

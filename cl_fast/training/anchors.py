@@ -47,8 +47,8 @@ from cl_fast.models.heads import (
 )
 from cl_fast.models.sharding import local, row_range, sum_over_ranks_, this_rank
 from cl_fast.ops import anchor_gradient_, anchor_penalty, anchor_pull_
+from cl_fast.options import at_least, dtype_name, integer, not_negative, one_of, share
 from cl_fast.training.keeping import Keep, Task, needs
-from cl_fast.training.options import at_least, dtype_name, integer, not_negative, one_of, share
 from cl_fast.training.tokens import counted, on_device_of
 
 __all__ = ["Anchor", "fisher_diagonal"]

@@ -41,8 +41,8 @@ from cl_fast.models.heads import (
     unwrap,
 )
 from cl_fast.models.sharding import is_sharded
+from cl_fast.options import at_least, dtype_name, function_name, one_of, positive, share
 from cl_fast.training.keeping import Dataset, Keep, Task
-from cl_fast.training.options import at_least, dtype_name, function_name, one_of, positive, share
 from cl_fast.training.prompts import PromptDraw, check_prompts, pad_prompts
 
 __all__ = ["SelfDistill"]

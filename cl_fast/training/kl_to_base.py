@@ -41,8 +41,8 @@ from cl_fast.models.heads import (
     run_inside,
     unwrap,
 )
+from cl_fast.options import at_least, integer, one_of, positive
 from cl_fast.training.keeping import Keep, Task
-from cl_fast.training.options import at_least, integer, one_of, positive
 from cl_fast.training.tokens import at_base, check_base, counted, on_device_of
 
 __all__ = ["KLPenalty", "KLToBase", "Kind", "draw", "kl_of_tokens"]

@@ -43,8 +43,8 @@ from cl_fast.errors import CheckpointError
 from cl_fast.models.heads import unwrap
 from cl_fast.models.sharding import local, row_range
 from cl_fast.ops import gated_low_rank
+from cl_fast.options import at_least, not_negative, one_of, positive, share
 from cl_fast.training.keeping import Keep, Task
-from cl_fast.training.options import at_least, not_negative, one_of, positive, share
 
 __all__ = [
     "Balance",

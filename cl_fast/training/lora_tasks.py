@@ -32,8 +32,8 @@ from cl_fast.models.adapters import LoraLayer, active_adapter, lora_layers
 from cl_fast.models.bases import adapters_off
 from cl_fast.models.sharding import local, row_range
 from cl_fast.ops.low_rank import rank_update
+from cl_fast.options import integer, one_of
 from cl_fast.training.keeping import Keep, Task
-from cl_fast.training.options import integer, one_of
 
 __all__ = [
     "LoraTasks",

@@ -47,9 +47,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cl_fast.options import at_least, integer, one_of
 from cl_fast.training.drawing import Draw
 from cl_fast.training.keeping import Dataset
-from cl_fast.training.options import at_least, integer, one_of
 
 __all__ = ["Joined", "Mixture", "exact_ratio", "mix"]
 

@@ -32,9 +32,9 @@ from cl_fast.models.adapters import LoraLayer, active_adapter, lora_layers
 from cl_fast.models.sharding import local, row_range
 from cl_fast.ops.low_rank import rank_update_many_
 from cl_fast.ops.orthogonality import orthogonal_penalty, orthogonal_project, orthogonal_project_
+from cl_fast.options import integer, not_negative, one_of
 from cl_fast.training.keeping import Keep, Task
 from cl_fast.training.lora_tasks import activate, add_lora, check_foldable, initialise, whole
-from cl_fast.training.options import integer, not_negative, one_of
 
 __all__ = ["Orthogonal", "lora_penalty", "row_basis"]
 

@@ -32,9 +32,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cl_fast.losses import dpo_loss, sequence_sums
 from cl_fast.models.heads import Evaluating
+from cl_fast.options import at_least, integer, one_of, share
 from cl_fast.training.keeping import Dataset, Keep, Task
 from cl_fast.training.mixing import mix
-from cl_fast.training.options import at_least, integer, one_of, share
 from cl_fast.training.tokens import batch_logprobs, on_device_of
 
 __all__ = [

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from cl_fast.models.heads import IGNORED
+from cl_fast.options import at_least, function_name, integer, positive
 from cl_fast.training.drawing import Draw
 from cl_fast.training.keeping import Dataset, Keep
-from cl_fast.training.options import at_least, function_name, integer, positive
 from cl_fast.training.tokens import batch_logprobs, on_device_of
 
 __all__ = ["PretrainingLoss", "collate_text"]

@@ -35,8 +35,8 @@ from cl_fast.models.adapters import active_adapter, lora_layers
 from cl_fast.models.heads import unwrap
 from cl_fast.models.sharding import local, row_range, sum_over_ranks_
 from cl_fast.ops import orthogonal_project_
+from cl_fast.options import at_least, dtype_name, one_of, share
 from cl_fast.training.keeping import Keep, Task, needs
-from cl_fast.training.options import at_least, dtype_name, one_of, share
 from cl_fast.training.subspaces import (
     extend_basis,
     input_moments,

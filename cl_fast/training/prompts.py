@@ -22,9 +22,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from cl_fast.models.heads import IGNORED, Evaluating, unwrap
+from cl_fast.options import at_least
 from cl_fast.training.drawing import Draw
 from cl_fast.training.keeping import Dataset
-from cl_fast.training.options import at_least
 
 __all__ = ["PromptDraw", "check_prompts", "generate_prompts", "generated", "pad_prompts"]
 

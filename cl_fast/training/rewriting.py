@@ -31,8 +31,8 @@ from tqdm import tqdm
 from cl_fast.errors import CheckpointError, OutputError
 from cl_fast.losses.cache import model_fingerprint, tokenizer_fingerprint
 from cl_fast.models.heads import unwrap
+from cl_fast.options import at_least
 from cl_fast.training.keeping import Dataset
-from cl_fast.training.options import at_least
 from cl_fast.training.prompts import end_tokens, generated
 
 __all__ = ["BANNED", "TEMPLATE", "RewriteReport", "Rewritten", "rewrite_targets", "same_number"]

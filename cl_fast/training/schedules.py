@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from cl_fast.training.options import one_of
+from cl_fast.options import one_of
 
 __all__ = ["Infinite", "InfiniteLR", "Rewarm", "ScheduleLR", "infinite", "rewarm"]
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from cl_fast.models.heads import Evaluating, forward_names, hidden_states, unwrap
 from cl_fast.models.sharding import local, reshard, this_rank
 from cl_fast.ops import gram_
-from cl_fast.training.options import at_least, share
+from cl_fast.options import at_least, share
 
 __all__ = ["extend_basis", "input_moments", "linear_layers", "weight_subspace"]
 
