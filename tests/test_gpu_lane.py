@@ -690,7 +690,7 @@ def test_input_sets_leave_the_cache_behind(harness: ModuleType, card: PretendedC
     assert found.free_bytes() == int(0.9 * (80 << 30))
 
 
-@pytest.mark.parametrize("family", ["low_rank", "orthogonality", "packing", "selection"])
+@pytest.mark.parametrize("family", ["low_rank", "nearest", "orthogonality", "packing", "selection"])
 def test_families_on_a_pretended_card(
     harness: ModuleType, card: PretendedCard, family: str
 ) -> None:

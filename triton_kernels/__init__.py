@@ -6,6 +6,7 @@
     sums.py           absolute sums in float64, in the one order of all backends
     packing.py        the kept values of a drop: count, pack, unpack
     low_rank.py       low-rank updates of many matrices, and second moments of keys
+    nearest.py        the nearest key of each query: one running maximum, no matrix of scores
     orthogonality.py  O-LoRA's penalty and the projection, all modules of a model at once
     philox.py         the random stream of the drop masks, as device functions
     rows.py           which tensor a program works on

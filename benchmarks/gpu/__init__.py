@@ -8,6 +8,7 @@ merge.py          combine and combine_many
 selection.py      magnitude_threshold
 packing.py        pack, unpack, combine from packed deltas
 low_rank.py       rank updates and gram matrices
+nearest.py        nearest_key, in a step of decoding and over a long prompt
 orthogonality.py  penalty with gradient, projection
 divergence.py     divergences and log-probs with their gradients, from logits and from hidden states
 """

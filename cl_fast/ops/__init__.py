@@ -6,6 +6,7 @@
     magnitude_threshold      the exact k-th largest magnitude and how many of its ties stay
     PackedDelta, pack, unpack  the kept values of a drop, without their mask
     rank_update, gram        W + U V^T with one rounding; second moments of keys
+    nearest_key          the gate of stores of facts: the best key of each query, and its score
     orthogonal_penalty, orthogonal_project  O-LoRA's penalty and the projection off a subspace
     anchor_gradient_, anchor_pull_  the pull of EWC and L2-SP, without temporaries
     gated_low_rank           n low-rank adapters behind a softmax gate, as two products
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from cl_fast.ops.gated_experts import gated_low_rank
     from cl_fast.ops.low_rank import gram, gram_, rank_update, rank_update_, rank_update_many_
     from cl_fast.ops.magnitude import magnitude_threshold
+    from cl_fast.ops.nearest import nearest_key
     from cl_fast.ops.orthogonality import (
         orthogonal_penalty,
         orthogonal_project,
@@ -63,6 +65,7 @@ __all__ = [
     "keep_threshold",
     "magnitude_threshold",
     "model_thresholds",
+    "nearest_key",
     "orthogonal_penalty",
     "orthogonal_project",
     "orthogonal_project_",
@@ -93,6 +96,7 @@ _HOMES = {
     "keep_mask": "dropping",
     "magnitude_threshold": "magnitude",
     "model_thresholds": "combining",
+    "nearest_key": "nearest",
     "orthogonal_penalty": "orthogonality",
     "orthogonal_project": "orthogonality",
     "orthogonal_project_": "orthogonality",
