@@ -240,8 +240,8 @@ class _Reader:
     def read(self) -> PatchFile:
         columns = tuple(tuple(ids) for ids in self._value("columns", list))
         facts = self._value("facts", dict)
-        told = [fact for ids in columns for fact in ids]
-        if sorted(told) != sorted(facts) or not all(columns):
+        told = {fact for ids in columns for fact in ids}
+        if told != set(facts) or not all(columns):
             raise self._damaged("its columns and its facts do not belong together")
         slim = self._value("slim", bool)
         ridge = None

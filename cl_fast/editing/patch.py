@@ -131,7 +131,8 @@ class Patch:
 
     Attributes:
         layers: one `LayerPatch` for each edited matrix, in the order of the edit.
-        columns: for each column the ids of its facts: several where they share a key.
+        columns: for each column the ids of its facts: several where they share a key. A fact has
+            several columns where it is several keys (the tokens of MEND and MALMEN).
         ridge: [n], float64: what the solve adds for each column; 1 / weight, scaled.
         facts: every fact, by id.
         joint: all columns were fitted as one (with history); otherwise none can be taken out.
@@ -177,16 +178,16 @@ class Patch:
             raise ValueError(f"ridge must have one number for each of the {count} columns")
         if not bool((torch.isfinite(self.ridge) & (self.ridge >= 0)).all()):
             raise ValueError("ridge must be finite and 0 or more")
-        told = [name for ids in self.columns for name in ids]
-        if sorted(told) != sorted(self.facts) or not all(self.columns):
-            raise ValueError("every fact must be in exactly one column, and no column empty")
+        told = {name for ids in self.columns for name in ids}
+        if told != set(self.facts) or not all(self.columns):
+            raise ValueError("every fact must be in a column, and no column empty")
 
     # What it is.
 
     @property
     def ids(self) -> tuple[str, ...]:
         """The ids of all facts, column by column."""
-        return tuple(name for ids in self.columns for name in ids)
+        return tuple(dict.fromkeys(name for ids in self.columns for name in ids))
 
     @property
     def rank(self) -> int:
@@ -393,7 +394,11 @@ class Patch:
             ):
                 continue
             gone += column
-            again += [fact for fact in held if fact.id not in ids and fact.text not in texts]
+            again += [
+                fact
+                for fact in held
+                if fact.id not in ids and fact.text not in texts and fact not in again
+            ]
         rest = self.drop(gone) if gone else self
         return editor.fit([*listed, *again], after=rest)
 
