@@ -30,6 +30,7 @@ from cl_fast.models.heads import Evaluating, capture, forward_names, forward_rep
 __all__ = [
     "Decoder",
     "Site",
+    "batched",
     "blocks_of",
     "cache_rows",
     "decoder_of",
@@ -498,6 +499,11 @@ class Decoder:
             self.model, lambda: self._forward(inputs, start, len(self), hidden, cache)
         )
         return taken
+
+
+def batched(rows: Tensor, batch: int) -> Tensor:
+    """[batch, length, width], also of what a block had made flat (OPT's MLP)."""
+    return rows.reshape(batch, -1, rows.size(-1))
 
 
 class _Found(BaseException):
