@@ -240,8 +240,9 @@ class _Reader:
     def read(self) -> PatchFile:
         columns = tuple(tuple(ids) for ids in self._value("columns", list))
         facts = self._value("facts", dict)
+        joint = self._value("joint", bool)
         told = {fact for ids in columns for fact in ids}
-        if told != set(facts) or not all(columns):
+        if told != set(facts) or (joint and not all(columns)):
             raise self._damaged("its columns and its facts do not belong together")
         slim = self._value("slim", bool)
         ridge = None
@@ -284,7 +285,7 @@ class _Reader:
             method=self._metadata.get("method", ""),
             options=self._value("options", dict),
             report=self._value("report", dict),
-            joint=self._value("joint", bool),
+            joint=joint,
             ridge=ridge,
             content=self._metadata.get("content", ""),
         )

@@ -133,6 +133,8 @@ class Patch:
         layers: one `LayerPatch` for each edited matrix, in the order of the edit.
         columns: for each column the ids of its facts: several where they share a key. A fact has
             several columns where it is several keys (the tokens of MEND and MALMEN).
+            Columns that belong to all facts together (fine-tuning) follow the one that names the
+            facts, and name none, (); such a patch is not joint.
         ridge: [n], float64: what the solve adds for each column; 1 / weight, scaled.
         facts: every fact, by id.
         joint: all columns were fitted as one (with history); otherwise none can be taken out.
@@ -179,8 +181,10 @@ class Patch:
         if not bool((torch.isfinite(self.ridge) & (self.ridge >= 0)).all()):
             raise ValueError("ridge must be finite and 0 or more")
         told = {name for ids in self.columns for name in ids}
-        if told != set(self.facts) or not all(self.columns):
-            raise ValueError("every fact must be in a column, and no column empty")
+        if told != set(self.facts) or (self.joint and not all(self.columns)):
+            raise ValueError(
+                "every fact must be in a column, and no column of a joint patch empty"
+            )
 
     # What it is.
 
@@ -458,6 +462,12 @@ class Patch:
         return summed
 
     def _check_refit(self, what: str) -> None:
+        if self.slim and not self.joint:
+            raise ValueError(
+                f"this patch cannot {what}: its factors belong to all of its facts together "
+                f"({self.method or 'no method told'}), and no part of them is the fit of some. Fit "
+                "the facts that are wanted anew"
+            )
         if self.slim:
             raise ValueError(
                 f"a slim patch cannot {what}: its keys and targets were left out when it was "
