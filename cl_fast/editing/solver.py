@@ -26,8 +26,10 @@ Everything is float64, on the device of the tensors.
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Literal, Protocol
@@ -119,28 +121,28 @@ class _Inverse(torch.autograd.Function):  # type: ignore[misc]
     """C0^-1 K, whose gradient is C0^-1 times the upstream one: nothing needs to be kept."""
 
     @staticmethod
-    def forward(ctx: Any, keys: Tensor, prior: CholeskyPrior) -> Tensor:
-        ctx.prior = prior
-        return prior._solve(keys)
+    def forward(ctx: Any, keys: Tensor, factor: _Factor) -> Tensor:
+        ctx.factor = factor
+        return factor.solve(keys)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _Inverse.apply(grads[0], ctx.prior), None
+        return _Inverse.apply(grads[0], ctx.factor), None
 
 
 class CholeskyPrior:
-    """A covariance as the prior: C0 = L L^T, factorised once.
+    """A covariance as the prior: C0 = weight C, C = L L^T factorised once.
 
-    C0 and L share one [f, f] float64 buffer, 1.6 GB at f = 14,336: L below, C0 above the diagonal.
+    C and L share one [f, f] float64 buffer, 1.6 GB at f = 14,336: L below, C above the diagonal.
 
-    A C0 that is singular in float64 (fewer tokens than f, dead neurons) gets a jitter on its
-    diagonal, the smallest of 1e-12 ... 1e-4 times tr(C0) / f that makes it positive definite, with
+    A C that is singular in float64 (fewer tokens than f, dead neurons) gets a jitter on its
+    diagonal, the smallest of 1e-12 ... 1e-4 times tr(C) / f that makes it positive definite, with
     a warning. Singular means that a pivot is less than f eps times its diagonal entry, whatever the
     scale of that neuron (Demmel's condition, Higham 2002, theorem 10.7).
 
     precision="mixed" is for devices that are slow in float64: L in float32 is the preconditioner
-    of conjugate gradients in float64. Where they stall (a condition number of C0 near 1e10 and up)
-    there is a warning, and C0 is factorised in float64 after all. Takes another 4 f^2 bytes.
+    of conjugate gradients in float64. Where they stall (a condition number of C of 1e9 and more)
+    there is a warning, and C is factorised in float64 after all. Takes another 4 f^2 bytes.
 
     Args:
         C0: [f, f], symmetric, float64 or float32. The part above the diagonal is read.
@@ -150,8 +152,9 @@ class CholeskyPrior:
         identity: of C0, where the caller has a better one than a hash of its numbers.
 
     Attributes:
-        jitter: what was added to the diagonal; 0.0 as a rule.
-        relative_jitter: the same, divided by tr(C0) / f.
+        weight: 1.0; see `reweighted`.
+        jitter: what was added to the diagonal of C; 0.0 as a rule.
+        relative_jitter: the same, divided by tr(C) / f.
         precision: of the factor; "float64" after "mixed" failed.
         fallback: why "mixed" failed, or "".
 
@@ -170,30 +173,19 @@ class CholeskyPrior:
         identity: str | None = None,
     ) -> None:
         one_of("precision", precision, ("float64", "mixed"))
-        self._where = f"C0 of {name}" if name else "C0"
-        _check_square(self._where, C0)
+        where = f"C0 of {name}" if name else "C0"
+        _check_square(where, C0)
         if overwrite and not (C0.dtype == torch.float64 and C0.is_contiguous()):
             raise ValueError(
                 f"overwrite=True needs a contiguous float64 C0; got {C0.dtype}, strides "
                 f"{tuple(C0.stride())}"
             )
-        _check_symmetric(self._where, C0)
+        _check_symmetric(where, C0)
         C0 = C0.detach()
-        self._buffer = C0 if overwrite else C0.to(torch.float64, copy=True).contiguous()
-        self._diagonal = self._buffer.diagonal().clone()
-        self._scale = float(self._diagonal.mean())
-        if not self._scale > 0:
-            raise ValueError(f"{self._where} must have a positive trace; got {self._scale:g} * f")
-        self._content = identity or _hash_matrix(self._buffer)
-        self._relative = 0.0
-        self.fallback = ""
-        self.precision: str = precision
-        self._low: Tensor | None = None
-        self._inverse_scale: Tensor | None = None
-        if precision == "mixed":
-            self._factorise_low()
-        if self._low is None:
-            self._factorise()
+        buffer = C0 if overwrite else C0.to(torch.float64, copy=True).contiguous()
+        self.weight = 1.0
+        self._factor = _Factor(buffer, where, identity or _hash_matrix(buffer))
+        self._factor.factorise(precision)
 
     @classmethod
     def from_factor(
@@ -205,135 +197,200 @@ class CholeskyPrior:
         name: str = "",
         identity: str | None = None,
     ) -> CholeskyPrior:
-        """A prior whose factor is known, for example from a file. Both tensors are taken over.
+        """A prior whose factor is known, for example from a file. The memory of C0 is taken over.
 
         Args:
-            C0: [f, f], float64, contiguous, without the jitter; its memory is used.
+            C0: [f, f], float64, contiguous, without the jitter.
             factor: L of C0 + jitter I, row by row without what is above the diagonal:
                 [f (f + 1) / 2], float64.
             relative_jitter, name, identity: of the prior that the factor is of.
 
         Raises:
-            ValueError: the sizes do not fit, or L L^T is not C0, as a random vector shows.
+            ValueError: the sizes do not fit, or L L^T is not C0, as a vector shows.
         """
-        prior = cls.__new__(cls)
-        prior._where = f"C0 of {name}" if name else "C0"
-        _check_square(prior._where, C0)
+        where = f"C0 of {name}" if name else "C0"
+        _check_square(where, C0)
         f = C0.size(0)
         if C0.dtype != torch.float64 or not C0.is_contiguous():
-            raise ValueError(f"{prior._where} must be float64 and contiguous; got {C0.dtype}")
+            raise ValueError(f"{where} must be float64 and contiguous; got {C0.dtype}")
         if factor.shape != (f * (f + 1) // 2,) or factor.dtype != torch.float64:
             raise ValueError(
-                f"factor must hold {f * (f + 1) // 2} numbers in float64 for {prior._where}; got "
+                f"factor must hold {f * (f + 1) // 2} numbers in float64 for {where}; got "
                 f"{tuple(factor.shape)} in {factor.dtype}"
             )
-        prior._content = identity or _hash_matrix(C0)
-        prior._scale, prior._relative = float(C0.diagonal().mean()), relative_jitter
-        prior._buffer, prior._diagonal = C0, C0.diagonal() + prior.jitter
-        prior.precision, prior.fallback = "float64", ""
-        prior._low = prior._inverse_scale = None
-        probe = torch.sin(torch.arange(1.0, f + 1, dtype=torch.float64, device=C0.device))[:, None]
-        want = C0 @ probe + prior.jitter * probe
-        start = 0
-        for i in range(f):
-            C0[i, : i + 1] = factor[start : start + i + 1]
-            start += i + 1
-        lower = C0.tril()
-        got = lower @ (lower.mT @ probe)
-        if not float((got - want).norm()) <= 1e-8 * float(want.norm()):
-            raise ValueError(f"factor is not the Cholesky factor of {prior._where}")
+        prior = cls.__new__(cls)
+        prior.weight = 1.0
+        prior._factor = _Factor(C0.detach(), where, identity or _hash_matrix(C0))
+        prior._factor.take(factor, relative_jitter)
         return prior
+
+    def reweighted(self, weight: float) -> CholeskyPrior:
+        """The prior weight C0, without another factorisation: for a sweep over MEMIT's lambda.
+
+        Memory, jitter and precision are shared.
+        """
+        positive("weight", weight)
+        other = copy.copy(self)
+        other.weight = self.weight * float(weight)
+        return other
 
     @property
     def size(self) -> int:
-        return int(self._buffer.size(0))
+        return int(self._factor.buffer.size(0))
 
     @property
     def identity(self) -> str:
-        return _hash("cholesky", self._content, self._relative.hex())
-
-    @property
-    def relative_jitter(self) -> float:
-        return self._relative
+        factor = self._factor
+        return _hash("cholesky", factor.content, factor.relative.hex(), self.weight.hex())
 
     @property
     def jitter(self) -> float:
-        return self._relative * self._scale
+        return self._factor.jitter
+
+    @property
+    def relative_jitter(self) -> float:
+        return self._factor.relative
+
+    @property
+    def precision(self) -> str:
+        return self._factor.precision
+
+    @property
+    def fallback(self) -> str:
+        return self._factor.fallback
 
     def __repr__(self) -> str:
-        return f"CholeskyPrior({self.size}, {self.identity[:8]}, jitter={self.jitter:g})"
+        return (
+            f"CholeskyPrior({self.size}, {self.identity[:8]}, weight={self.weight:g}, "
+            f"jitter={self.jitter:g})"
+        )
 
     def inverse(self, keys: Tensor) -> Tensor:
         """C0^-1 K: [f, n], differentiable with respect to K."""
-        keys = _check_keys(keys, self.size, self._buffer.device)
-        out: Tensor = _Inverse.apply(keys, self)
-        return out
+        keys = _check_keys(keys, self.size, self._factor.buffer.device)
+        out: Tensor = _Inverse.apply(keys, self._factor)
+        return out / self.weight
 
     def whiten(self, keys: Tensor) -> Tensor:
-        """L^-1 K: [f, n], differentiable with respect to K."""
-        keys = _check_keys(keys, self.size, self._buffer.device)
-        if self._low is not None:
-            self._use_float64("L^-1 K was asked for")
-        return torch.linalg.solve_triangular(self._buffer, keys, upper=False)
+        """L^-1 K / sqrt(weight): [f, n], differentiable with respect to K."""
+        keys = _check_keys(keys, self.size, self._factor.buffer.device)
+        self._factor.need_float64("L^-1 K was asked for")
+        x = torch.linalg.solve_triangular(self._factor.buffer, keys, upper=False)
+        return x / math.sqrt(self.weight)
 
     def matrix(self) -> Tensor:
         """C0 [f, f], with its jitter: a new tensor."""
-        upper = self._buffer.triu(1)
-        upper += upper.mT.clone() if upper.numel() else upper
-        upper.diagonal().copy_(self._diagonal)
-        return upper
+        return self._factor.matrix().mul_(self.weight)
 
-    def factor(self) -> Tensor:
-        """L for `from_factor`: [f (f + 1) / 2]."""
+    def rows(self) -> Iterator[Tensor]:
+        """L of C, row by row without what is above the diagonal: for `from_factor`."""
+        self._factor.need_float64("its factor was asked for")
+        return (self._factor.buffer[i, : i + 1] for i in range(self.size))
+
+
+class _Factor:
+    """C and its L in one buffer; what priors of several weights share."""
+
+    def __init__(self, buffer: Tensor, where: str, content: str) -> None:
+        self.buffer, self.where, self.content = buffer, where, content
+        self._diagonal = buffer.diagonal().clone()
+        self._scale = float(self._diagonal.mean())
+        if not self._scale > 0:
+            raise ValueError(f"{where} must have a positive trace; got {self._scale:g} * f")
+        self.relative = 0.0
+        self.precision: str = "float64"
+        self.fallback = ""
+        self._low: Tensor | None = None
+        self._inverse_scale: Tensor | None = None
+
+    @property
+    def jitter(self) -> float:
+        return self.relative * self._scale
+
+    def factorise(self, precision: Precision) -> None:
+        if precision == "mixed":
+            self.precision = precision
+            self._factorise_low()
+        if self._low is None:
+            self._factorise()
+
+    def take(self, factor: Tensor, relative: float) -> None:
+        """A factor that is known, compared with C by a vector p: L (L^T p) = C p + jitter p."""
+        self.relative = relative
+        self._diagonal = self._diagonal + self.jitter
+        f = self.buffer.size(0)
+        p = torch.sin(torch.arange(1.0, f + 1, dtype=torch.float64)).to(self.buffer.device)
+        want = self.buffer @ p + self.jitter * p
+        start = 0
+        for i in range(f):
+            self.buffer[i, : i + 1] = factor[start : start + i + 1]
+            start += i + 1
+        blocks = [slice(i, min(i + _BLOCK, f)) for i in range(0, f, _BLOCK)]
+        half, got = torch.zeros_like(p), torch.empty_like(p)
+        for rows in blocks:
+            half[: rows.stop] += self.buffer[rows, : rows.stop].tril(rows.start).mT @ p[rows]
+        for rows in blocks:
+            got[rows] = self.buffer[rows, : rows.stop].tril(rows.start) @ half[: rows.stop]
+        if not float((got - want).norm()) <= 1e-8 * float(want.norm()):
+            raise ValueError(f"factor is not the Cholesky factor of {self.where}")
+
+    def matrix(self) -> Tensor:
+        matrix = self.buffer.clone()
+        matrix.diagonal().copy_(self._diagonal)
+        _mirror_upper_(matrix)
+        return matrix
+
+    def need_float64(self, reason: str) -> None:
+        """No warning: nothing failed."""
         if self._low is not None:
-            self._use_float64("its factor was asked for")
-        return torch.cat([self._buffer[i, : i + 1] for i in range(self.size)])
+            self.precision, self.fallback = "float64", reason
+            self._low = self._inverse_scale = None
+            self._factorise()
+
+    def solve(self, keys: Tensor) -> Tensor:
+        if self._low is not None:
+            found = self._conjugate_gradients(keys)
+            if found is not None:
+                return found
+        x = torch.linalg.solve_triangular(self.buffer, keys, upper=False)
+        return torch.linalg.solve_triangular(self.buffer.mT, x, upper=True)
 
     # float64
 
     def _factorise(self) -> None:
         plain = self._diagonal
         for relative in (0.0, *JITTERS):
-            self._relative, self._diagonal = relative, plain + relative * self._scale
+            self.relative, self._diagonal = relative, plain + relative * self._scale
             if relative:
-                _mirror_upper_(self._buffer)
-            self._buffer.diagonal().copy_(self._diagonal)
-            if _cholesky_(self._buffer, self._diagonal):
+                _mirror_upper_(self.buffer)
+            self.buffer.diagonal().copy_(self._diagonal)
+            if _cholesky_(self.buffer, self._diagonal):
                 break
         else:
             raise ValueError(
-                f"{self._where} is not positive definite, not even with {JITTERS[-1]:g} of its "
+                f"{self.where} is not positive definite, not even with {JITTERS[-1]:g} of its "
                 "mean diagonal added: second moments of keys cannot be indefinite, so it was "
                 "computed wrongly or damaged. Collect the statistics again"
             )
         if relative:
             warnings.warn(
-                f"{self._where} is singular in float64: {relative:g} of its mean diagonal, "
+                f"{self.where} is singular in float64: {relative:g} of its mean diagonal, "
                 f"{self.jitter:.3g}, was added to its diagonal. Directions that no key of the "
                 "statistics had are held by that alone; more tokens are the remedy",
                 stacklevel=3,
             )
 
-    def _solve(self, keys: Tensor) -> Tensor:
-        if self._low is not None:
-            found = self._conjugate_gradients(keys)
-            if found is not None:
-                return found
-        lower = self._buffer
-        x = torch.linalg.solve_triangular(lower, keys, upper=False)
-        return torch.linalg.solve_triangular(lower.mT, x, upper=True)
-
     # float32 as the preconditioner
 
     def _factorise_low(self) -> None:
         """L of C0 scaled to a unit diagonal, in float32."""
-        _mirror_upper_(self._buffer)
+        _mirror_upper_(self.buffer)
         diagonal = self._diagonal
         if not bool((diagonal > 0).all()):
             self._fall_back("its diagonal has entries that are not positive")
             return
         inverse_scale = diagonal.rsqrt()
-        low = (self._buffer * inverse_scale).mul_(inverse_scale[:, None]).to(torch.float32)
+        low = (self.buffer * inverse_scale).mul_(inverse_scale[:, None]).to(torch.float32)
         for shift in _SHIFTS:
             if shift:
                 _mirror_upper_(low)
@@ -369,7 +426,7 @@ class CholeskyPrior:
                 active = rz > _CG_TOLERANCE**2 * first
                 if not bool(active.any()):
                     break
-                q = self._buffer @ p
+                q = self.buffer @ p
                 step = torch.where(active, rz / (p * q).sum(0), 0.0)
                 x = x + step * p
                 residual = residual - step * q
@@ -379,7 +436,7 @@ class CholeskyPrior:
                 rz = torch.where(active, after, rz)
                 steps += 1
             # What the updates of the residual added up to drifts from the true one.
-            residual = keys - self._buffer @ x
+            residual = keys - self.buffer @ x
             z = self._precondition(residual)
             relative = (residual * z).sum(0) / first.clamp_min(torch.finfo(first.dtype).tiny)
             before, error = error, float(relative.max().clamp_min(0).sqrt())
@@ -395,17 +452,12 @@ class CholeskyPrior:
 
     def _fall_back(self, reason: str) -> None:
         warnings.warn(
-            f"{self._where} is too ill-conditioned for precision='mixed': {reason}. It is "
+            f"{self.where} is too ill-conditioned for precision='mixed': {reason}. It is "
             "factorised in float64 instead, which is slower but exact",
             stacklevel=3,
         )
         self.precision, self.fallback = "float64", reason
         self._low = self._inverse_scale = None
-
-    def _use_float64(self, reason: str) -> None:
-        self.precision, self.fallback = "float64", reason
-        self._low = self._inverse_scale = None
-        self._factorise()
 
 
 class ScaledIdentity:
@@ -478,65 +530,77 @@ class NullSpace:
         identity: str | None = None,
     ) -> None:
         where = f"C of {name}" if name else "C"
-        rule = _null_space_rule(threshold, energy)
-        positive("l2", l2)
+        _null_space_rule(threshold, energy)
         _check_square(where, C)
         _check_symmetric(where, C)
         wide = C.detach().to(torch.float64)
         values, vectors = torch.linalg.eigh(wide, UPLO="U")
+        self._choose(values, vectors, threshold, energy, l2, where, identity or _hash_matrix(wide))
+
+    @classmethod
+    def from_eigenvectors(
+        cls,
+        values: Tensor,
+        vectors: Tensor,
+        *,
+        threshold: float | None = None,
+        energy: float | None = None,
+        l2: float = 10.0,
+        name: str = "",
+        identity: str,
+    ) -> NullSpace:
+        """A prior of a C whose eigenvectors are known: another threshold costs nothing.
+
+        Args:
+            values, vectors: [f] ascending and [f, f], as `torch.linalg.eigh` gives them, float64.
+            threshold, energy, l2, name, identity: as for a C.
+
+        Raises:
+            ValueError: as for a C; the vectors are not orthonormal, as one of them shows.
+        """
+        f = values.numel()
+        for what, x, shape in (("values", values, (f,)), ("vectors", vectors, (f, f))):
+            if x.dtype != torch.float64 or tuple(x.shape) != shape:
+                raise ValueError(
+                    f"{what} must be float64 of the shape {shape}; got {x.dtype}, {tuple(x.shape)}"
+                )
+        p = torch.sin(torch.arange(1.0, f + 1, dtype=torch.float64)).to(vectors.device)
+        if not float((vectors.mT @ (vectors @ p) - p).norm()) <= 1e-8 * float(p.norm()):
+            raise ValueError("vectors must be orthonormal columns")
+        prior = cls.__new__(cls)
+        where = f"C of {name}" if name else "C"
+        prior._choose(values, vectors, threshold, energy, l2, where, identity)
+        return prior
+
+    def _choose(
+        self,
+        values: Tensor,
+        vectors: Tensor,
+        threshold: float | None,
+        energy: float | None,
+        l2: float,
+        where: str,
+        content: str,
+    ) -> None:
+        rule = _null_space_rule(threshold, energy)
+        positive("l2", l2)
+        f = values.numel()
         free = _free_directions(values, threshold, energy)
-        if free in (0, values.numel()):
+        if free in (0, f):
             what = "no direction is free" if free == 0 else "every direction is free"
             raise ValueError(
                 f"{rule} leaves nothing to do: {what} in {where}, whose eigenvalues lie between "
                 f"{float(values[0]):.3g} and {float(values[-1]):.3g}. energy=0.99 adapts to them"
             )
-        content = identity or _hash_matrix(wide)
-        self._set(vectors, free, float(l2), _hash("null space", content, rule, float(l2).hex()))
-
-    def _set(self, vectors: Tensor, free: int, l2: float, identity: str) -> None:
-        f = vectors.size(0)
-        self.size, self.free, self.protected, self.l2 = f, free, f - free, l2
+        self.size, self.free, self.protected, self.l2 = f, free, f - free, float(l2)
         self._kept = 2 * free <= f
-        self._basis = vectors[:, :free].contiguous() if self._kept else vectors[:, free:].clone()
-        self.identity = identity
-
-    @classmethod
-    def from_basis(cls, basis: Tensor, *, kept: bool, l2: float, identity: str) -> NullSpace:
-        """A prior whose basis is known, for example from a file.
-
-        Args:
-            basis: [f, r], float64, orthonormal columns.
-            kept: they span the free directions; else the protected ones.
-            l2, identity: of the prior that the basis is of.
-
-        Raises:
-            ValueError: the columns are not orthonormal.
-        """
-        positive("l2", l2)
-        if basis.dim() != 2 or basis.dtype != torch.float64 or not 0 < basis.size(1) < len(basis):
-            raise ValueError(
-                f"basis must be [f, r] in float64, 0 < r < f; got {tuple(basis.shape)} in "
-                f"{basis.dtype}"
-            )
-        unit = torch.eye(basis.size(1), dtype=torch.float64, device=basis.device)
-        if not float((basis.mT @ basis - unit).abs().max()) <= 1e-8:
-            raise ValueError("basis must have orthonormal columns")
-        prior = cls.__new__(cls)
-        f, r = basis.shape
-        prior.size, prior.free, prior.l2 = f, r if kept else f - r, float(l2)
-        prior.protected = f - prior.free
-        prior._kept, prior._basis, prior.identity = kept, basis, identity
-        return prior
+        self._basis = vectors[:, :free].clone() if self._kept else vectors[:, free:].clone()
+        self.identity = _hash("null space", content, rule, self.l2.hex())
 
     @property
     def basis(self) -> Tensor:
-        """[f, r], orthonormal columns, of the free directions if `kept`, else the protected."""
+        """[f, r], orthonormal: of the free directions or the protected, whichever are fewer."""
         return self._basis
-
-    @property
-    def kept(self) -> bool:
-        return bool(self._kept)
 
     def __repr__(self) -> str:
         return f"NullSpace({self.size}, {self.free} free, l2={self.l2:g}, {self.identity[:8]})"

@@ -398,14 +398,33 @@ def test_the_factorisation_in_place(f: int) -> None:
     prior = CholeskyPrior(tensor(C))
     assert prior.jitter == 0
     lower = np.zeros((f, f))
-    lower[np.tril_indices(f)] = prior.factor()
+    lower[np.tril_indices(f)] = torch.cat(list(prior.rows()))
     assert relative(lower, np.linalg.cholesky(C)) < 1e-10
     assert np.array_equal(prior.matrix().numpy(), np.triu(C) + np.triu(C, 1).T)
-    again = CholeskyPrior.from_factor(tensor(C.copy()), prior.factor())
+    again = CholeskyPrior.from_factor(tensor(C.copy()), torch.cat(list(prior.rows())))
     K = tensor(g.standard_normal((f, 3)))
     assert torch.equal(again.inverse(K), prior.inverse(K))
     assert torch.equal(again.whiten(K), prior.whiten(K))
     assert again.identity == prior.identity
+
+
+def test_another_weight_needs_no_other_factor() -> None:
+    p = Problem(23, n=50)
+    once = CholeskyPrior(tensor(p.C0))
+    for method in ("dual", "primal"):
+        prior = once.reweighted(300.0).reweighted(50.0)
+        got = solve(prior, tensor(p.K), tensor(p.T), method=method)
+        assert relative(got.delta(), closed_form(15000 * p.C0, p.K, p.T, np.ones(p.n))) < 1e-9
+    white = prior.whiten(tensor(p.K)).numpy()
+    assert relative(white.T @ white, p.K.T @ np.linalg.solve(15000 * p.C0, p.K)) < 1e-9
+    assert prior.weight == 15000
+    assert once.weight == 1
+    assert prior.identity == once.reweighted(15000.0).identity != once.identity
+    mixed = CholeskyPrior(tensor(p.C0), precision="mixed")
+    other = mixed.reweighted(2.0)
+    other.whiten(tensor(p.K))  # factorises in the memory that both share
+    assert mixed.precision == "float64"
+    assert relative(mixed.inverse(tensor(p.K)), np.linalg.solve(p.C0, p.K)) < 1e-9
 
 
 def test_overwrite_uses_the_memory_of_c0() -> None:
@@ -440,7 +459,7 @@ def test_a_singular_covariance_gets_the_smallest_jitter_and_a_warning(f: int) ->
         again = CholeskyPrior(tensor(C))
     assert again.identity == prior.identity
     again = CholeskyPrior.from_factor(
-        tensor(C), prior.factor(), relative_jitter=prior.relative_jitter
+        tensor(C), torch.cat(list(prior.rows())), relative_jitter=prior.relative_jitter
     )
     assert again.identity == prior.identity
     assert again.jitter == pytest.approx(prior.jitter)
@@ -555,14 +574,18 @@ def test_identity_is_of_what_a_prior_computes() -> None:
     assert all(re.fullmatch("[0-9a-f]{32}", identity) for identity in first)
 
 
-def test_a_null_space_from_its_basis() -> None:
+def test_a_null_space_from_eigenvectors() -> None:
     p = Problem(20)
-    prior = NullSpace(tensor(p.C0), energy=0.99)
-    again = NullSpace.from_basis(prior.basis, kept=prior.kept, l2=10.0, identity=prior.identity)
-    assert torch.equal(again.inverse(tensor(p.K)), prior.inverse(tensor(p.K)))
-    assert (again.free, again.protected, again.size) == (prior.free, prior.protected, prior.size)
+    values, vectors = torch.linalg.eigh(tensor(p.C0))
+    for share in (0.5, 0.99, 0.99999):
+        prior = NullSpace(tensor(p.C0), energy=share, identity="C")
+        again = NullSpace.from_eigenvectors(values, vectors, energy=share, identity="C")
+        assert relative(again.inverse(tensor(p.K)), prior.inverse(tensor(p.K))) < 1e-9
+        assert (again.free, again.size, again.identity) == (prior.free, prior.size, prior.identity)
     with pytest.raises(ValueError, match="orthonormal"):
-        NullSpace.from_basis(2 * prior.basis, kept=True, l2=1.0, identity="x")
+        NullSpace.from_eigenvectors(values, 2 * vectors, energy=0.9, identity="x")
+    with pytest.raises(ValueError, match="vectors must be float64 of the shape"):
+        NullSpace.from_eigenvectors(values, vectors[:3], energy=0.9, identity="x")
 
 
 # --- bad input -----------------------------------------------------------------------------------
@@ -650,6 +673,7 @@ def repeated(*columns: int) -> tuple[Tensor, Tensor]:
             ValueError,
             "factor is not the Cholesky factor of C0",
         ),
+        (lambda: PRIOR.reweighted(0.0), ValueError, "weight must be positive and finite; got 0.0"),
         (lambda: ScaledIdentity(0), ValueError, "size must be at least 1; got 0"),
         (lambda: ScaledIdentity(2.0), TypeError, "size must be an int; got 2.0"),
         (lambda: ScaledIdentity(3, 0.0), ValueError, "scale must be positive and finite; got 0.0"),
