@@ -1,0 +1,188 @@
+"""The keys of facts, layer by layer, while the layers are being edited.
+
+    k = 1/2 k("") + 1/2 mean_contexts k(context)        MEMIT: mean over kinds of prompts
+    k = mean_all k                                      ROME
+
+k is what the matrix W of a block is given at the lookup token. Edits of lower blocks change the
+keys of higher ones, also through the tokens before the lookup, so that MEMIT collects the keys of a
+block only once those below have been edited (Meng et al. 2023, sec. 4.3).
+
+Here the prompts, cut after the lookup token, go through the model once: hidden states wait before
+the block that is edited next, its keys are taken, its new W is set, and they go on. Without this,
+every layer costs a forward pass of its own through all blocks below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from cl_fast.editing.facts import Lookup, encode_many
+from cl_fast.editing.values import Group, padded_left
+from cl_fast.models.blocks import Decoder, batched
+
+__all__ = ["Averaging", "KeyStream", "keys_of"]
+
+Averaging = Literal["kinds", "all"]
+
+
+@dataclass
+class _Chunk:
+    """Prompts of like length: what waits before the next block is [rows, length, d]."""
+
+    inputs: dict[str, Tensor]
+    owner: Tensor
+    plain: Tensor
+    hidden: Tensor | None = None
+
+
+class KeyStream:
+    """The prompts of groups of facts on their way through the blocks.
+
+        stream = KeyStream(decoder, tokenizer, groups, contexts)
+        for layer in layers:
+            stream.advance(layer)
+            keys, output, ahead = stream.look(layer, until)
+            ... set the W of `layer` ...
+
+    Args:
+        decoder: from `decoder_of`; the model in eval mode.
+        tokenizer: a fast one.
+        groups: from `group_facts`.
+        contexts: texts before the prompts; the plain prompt is always there.
+        lookup: which token is looked up.
+        averaging: "kinds" or "all", see the module.
+        batch: rows per forward pass.
+        waiting: the device on which hidden states wait between blocks; by default the model's.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Any,
+        groups: Sequence[Group],
+        contexts: Sequence[str] = (),
+        *,
+        lookup: Lookup = "subject_last",
+        averaging: Averaging = "kinds",
+        batch: int = 256,
+        waiting: torch.device | str | None = None,
+    ) -> None:
+        self.decoder, self.groups = decoder, list(groups)
+        self.at = 0
+        self._waiting = None if waiting is None else torch.device(waiting)
+        count = 1 + len(contexts)
+        if averaging == "kinds" and contexts:
+            self._weights = (0.5, 0.5 / len(contexts))
+        else:
+            self._weights = (1.0 / count, 1.0 / count)
+        texts, owners, plain = [], [], []
+        for owner, group in enumerate(self.groups):
+            fact = group.facts[0]
+            for i, context in enumerate(("", *contexts)):
+                start, stop = (x + len(context) for x in fact.subject_span)
+                texts.append((context + fact.text, (start, stop), fact.target))
+                owners.append(owner)
+                plain.append(i == 0)
+        spaces = [self.groups[owner].facts[0].separator for owner in owners]
+        encoded = encode_many(tokenizer, texts, separator=spaces, lookup=lookup)
+        rows = [e.ids[: e.lookup + 1] for e in encoded]
+        pad = getattr(tokenizer, "pad_token_id", None) or 0
+        order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
+        device = decoder.device
+        self._chunks = []
+        for first in range(0, len(order), batch):
+            some = order[first : first + batch]
+            self._chunks.append(
+                _Chunk(
+                    padded_left([rows[i] for i in some], pad, device),
+                    torch.tensor([owners[i] for i in some]),
+                    torch.tensor([plain[i] for i in some]),
+                )
+            )
+
+    def advance(self, layer: int) -> None:
+        """Brings all prompts before block `layer`, with the weights as they are now."""
+        if layer < self.at:
+            raise ValueError(f"the prompts are before block {self.at} already; got {layer}")
+        if layer == self.at:
+            return
+        for chunk in self._chunks:
+            with torch.no_grad():
+                hidden = self.decoder.run(
+                    chunk.inputs, self.at, layer, hidden=self._of(chunk, chunk.inputs)
+                )
+            chunk.hidden = hidden if self._waiting is None else hidden.to(self._waiting)
+        self.at = layer
+
+    def _of(self, chunk: _Chunk, inputs: dict[str, Tensor]) -> Tensor | None:
+        device = inputs["input_ids"].device
+        return None if chunk.hidden is None else chunk.hidden.to(device)
+
+    def look(self, layer: int, until: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """What block `layer` sees and says at the lookup token; nothing moves on.
+
+        Args:
+            layer: where the prompts are.
+            until: the plain prompts also run on through block `until`.
+
+        Returns:
+            (keys [f, groups], float64, averaged over contexts; output of W for the plain prompts
+            [groups, d] float32; the stream after block `until` there [groups, d] float32). On the
+            device of the model.
+        """
+        self.advance(layer)
+        with torch.no_grad():
+            return self._look(layer, layer if until is None else until)
+
+    def _look(self, layer: int, until: int) -> tuple[Tensor, Tensor, Tensor]:
+        site = self.decoder.site(layer)
+        device = self.decoder.device
+        keys = torch.zeros(len(self.groups), site.key_size, dtype=torch.float64, device=device)
+        output = torch.empty(len(self.groups), site.value_size, device=device)
+        ahead = torch.empty_like(output)
+        for chunk in self._chunks:
+            rows = chunk.owner.numel()
+            seen: dict[str, Tensor] = {}
+
+            def see(_: Any, args: Any, out: Tensor, seen: Any = seen, rows: int = rows) -> None:
+                seen["key"] = batched(args[0], rows)[:, -1]
+                seen["out"] = batched(out, rows)[:, -1]
+
+            hook = site.module.register_forward_hook(see)
+            try:
+                hidden = self.decoder.run(
+                    chunk.inputs, layer, layer + 1, hidden=self._of(chunk, chunk.inputs)
+                )
+            finally:
+                hook.remove()
+            weight = torch.where(chunk.plain, *self._weights).to(device, torch.float64)
+            owner = chunk.owner.to(device)
+            keys.index_add_(0, owner, seen["key"].double() * weight[:, None])
+            plain = chunk.plain.to(device)
+            if not bool(plain.any()):
+                continue
+            output[owner[plain]] = seen["out"][plain].float()
+            hidden = hidden[plain]
+            if until > layer:
+                inputs = {name: tensor[plain] for name, tensor in chunk.inputs.items()}
+                hidden = self.decoder.run(inputs, layer + 1, until + 1, hidden=hidden)
+            ahead[owner[plain]] = hidden[:, -1].float()
+        return keys.T.contiguous(), output, ahead
+
+
+def keys_of(
+    decoder: Decoder,
+    tokenizer: Any,
+    groups: Sequence[Group],
+    layers: Sequence[int],
+    contexts: Sequence[str] = (),
+    **options: Any,
+) -> dict[int, Tensor]:
+    """The keys [f, groups] of all `layers` of the model as it is now."""
+    stream = KeyStream(decoder, tokenizer, groups, contexts, **options)
+    return {layer: stream.look(layer)[0] for layer in sorted(layers)}
