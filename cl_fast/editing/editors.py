@@ -457,11 +457,15 @@ class WeightEditor:
         if self.prior == "identity":
             return ScaledIdentity(site.key_size, 1.0)
         assert self.stats is not None
+        device = self.decoder.device
         if self.prior == "covariance":
-            return self.stats.prior(site.layer, kind="covariance", weight=self.prior_weight)
+            return self.stats.prior(
+                site.layer, kind="covariance", weight=self.prior_weight, device=device
+            )
         return self.stats.prior(
-            site.layer, kind="nullspace", threshold=self.threshold, energy=self.energy, l2=self.l2
-        )
+            site.layer, kind="nullspace", threshold=self.threshold, energy=self.energy,
+            l2=self.l2, device=device,
+        )  # fmt: skip
 
     def _solve(
         self,
@@ -476,7 +480,7 @@ class WeightEditor:
             self.decoder, self.tokenizer, groups, self.contexts, lookup=self.lookup,
             averaging=self.averaging, batch=max(8, 4 * self.batch),
         )  # fmt: skip
-        new_ridge = self._ridges(groups)
+        new_ridge = self._ridges(groups).to(self.decoder.device)
         made: list[LayerPatch] = []
         priors: dict[str, str] = {}
         told: dict[str, Any] = {}
@@ -494,8 +498,7 @@ class WeightEditor:
             values = found[number] if self.spread == "ends" else found[0]
             keys, output, ahead = stream.look(site.layer, values.layer)
             change = self._change(site, values, output, ahead, len(bench.sites) - number)
-            new_k = keys.cpu()
-            new_t = change.double().cpu().T
+            new_k, new_t = keys, change.double().T
             if not bool(torch.isfinite(new_k).all() and torch.isfinite(new_t).all()):
                 raise ValueError(f"keys or values at {site.name} are not finite (NaN or infinity)")
             made.append(
@@ -542,17 +545,19 @@ class WeightEditor:
             )
         assert held.keys is not None
         assert held.targets is not None
-        targets = rest + held.U @ (held.V.T @ keys)
-        all_keys = torch.cat([held.keys, keys], 1)
-        all_targets = torch.cat([held.targets, targets], 1)
+        old_u, old_v, old_k, old_t = (
+            x.to(keys.device) for x in (held.U, held.V, held.keys, held.targets)
+        )
+        targets = rest + old_u @ (old_v.T @ keys)
+        all_keys = torch.cat([old_k, keys], 1)
+        all_targets = torch.cat([old_t, targets], 1)
         if self.history:
-            solution = solve(
-                prior, all_keys, all_targets, torch.cat([kept.ridge, ridge]), known_v=held.V
-            )
+            ridges = torch.cat([kept.ridge.to(keys.device), ridge])
+            solution = solve(prior, all_keys, all_targets, ridges, known_v=old_v)
             u, v = solution.U, solution.V
         else:
             solution = solve(prior, keys, rest, ridge)
-            u, v = torch.cat([held.U, solution.U], 1), torch.cat([held.V, solution.V], 1)
+            u, v = torch.cat([old_u, solution.U], 1), torch.cat([old_v, solution.V], 1)
         return LayerPatch(site.name, site.transposed, base_hash, u, v, all_keys, all_targets)
 
     def _left(self, groups: list[Group], values: Values, bench: _Bench) -> list[float]:
