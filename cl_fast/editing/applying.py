@@ -28,6 +28,7 @@ from cl_fast.errors import NonFiniteError
 from cl_fast.models.heads import unwrap
 from cl_fast.ops import rank_update_
 from cl_fast.ops.low_rank import MOST_RANK
+from cl_fast.ops.reproducible import reproducible_update_
 
 __all__ = ["How", "Rounding", "apply_factors", "weight_hash", "write_factors"]
 
@@ -133,12 +134,26 @@ def find_layers(model: nn.Module, layers: Sequence[Factors]) -> list[nn.Module]:
     return found
 
 
+def patch_on(module: nn.Module) -> str | None:
+    """Which patch is on this module now, in words; None for none."""
+    return _EDITED.get(module)
+
+
 def write_factors(
     weight: Tensor, base: Tensor, layer: Factors, rounding: Rounding = "nearest", seed: int = 0
 ) -> None:
-    """weight = round(base + U V^T), summed in float32 (float64 for float64), rounded once."""
+    """weight = round(base + U V^T), rounded once.
+
+    The factors count as float32, as they are saved; for a float64 weight as float64. On the CPU
+    the bits are those of any machine, and of a checkpoint that is patched on disk; on other
+    devices, and in float64, the order of the sums is the BLAS's.
+    """
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     pair = (layer.V, layer.U) if layer.transposed else (layer.U, layer.V)
+    if weight.device.type == "cpu" and wide == torch.float32:
+        left, right = (factor.to(wide) for factor in pair)
+        reproducible_update_(weight, left, right, base=base, rounding=rounding, seed=seed)
+        return
     rank = layer.U.shape[1]
     with torch.no_grad():
         if rank <= MOST_RANK:

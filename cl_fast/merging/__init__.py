@@ -4,6 +4,7 @@ On disk::
 
     plan = make_plan(load_recipe("recipe.yml"), "merged/")
     execute(plan)
+    apply_patch("base/", "edits.safetensors", "edited/")
 
 In memory, on state dicts and modules: :func:`linear`, :func:`task_arithmetic`, :func:`ties`,
 :func:`dare_linear`, :func:`dare_ties`, :func:`uniform_soup`, :func:`greedy_soup`.
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cl_fast.merging.engine import execute
     from cl_fast.merging.methods import METHODS, Method, make_policy
+    from cl_fast.merging.patches import apply_patch
     from cl_fast.merging.plan import Plan, describe, make_plan
     from cl_fast.merging.recipe import Recipe, load_recipe, parse_recipe
     from cl_fast.merging.soup import greedy_soup, uniform_soup
@@ -35,6 +37,7 @@ _HOME = {
     "Method": "methods",
     "Plan": "plan",
     "Recipe": "recipe",
+    "apply_patch": "patches",
     "dare_linear": "state_dicts",
     "dare_ties": "state_dicts",
     "describe": "plan",
@@ -55,6 +58,7 @@ __all__ = [
     "Method",
     "Plan",
     "Recipe",
+    "apply_patch",
     "dare_linear",
     "dare_ties",
     "describe",

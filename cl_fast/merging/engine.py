@@ -51,6 +51,7 @@ from cl_fast.merging.output import (
     sync_tree,
     write_failure,
 )
+from cl_fast.merging.patches import check_patches
 
 if TYPE_CHECKING:
     from cl_fast.merging.plan import Plan
@@ -126,8 +127,8 @@ def execute(
     Raises:
         OutputError: the output exists, lies in an input, cannot be written, or the disk is full;
             an unfinished merge is there and neither `resume` nor `restart` was asked for.
-        CheckpointError: an input is truncated, was changed while it was read, or integer tensors
-            that must agree do not.
+        CheckpointError: an input is truncated, was changed while it was read, integer tensors
+            that must agree do not, or a patch is for another base.
         NonFiniteError: NaN or infinity, or overflow of the output type.
         Interrupted: KeyboardInterrupt came; finished shards are kept.
         ValueError: an argument out of its range.
@@ -152,6 +153,7 @@ def execute(
                 lock.release()
         _check_output(plan, folder, overwrite=overwrite)
         check_inputs(plan)
+        check_patches(plan)
         executor = make_executor(
             plan, backend=backend, threads=threads, memory=memory, io=io, nan=nan
         )

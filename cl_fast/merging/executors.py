@@ -24,7 +24,8 @@ from cl_fast.errors import CheckpointError, NonFiniteError, OutputError
 from cl_fast.merging.checksum import crc64
 from cl_fast.merging.journal import TensorRecord
 from cl_fast.merging.output import write_failure
-from cl_fast.merging.plan import bytes_text
+from cl_fast.merging.patches import make
+from cl_fast.merging.plan import Patched, Source, bytes_text, patched
 from cl_fast.ops.policy import trim_keep_count
 from cl_fast.ops.streams import keep_threshold
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from cl_fast.merging.plan import Plan, Source, TensorPlan
+    from cl_fast.merging.plan import Plan, TensorPlan
 
 NOTHING = 0x7FFFFFFF
 """A threshold code that no number exceeds: a model-wide trim that keeps nothing."""
@@ -103,6 +104,15 @@ def make_executor(
     elif backend is None:
         core = native_or_say()
     if core is not None:
+        if memory is not None:
+            needed, name = max(
+                (sum(source.memory for source in patched(t)), t.name) for t in plan.tensors
+            )
+            if needed > memory:
+                raise OutputError(
+                    f"--memory {bytes_text(memory)} is too little for the edited tensor {name}, "
+                    f"which is made whole and needs about {bytes_text(needed)}; give more"
+                )
         return NativeExecutor(core, threads=threads, memory=memory, io=io, nan=nan)
     try:
         import torch
@@ -180,7 +190,7 @@ def _truncated(source: Source, got: int) -> CheckpointError:
 
 
 class NativeExecutor:
-    """One job of the C++ core for each shard."""
+    """One job of the C++ core for each shard, and one for each tensor that must be made first."""
 
     name = "native"
 
@@ -190,6 +200,7 @@ class NativeExecutor:
         from cl_fast.backends import native
 
         self._core = core
+        self._asked = threads
         self._threads = threads or native.threads()
         self._memory = memory
         self._io = "mmap" if io == "auto" else io
@@ -199,12 +210,13 @@ class NativeExecutor:
         """See `Executor`; all tensors of the model in one job, nearly always in one read."""
         job = self._job(self._nan)
         files: dict[str, tuple[int, int]] = {}
+        combined = [tensor for tensor in plan.tensors if tensor.kind == "combine"]
+        made = self._make(combined)
         size = 0
-        for tensor in plan.tensors:
-            if tensor.kind == "combine":
-                # A selection writes nothing, but a task must name a place.
-                self._add(job, tensor, None, files, out=(1, -1, 0))
-                size += sum(source.nbytes for _, source in sources(tensor))
+        for tensor in combined:
+            # A selection writes nothing, but a task must name a place.
+            self._add(job, tensor, None, files, made, out=(1, -1, 0))
+            size += sum(source.nbytes for _, source in sources(tensor))
         wanted = [max(1, keep) for keep in plan.model_keep]
         codes: list[int] = []
         _watch(job, lambda: codes.extend(job.select_model(wanted)), tick, size)
@@ -217,11 +229,26 @@ class NativeExecutor:
         self, tensors: Sequence[TensorPlan], path: Path, codes: Sequence[int] | None, tick: Tick
     ) -> list[TensorRecord]:
         """See `Executor`."""
+        plain = [tensor for tensor in tensors if not patched(tensor)]
+        found = dict(
+            zip((t.name for t in plain), self._write(plain, path, codes, tick), strict=True)
+        )
+        for tensor in tensors:
+            if tensor.name not in found:
+                [found[tensor.name]] = self._write([tensor], path, codes, tick)
+        return [found[tensor.name] for tensor in tensors]
+
+    def _write(
+        self, tensors: Sequence[TensorPlan], path: Path, codes: Sequence[int] | None, tick: Tick
+    ) -> list[TensorRecord]:
+        if not tensors:
+            return []
+        made = self._make(tensors)
         job = self._job(self._nan)
         files: dict[str, tuple[int, int]] = {}
         output = job.output(str(path))
         tasks = [
-            self._add(job, tensor, codes, files, out=(0, output, tensor.offset))
+            self._add(job, tensor, codes, files, made, out=(0, output, tensor.offset))
             for tensor in tensors
         ]
         size = sum(t.nbytes + sum(source.nbytes for _, source in sources(t)) for t in tensors)
@@ -239,7 +266,7 @@ class NativeExecutor:
                     # The file is thrown away, so this tensor may as well be written there.
                     job = self._job("propagate")
                     output = job.output(str(path))
-                    task = self._add(job, tensor, codes, {}, out=(0, output, tensor.offset))
+                    task = self._add(job, tensor, codes, {}, made, out=(0, output, tensor.offset))
                     _watch(job, job.run, lambda _: None, 0)
                     self._record(job.result(task), tensor)
         return [self._record(result, t) for result, t in zip(results, tensors, strict=True)]
@@ -249,11 +276,19 @@ class NativeExecutor:
     ) -> tuple[bytearray, TensorRecord]:
         """See `Executor`."""
         data = bytearray(max(1, tensor.nbytes))
-        address = ctypes.addressof(ctypes.c_char.from_buffer(data))
+        made = self._make([tensor])
         job = self._job(self._nan)
-        task = self._add(job, tensor, codes, {}, out=(address, -1, 0))
+        task = self._add(job, tensor, codes, {}, made, out=(_address(data), -1, 0))
         _watch(job, job.run, lambda _: None, 0)
         return data[: tensor.nbytes], self._record(job.result(task), tensor)
+
+    def _make(self, tensors: Sequence[TensorPlan]) -> dict[Source, bytearray]:
+        """The bytes of all sources of these tensors that no file holds."""
+        return {
+            source: _made(tensor, source, self._nan, self._asked)
+            for tensor in tensors
+            for source in patched(tensor)
+        }
 
     def _job(self, nan: Nan) -> Any:
         return self._core.Job(
@@ -266,9 +301,12 @@ class NativeExecutor:
         tensor: TensorPlan,
         codes: Sequence[int] | None,
         files: dict[str, tuple[int, int]],
+        made: dict[Source, bytearray],
         out: tuple[int, int, int],
     ) -> int:
         def place(source: Source) -> tuple[str, int, int, int]:
+            if source in made:
+                return "BYTES" if copy else source.dtype, _address(made[source]), -1, 0
             if source.path not in files:
                 handle = job.file(source.path, self._io)
                 files[source.path] = handle, Path(source.path).stat().st_size
@@ -287,7 +325,7 @@ class NativeExecutor:
             out_file=file,
             out_offset=offset,
             base=None if tensor.base is None else place(tensor.base),
-            difference=policy.difference,
+            difference=policy.difference and not copy,
             sparsify=policy.sparsify,
             trim_ties=policy.trim_ties,
             rescale=policy.rescale,
@@ -299,6 +337,8 @@ class NativeExecutor:
             kind=tensor.kind,
         )
         for term, code in zip(tensor.terms, model_codes(tensor, codes), strict=True):
+            if copy and term.source == tensor.base:
+                continue  # a patch leaves this tensor alone: it is read once
             dtype, ptr, file, offset = place(term.source)
             trims = policy.sparsify == "trim" and not copy
             job.add_term(
@@ -319,18 +359,31 @@ class NativeExecutor:
         return int(task)
 
     def _record(self, result: dict[str, Any], tensor: TensorPlan) -> TensorRecord:
+        read = [int(crc) for crc in result["crc_in"]]
+        first = 0 if tensor.base is None else 1
+        own = [
+            k
+            for k, term in enumerate(tensor.terms)
+            if tensor.kind != "copy" or term.source != tensor.base
+        ]
         if result["mismatch"]:
-            first = 0 if tensor.base is None else 1
-            raise _mismatch(tensor, [source - first for source in result["mismatch"]])
+            raise _mismatch(tensor, [own[source - first] for source in result["mismatch"]])
+        if len(own) < len(tensor.terms):
+            crcs = dict(zip(own, read[first:], strict=True))
+            read = read[:1] + [crcs.get(k, read[0]) for k in range(len(tensor.terms))]
         bad = tuple(int(count) for count in result["nonfinite"])
         record = TensorRecord(
             name=tensor.name,
             crc64=int(result["crc_out"]),
-            sources=tuple(int(crc) for crc in result["crc_in"]),
+            sources=tuple(read),
             nonfinite=bad if any(bad) else (),
         )
         check_finite(tensor, record, self._nan)
         return record
+
+
+def _address(buffer: bytearray) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
 def _watch(job: Any, work: Callable[[], object], tick: Tick, size: int) -> None:
@@ -400,8 +453,8 @@ class EagerExecutor:
 
         def codes_of(position: int) -> Iterator[Tensor]:
             for tensor in combined:
-                base = None if tensor.base is None else _load(tensor.base)[1]
-                values = _load(tensor.terms[position].source)[1]
+                base = None if tensor.base is None else self._load(tensor, tensor.base)[1]
+                values = self._load(tensor, tensor.terms[position].source)[1]
                 base, (values,), _ = _finite_inputs(base, [values], tensor, self._nan)
                 delta = values.float()
                 if tensor.policy.difference and base is not None:
@@ -449,7 +502,8 @@ class EagerExecutor:
 
         inputs = [source for _, source in sources(tensor)]
         if tensor.kind == "copy":
-            read = [_read(source) for source in inputs]
+            once = {source: self._load_bytes(tensor, source) for source in dict.fromkeys(inputs)}
+            read = [once[source] for source in inputs]
             differs = [
                 i - (tensor.base is not None) for i, data in enumerate(read) if data != read[0]
             ]
@@ -458,7 +512,7 @@ class EagerExecutor:
             crcs = tuple(crc64(data) for data in read)
             return read[0], TensorRecord(name=tensor.name, crc64=crcs[0], sources=crcs)
 
-        loaded = [_load(source) for source in inputs]
+        loaded = [self._load(tensor, source) for source in inputs]
         base = None if tensor.base is None else loaded[0][1]
         values = [value for _, value in loaded[len(inputs) - len(tensor.terms) :]]
         crcs = tuple(crc for crc, _ in loaded)
@@ -492,6 +546,18 @@ class EagerExecutor:
         check_finite(tensor, record, self._nan)
         return data, record
 
+    def _load_bytes(self, tensor: TensorPlan, source: Source) -> bytearray:
+        if isinstance(source, Patched):
+            return _made(tensor, source, self._nan)
+        return read_stored(source)
+
+    def _load(self, tensor: TensorPlan, source: Source) -> tuple[int, Tensor]:
+        """The CRC of a source's bytes, and its flat values."""
+        import torch
+
+        data = self._load_bytes(tensor, source)
+        return crc64(data), torch.frombuffer(data, dtype=torch_dtype(source.dtype))
+
 
 def torch_dtype(name: str) -> torch.dtype:
     import torch
@@ -505,7 +571,8 @@ def torch_dtype(name: str) -> torch.dtype:
     }[name]
 
 
-def _read(source: Source) -> bytearray:
+def read_stored(source: Source) -> bytearray:
+    """The bytes of a stored tensor."""
     data = bytearray(source.nbytes)
     view, done = memoryview(data), 0
     with Path(source.path).open("rb", buffering=0) as file:
@@ -517,12 +584,24 @@ def _read(source: Source) -> bytearray:
     return data
 
 
-def _load(source: Source) -> tuple[int, Tensor]:
-    """The CRC of a stored tensor's bytes, and its flat values."""
+def _made(tensor: TensorPlan, source: Patched, nan: Nan, threads: int | None = None) -> bytearray:
+    """The bytes of a source that no file holds.
+
+    Where it is the result itself, nothing else looks for NaN in it, or for an overflow.
+    """
     import torch
 
-    data = _read(source)
-    return crc64(data), torch.frombuffer(data, dtype=torch_dtype(source.dtype))
+    data = make(source, threads)
+    if tensor.kind == "copy" and nan != "propagate":
+        values = torch.frombuffer(data, dtype=torch_dtype(source.dtype))
+        count = int((~torch.isfinite(values)).sum())
+        if count:
+            raise NonFiniteError(
+                f"tensor {tensor.name}: {count} values of the base with {source.path} on it are "
+                f"NaN or infinite in {source.dtype}; choose out_dtype: bfloat16 or float32, repair "
+                "the base, or give --nan propagate"
+            )
+    return data
 
 
 def _finite_inputs(
@@ -561,6 +640,7 @@ def _write_all(fd: int, data: bytearray, offset: int) -> None:
 def _eager_bytes(tensor: TensorPlan) -> int:
     """Rough peak of one tensor in the eager path: the inputs, float32 deltas, values and votes."""
     stored = sum(source.nbytes for _, source in sources(tensor))
+    stored += sum(source.memory - source.nbytes for source in patched(tensor))
     if tensor.kind == "copy":
         return stored
     return stored + tensor.numel * (4 * (3 * len(tensor.terms) + 4)) + tensor.nbytes

@@ -11,7 +11,8 @@ or thread counts: the same recipe on the same inputs gives the same manifest.
     nan                            policy for NaN and infinity
     thresholds                     codes of a model-wide trim, one per model, or null
     digest                         of the output's tensors, see `digest`
-    inputs                         role, name, reference, path, digest, files (name, size, header)
+    inputs                         role (base, model, patch), name, reference, path, digest, files
+                                   (name, size, header); a patch's digest is of the base with it on
     files                          name, size of every shard; name, size, blake2b of the rest
     tensors                        name -> crc64 of the output's bytes, then of each input's bytes
                                    (base first), nonfinite counts where there were any
@@ -33,6 +34,7 @@ from cl_fast.errors import VerifyError
 from cl_fast.merging.journal import TensorRecord
 
 if TYPE_CHECKING:
+    from cl_fast.checkpoints.checkpoint import Checkpoint
     from cl_fast.merging.plan import Plan
 
 __all__ = ["FORMAT", "NAME", "build", "digest", "dump", "read", "records"]
@@ -76,7 +78,7 @@ def build(
                 read.append((tensor.name, by_name[tensor.name].sources[source]))
         inputs.append(
             {
-                "role": "base" if base else "model",
+                "role": "base" if base else _role(checkpoint),
                 "name": None if base else plan.models[position - plan.has_base],
                 "reference": checkpoint.reference,
                 "path": str(checkpoint.path),
@@ -116,6 +118,12 @@ def build(
             for record in records
         },
     }
+
+
+def _role(checkpoint: Checkpoint) -> str:
+    from cl_fast.merging.patches import PatchedCheckpoint
+
+    return "patch" if isinstance(checkpoint, PatchedCheckpoint) else "model"
 
 
 def dump(manifest: Mapping[str, Any]) -> bytes:

@@ -39,6 +39,7 @@ from cl_fast.checkpoints.sidecar import (
 )
 from cl_fast.errors import CheckpointError, RecipeError
 from cl_fast.merging.methods import suggest
+from cl_fast.merging.patches import PatchedCheckpoint, is_patch
 from cl_fast.ops.policy import DTYPES, OUTPUT_DTYPES, Policy, trim_keep_count
 from cl_fast.ops.streams import keep_threshold, stream_key
 
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NUMERICS",
+    "Patched",
     "Plan",
     "ShardPlan",
     "Source",
@@ -56,6 +58,7 @@ __all__ = [
     "describe",
     "make_plan",
     "natural_key",
+    "patched",
     "term_names",
 ]
 
@@ -75,6 +78,41 @@ class Source:
     offset: int
     dtype: str
     nbytes: int
+
+    @property
+    def stored(self) -> int:
+        """Bytes that are read for it."""
+        return self.nbytes
+
+    @classmethod
+    def of(cls, info: TensorInfo) -> Source:
+        return cls(info.path, info.offset, info.dtype, info.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Patched(Source):
+    """A tensor that no file holds: a stored weight with the factors of a patch on it.
+
+    ``base + u v^T`` of ``shape``, rounded to ``dtype``; ``u`` and ``v`` are such that it is, also
+    where the patch has them the other way round. ``path`` is the patch's file. The executor makes
+    it when it is needed, whole.
+    """
+
+    shape: tuple[int, int]
+    rank: int
+    base: Source
+    u: Source
+    v: Source
+
+    @property
+    def stored(self) -> int:
+        return self.base.nbytes + self.u.nbytes + self.v.nbytes
+
+    @property
+    def memory(self) -> int:
+        """Bytes that making it takes: itself, its base, the factors as float64 in parts."""
+        factors = (self.u.nbytes + self.v.nbytes) * 8 // DTYPE_BITS[self.u.dtype] * 8
+        return self.nbytes + self.base.nbytes + 5 * factors + _PATCH_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +136,9 @@ class TensorPlan:
     """One output tensor.
 
     ``offset`` is absolute in the shard file with index ``shard``; ``dtype`` is the output type.
-    ``kind="copy"`` tensors (integers, booleans, empty tensors) are not combined: the bytes of
-    ``base`` (or of the first term without a base) are written, and every term must equal them.
+    ``kind="copy"`` tensors (integers, booleans, empty tensors, and where all models are patches
+    what they leave alone) are not combined: the bytes of ``base`` (or of the first term without a
+    base) are written, and every term must equal them.
     ``lam`` multiplies the reduced delta; it is 1 where the method has no lambda.
     """
 
@@ -279,6 +318,10 @@ def _plan(
         }
         for checkpoint in inputs
     ]
+    for checkpoint, stored in zip(inputs, sources, strict=True):
+        if isinstance(checkpoint, PatchedCheckpoint):
+            stored.update({name: _patched(checkpoint, name) for name in checkpoint.edited})
+    only_patches = bool(first) and all(isinstance(c, PatchedCheckpoint) for c in inputs[1:])
     shards, places = _lay_out(names, dtypes, reference, out_shard_size)
     tensors = []
     for name in names:
@@ -296,6 +339,13 @@ def _plan(
             )
             for k, model in enumerate(models)
         )
+        kind, base = kinds[name], sources[0][name] if first else None
+        if only_patches and kind == "combine" and not model_keep:
+            if method.name == "task_arithmetic" and weights == (1.0,) and lam == 1.0:
+                terms, alone = _applied(terms[0], dtypes[name])
+                kind, base = ("copy", None) if alone else (kind, base)
+            if dtypes[name] == info.dtype and all(term.source == base for term in terms):
+                kind = "copy"
         tensors.append(
             TensorPlan(
                 name,
@@ -304,8 +354,8 @@ def _plan(
                 shard,
                 offset,
                 tensor_nbytes(dtypes[name], info.shape),
-                kinds[name],
-                sources[0][name] if first else None,
+                kind,
+                base,
                 terms,
                 policy,
                 lam,
@@ -342,7 +392,8 @@ def _plan(
         bytes_read=bytes_read,
         bytes_written=written,
         passes=passes,
-        memory=_predicted_memory(policy, inputs, threads, memory),
+        memory=_predicted_memory(policy, inputs, threads, memory)
+        + _patches_memory(tensors, whole=bool(model_keep)),
         seed=seed,
         model_keep=model_keep,
     )
@@ -413,9 +464,13 @@ def _resolve(path: Path) -> Path:
 
 def _open_inputs(recipe: Recipe) -> tuple[Checkpoint, ...]:
     opened: dict[str, Checkpoint] = {}
-    inputs = []
+    inputs: list[Checkpoint] = []
     for key, reference in _references(recipe):
         if reference not in opened:
+            if is_patch(absolute(reference)):
+                opened[reference] = _open_patch(recipe, inputs, key, reference)
+                inputs.append(opened[reference])
+                continue
             try:
                 checkpoint = Checkpoint.open(reference, key=key)
             except CheckpointError as error:
@@ -432,6 +487,51 @@ def _open_inputs(recipe: Recipe) -> tuple[Checkpoint, ...]:
             opened[reference] = checkpoint
         inputs.append(opened[reference])
     return tuple(inputs)
+
+
+def _open_patch(
+    recipe: Recipe, inputs: Sequence[Checkpoint], key: str, reference: str
+) -> PatchedCheckpoint:
+    if key == "base_model":
+        raise RecipeError(
+            f"base_model: {reference!r} is an edit patch, which is a change of a model and not "
+            "one; name the checkpoint that it edits"
+        )
+    if not recipe.method.needs_base:
+        raise RecipeError(
+            f"{key}: {reference!r} is an edit patch, whose delta is taken against a base, and "
+            f"merge_method {recipe.merge_method!r} has none; use task_arithmetic, ties or a dare "
+            "method with the base_model that it edits"
+        )
+    return PatchedCheckpoint.over(inputs[0], reference, key=key)
+
+
+def _patched(checkpoint: PatchedCheckpoint, name: str) -> Patched:
+    """The source of a tensor that a patch edits."""
+    layer, info = checkpoint.edited[name], checkpoint.tensors[name]
+    u, v = Source.of(layer.u), Source.of(layer.v)
+    if layer.transposed:
+        u, v = v, u
+    return Patched(
+        path=info.path,
+        offset=0,
+        dtype=info.dtype,
+        nbytes=info.nbytes,
+        shape=layer.shape,
+        rank=layer.rank,
+        base=Source.of(checkpoint.base.tensors[name]),
+        u=u,
+        v=v,
+    )
+
+
+def _applied(term: Term, dtype: str) -> tuple[tuple[Term, ...], bool]:
+    """A patch's term as the result itself, rounded once; and whether it is one."""
+    source = term.source
+    if not isinstance(source, Patched):
+        return (term,), False
+    source = replace(source, dtype=dtype, nbytes=tensor_nbytes(dtype, source.shape))
+    return (replace(term, source=source),), True
 
 
 def _donor(recipe: Recipe, inputs: tuple[Checkpoint, ...]) -> Checkpoint:
@@ -936,13 +1036,35 @@ def _reads(tensors: list[TensorPlan]) -> tuple[int, int]:
     most, total = 0, 0
     for tensor in tensors:
         policy, passes = tensor.policy, 1
-        nbytes = sum(term.source.nbytes for term in tensor.terms)
-        nbytes += tensor.base.nbytes if tensor.base is not None else 0
+        nbytes = sum(
+            term.source.stored
+            for term in tensor.terms
+            if tensor.kind == "combine" or term.source != tensor.base
+        )
+        nbytes += tensor.base.stored if tensor.base is not None else 0
         if tensor.kind == "combine" and any(term.density < 1.0 for term in tensor.terms):
             passes += (policy.sparsify == "trim") + (policy.rescale == "l1")
         most = max(most, passes)
         total += passes * nbytes
     return most, total
+
+
+def patched(tensor: TensorPlan) -> list[Patched]:
+    """The sources of a tensor that must be made first."""
+    return [term.source for term in tensor.terms if isinstance(term.source, Patched)]
+
+
+#: Torch, and the blocks in which a patch is put on its base, measured.
+_PATCH_BYTES = 40_000_000
+_TORCH_BYTES = 250_000_000
+
+
+def _patches_memory(tensors: Sequence[TensorPlan], *, whole: bool) -> int:
+    """What patched tensors add: one is made at a time, or all for a trim over the whole model."""
+    needs = [sum(source.memory for source in patched(tensor)) for tensor in tensors]
+    if not any(needs):
+        return 0
+    return _TORCH_BYTES + (sum(needs) if whole else max(needs))
 
 
 #: Interpreter with pydantic, yaml and the native core loaded, measured.
@@ -1002,13 +1124,17 @@ def _fingerprint(plan: Plan) -> str:
 def describe(plan: Plan, bandwidth: float | None = None) -> list[str]:
     """The plan as plain text lines; ``bandwidth`` in bytes per second adds the predicted time."""
     numel = sum(tensor.numel for tensor in plan.tensors)
-    copied = sum(tensor.kind == "copy" for tensor in plan.tensors)
+    copied = sum(tensor.kind == "copy" and not patched(tensor) for tensor in plan.tensors)
     lines = [f"method   {plan.recipe.merge_method}: {_policy_words(plan)}"]
     roles = ["base", *plan.models] if plan.has_base else list(plan.models)
     for k, (role, checkpoint) in enumerate(zip(roles, plan.inputs, strict=True)):
         label = "base   " if plan.has_base and k == 0 else "model  "
-        line = f"{label}  {checkpoint.reference}: {bytes_text(checkpoint.nbytes)}"
-        line += f" in {_counted(len(checkpoint.files), 'file')}"
+        line = f"{label}  {checkpoint.reference}: "
+        if isinstance(checkpoint, PatchedCheckpoint):
+            line += f"{checkpoint.words}, {bytes_text(checkpoint.nbytes)}"
+        else:
+            line += f"{bytes_text(checkpoint.nbytes)} in "
+            line += _counted(len(checkpoint.files), "file")
         if not (plan.has_base and k == 0):
             line += f", {_term_words(plan, k - plan.has_base)}"
             if plan.seed is not None:
@@ -1062,6 +1188,8 @@ def _policy_words(plan: Plan) -> str:
 
 def _term_words(plan: Plan, k: int) -> str:
     combined = [tensor.terms[k] for tensor in plan.tensors if tensor.kind == "combine"]
+    if not combined and any(patched(tensor) for tensor in plan.tensors):
+        return "applied to the base with one rounding"
     words = f"weight {_range_text({term.weight for term in combined})}"
     if any(tensor.policy.sparsify != "none" for tensor in plan.tensors):
         words += f", density {_range_text({term.density for term in combined})}"

@@ -24,12 +24,14 @@ from typing import TYPE_CHECKING, Any
 
 from cl_fast.backends import native
 from cl_fast.checkpoints.checkpoint import Checkpoint
+from cl_fast.checkpoints.patches import check_content, read_patch
 from cl_fast.checkpoints.safetensors import TensorInfo
 from cl_fast.errors import ClFastError
 from cl_fast.merging import manifest as manifests
 from cl_fast.merging.checksum import combine, crc64, crc64_of_file
 from cl_fast.merging.executors import make_executor, torch_dtype
 from cl_fast.merging.journal import TensorRecord
+from cl_fast.merging.patches import check_patches
 from cl_fast.merging.plan import bytes_text
 from cl_fast.ops.policy import DTYPES
 from cl_fast.ops.streams import stream_key
@@ -258,6 +260,11 @@ def _check_inputs(
     done = 0
     for position, entry, checkpoint in opened:
         changed = _changed_headers(entry, checkpoint)
+        if not changed and entry["role"] == "patch":
+            try:
+                check_content(read_patch(entry["path"]))
+            except ClFastError as error:
+                changed = str(error)
         wanted: list[tuple[TensorInfo, int]] = []
         for name, record in records.items():
             # Copies of a method without deltas have no base among their sources.
@@ -315,6 +322,7 @@ def _recompute(
         return
     try:
         plan = _rebuild(manifest, report.folder)
+        check_patches(plan)
     except ClFastError as error:
         report.problems.append(f"{report.folder}: its recorded recipe cannot be planned: {error}")
         return

@@ -1,0 +1,235 @@
+"""Edit patches in merges: a patch is the model "base + U V^T"; most of its tensors are the base's.
+
+In a plan a patch looks like a checkpoint that shares its base's stored tensors. Those that it edits
+are `Patched` sources, which no file holds: the executor makes each when its turn comes, on the CPU,
+in float32, by the very function that `Patch.apply` uses, and frees it again. So a patch takes part
+in a merge as any finetuned model does, and nothing but the output is written.
+
+A patch alone, added to its base with weight 1, is not merged but applied: the edited weights are
+rounded once, from the sum, and all other tensors are copied byte for byte.
+
+The layers' hashes are compared with the base, and the patch's data with their own hash, before
+anything is written.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from cl_fast.checkpoints.checkpoint import Checkpoint, absolute
+from cl_fast.checkpoints.patches import (
+    PatchFile,
+    StoredLayer,
+    check_content,
+    hash_stored,
+    is_patch,
+    read_patch,
+    stored_name,
+)
+from cl_fast.checkpoints.safetensors import TensorInfo
+from cl_fast.errors import CheckpointError, OutputError
+
+if TYPE_CHECKING:
+    from cl_fast.merging.engine import Result
+    from cl_fast.merging.plan import Patched, Plan
+
+__all__ = ["PatchedCheckpoint", "apply_patch", "check_patches", "is_patch", "make"]
+
+_EDITABLE = ("F32", "BF16", "F16")
+
+
+@dataclass(frozen=True, slots=True)
+class PatchedCheckpoint(Checkpoint):
+    """A base with a patch on it, as far as headers tell.
+
+    Attributes:
+        base: the checkpoint below.
+        patch: the file of the patch.
+        edited: stored tensor -> layer of the patch. `tensors` says of these what they will be.
+    """
+
+    base: Checkpoint
+    patch: PatchFile
+    edited: dict[str, StoredLayer]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the factors, keys and targets in the patch's file."""
+        return sum(info.nbytes for info in self.patch.header.tensors.values())
+
+    @property
+    def words(self) -> str:
+        """What it is, for people."""
+        count, layers = len(self.patch.facts), len(self.edited)
+        method = f"{self.patch.method}, " if self.patch.method else ""
+        return (
+            f"patch ({method}{count} fact{'' if count == 1 else 's'} in {layers} "
+            f"layer{'' if layers == 1 else 's'})"
+        )
+
+    @classmethod
+    def over(cls, base: Checkpoint, reference: str, *, key: str) -> PatchedCheckpoint:
+        """A patch file on its base. `key` is the recipe key that named it, for messages.
+
+        Raises:
+            CheckpointError: the file is damaged, or the base lacks a layer of it, holds it in
+                another shape, or quantised.
+        """
+        path = absolute(reference)
+        patch = read_patch(path)
+        tensors = dict(base.tensors)
+        edited: dict[str, StoredLayer] = {}
+        for layer in patch.layers:
+            name = stored_name(layer.weight_name, base.tensors)
+            if name is None:
+                close = difflib.get_close_matches(layer.weight_name, list(base.tensors), 1, 0.0)
+                raise CheckpointError(
+                    f"{key}: {path} edits {layer.weight_name!r}, which {base.path} does not have"
+                    + (f" (it has {close[0]!r})" if close else "")
+                    + "; a patch goes on the checkpoint that it was fitted on"
+                )
+            stored = base.tensors[name]
+            if stored.dtype not in _EDITABLE:
+                raise CheckpointError(
+                    f"{key}: {path} edits {name!r}, which {stored.path} stores as {stored.dtype}; "
+                    f"a patch goes on weights of {', '.join(_EDITABLE)}: convert the checkpoint "
+                    "first"
+                )
+            if stored.shape != layer.shape:
+                raise CheckpointError(
+                    f"{key}: {path} edits {name!r} of shape {list(layer.shape)}, in {base.path} "
+                    f"it has {list(stored.shape)}; a patch goes on the checkpoint that it was "
+                    "fitted on"
+                )
+            edited[name] = layer
+            tensors[name] = TensorInfo(
+                name, "F32", stored.shape, str(path), 0, 4 * prod(stored.shape)
+            )
+        return cls(reference, path, (patch.header,), tensors, None, base, patch, edited)
+
+
+def check_patches(plan: Plan) -> None:
+    """Read the patches of a plan and the weights that they edit, and compare both with the hashes.
+
+    Raises:
+        CheckpointError: a patch's data are not those that were saved, or it was fitted on another
+            base.
+    """
+    seen = set[str]()
+    for checkpoint in plan.inputs:
+        if not isinstance(checkpoint, PatchedCheckpoint) or str(checkpoint.path) in seen:
+            continue
+        seen.add(str(checkpoint.path))
+        check_content(checkpoint.patch)
+        for name, layer in checkpoint.edited.items():
+            info = checkpoint.base.tensors[name]
+            found = hash_stored(info)
+            if found != layer.base_hash:
+                raise CheckpointError(
+                    f"{checkpoint.path} is for another base: tensor {name!r} of {info.path} is "
+                    f"not the weight that it was fitted on (hash {found}, the patch says "
+                    f"{layer.base_hash}); give the checkpoint that was edited, or fit the facts "
+                    "on this one"
+                )
+
+
+def make(source: Patched, threads: int | None = None) -> bytearray:
+    """The bytes of a tensor that no file holds.
+
+    Raises:
+        OutputError: torch is not installed.
+        CheckpointError: a file ended early, or its factors hold NaN.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise OutputError(
+            f"{source.path}: torch, which puts a patch on its base, is not installed"
+        ) from error
+    from cl_fast.merging.executors import read_stored, torch_dtype
+    from cl_fast.ops.reproducible import reproducible_update_
+
+    def load(stored: Any, *shape: int) -> torch.Tensor:
+        dtype = torch.float64 if stored.dtype == "F64" else torch_dtype(stored.dtype)
+        data = read_stored(stored)
+        if not data:
+            return torch.zeros(shape, dtype=dtype)
+        return torch.frombuffer(data, dtype=dtype).reshape(shape)
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    rows, columns = source.shape
+    data = bytearray(source.nbytes)
+    weight = torch.frombuffer(data, dtype=torch_dtype(source.dtype)).reshape(rows, columns)
+    base = load(source.base, rows, columns)
+    # As `Patch.apply` does: the factors count as float32.
+    u, v = (load(factor, -1, source.rank).float() for factor in (source.u, source.v))
+    try:
+        reproducible_update_(weight, u, v, base=base)
+    except ValueError as error:
+        raise CheckpointError(f"{source.path}: {error}; save the patch again") from error
+    return data
+
+
+def apply_patch(
+    base: str | os.PathLike[str],
+    patch: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    out_shard_size: int = 5_000_000_000,
+    out_dtype: str | None = None,
+    **options: Any,
+) -> Result:
+    """Writes a checkpoint with a patch on it, without loading the model.
+
+    The edited weights have the bits that `patch.apply()` gives on the CPU, all other tensors are
+    copied byte for byte, and config and tokenizer come along. It is the merge
+
+        merge_method: task_arithmetic
+        base_model: BASE
+        models:
+          - model: edits.safetensors
+            parameters: {weight: 1.0}
+
+    with all that the engine promises: nothing is at `output` before it is whole, an interrupted
+    run goes on with resume=True, and `cl-fast verify` checks the result.
+
+    Args:
+        base: folder or .safetensors file of the checkpoint that was edited.
+        patch: what `Patch.save` wrote.
+        output: the folder to make.
+        out_shard_size: bytes of tensors per output file.
+        out_dtype: "bfloat16", "float16" or "float32"; by default each tensor keeps its own.
+        options: of `execute`: resume, restart, overwrite, threads, memory, progress, ...
+
+    Raises:
+        CheckpointError: the patch is for another base, or one of the files is damaged; nothing
+            was written.
+        OutputError, NonFiniteError, Interrupted, ValueError: see `execute`.
+    """
+    from cl_fast.merging.engine import execute
+    from cl_fast.merging.plan import make_plan
+    from cl_fast.merging.recipe import parse_recipe
+
+    if not is_patch(absolute(os.fspath(patch))):
+        read_patch(absolute(os.fspath(patch)))  # raises, and says why it is none
+        raise CheckpointError(f"{patch}: a patch is one .safetensors file")
+    recipe = {
+        "merge_method": "task_arithmetic",
+        "base_model": os.fspath(base),
+        "models": [{"model": os.fspath(patch), "parameters": {"weight": 1.0}}],
+    }
+    if out_dtype is not None:
+        recipe["out_dtype"] = out_dtype
+    plan = make_plan(
+        parse_recipe(recipe),
+        output,
+        out_shard_size=out_shard_size,
+        threads=options.get("threads"),
+        memory=options.get("memory"),
+    )
+    return execute(plan, **options)
