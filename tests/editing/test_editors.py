@@ -77,7 +77,9 @@ class KnownMoments:
         x = x * torch.logspace(0, -2, size, dtype=torch.float64)
         return x.T @ x / (3 * size)
 
-    def prior(self, layer: int, kind: str = "covariance", weight: float = 1.0, **o: Any) -> Prior:
+    def prior(
+        self, layer: int, kind: str = "covariance", weight: float = 1.0, device: Any = "cpu", **o: Any
+    ) -> Prior:
         if kind == "covariance":
             return CholeskyPrior(weight * self.moments(layer))
         return NullSpace(self.moments(layer), **o)
