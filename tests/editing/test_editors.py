@@ -78,7 +78,12 @@ class KnownMoments:
         return x.T @ x / (3 * size)
 
     def prior(
-        self, layer: int, kind: str = "covariance", weight: float = 1.0, device: Any = "cpu", **o: Any
+        self,
+        layer: int,
+        kind: str = "covariance",
+        weight: float = 1.0,
+        device: Any = "cpu",
+        **o: Any,
     ) -> Prior:
         if kind == "covariance":
             return CholeskyPrior(weight * self.moments(layer))
