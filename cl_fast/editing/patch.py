@@ -36,10 +36,13 @@ from cl_fast.editing.applying import (
     apply_factors,
     find_layers,
     weight_hash,
+    write_factors,
 )
 from cl_fast.editing.facts import Fact, check_facts, fact_of, unknown_ids
+from cl_fast.editing.lora import write_adapter
 from cl_fast.editing.solver import refit
 from cl_fast.errors import CheckpointError
+from cl_fast.models.heads import unwrap
 from cl_fast.options import integer, one_of
 
 __all__ = ["LayerPatch", "Patch", "weight_hash"]
@@ -182,9 +185,7 @@ class Patch:
             raise ValueError("ridge must be finite and 0 or more")
         told = {name for ids in self.columns for name in ids}
         if told != set(self.facts) or (self.joint and not all(self.columns)):
-            raise ValueError(
-                "every fact must be in a column, and no column of a joint patch empty"
-            )
+            raise ValueError("every fact must be in a column, and no column of a joint patch empty")
 
     # What it is.
 
@@ -530,6 +531,59 @@ class Patch:
         )
         patch._bound.model, patch._bound.editor = self._bound.model, self._bound.editor
         return patch
+
+    # As a model of its own.
+
+    def state_dict(self, base: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The base's tensors, but the edited weights with the patch on them, in float32.
+
+        So it takes part in a merge in memory: `ties(base, [patch.state_dict(base), other], ...)`.
+        The base is not changed; what the patch does not edit is the base's own tensor.
+
+        Args:
+            base: the model or the state dict that the patch was fitted on.
+
+        Raises:
+            ValueError: a weight is missing, of another shape, or not the one it was fitted on.
+        """
+        tensors = dict(unwrap(base).state_dict() if isinstance(base, nn.Module) else base)
+        for layer in self.layers:
+            weight = tensors.get(layer.weight_name)
+            if weight is None:
+                raise ValueError(
+                    f"the base has no tensor {layer.weight_name!r}, which the patch edits"
+                )
+            found = weight_hash(weight)
+            if found != layer.base_hash:
+                raise ValueError(
+                    f"the patch is for another base: {layer.weight_name!r} of shape "
+                    f"{tuple(weight.shape)} is not the weight that it was fitted on (hash "
+                    f"{found}, the patch says {layer.base_hash})"
+                )
+            wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            edited = torch.empty(weight.shape, dtype=wide, device=weight.device)
+            write_factors(edited, weight.detach(), layer)
+            tensors[layer.weight_name] = edited
+        return tensors
+
+    def to_peft(self, folder: str | os.PathLike[str], rank: int | None = None) -> dict[str, float]:
+        """Writes it as a PEFT (LoRA) adapter, that `PeftModel.from_pretrained` loads.
+
+        Args:
+            folder: to make; must not exist, or be empty.
+            rank: of the adapter; by default that of the patch. A smaller one is the nearest there
+                is (truncated singular values).
+
+        Returns:
+            Layer -> relative error (Frobenius) of that truncation; 0 without one.
+
+        Raises:
+            ValueError: the patch is empty, or rank is below 1.
+            OutputError: the folder is not empty, or cannot be written.
+        """
+        config = getattr(self._bound.model, "config", None)
+        name = getattr(config, "_name_or_path", None) or None
+        return write_adapter(folder, self.layers, rank, name)
 
     # In a file.
 

@@ -594,8 +594,8 @@ def _made(tensor: TensorPlan, source: Patched, nan: Nan, threads: int | None = N
     data = make(source, threads)
     if tensor.kind == "copy" and nan != "propagate":
         values = torch.frombuffer(data, dtype=torch_dtype(source.dtype))
-        count = int((~torch.isfinite(values)).sum())
-        if count:
+        if not all(bool(torch.isfinite(end)) for end in torch.aminmax(values)):
+            count = int((~torch.isfinite(values)).sum())
             raise NonFiniteError(
                 f"tensor {tensor.name}: {count} values of the base with {source.path} on it are "
                 f"NaN or infinite in {source.dtype}; choose out_dtype: bfloat16 or float32, repair "

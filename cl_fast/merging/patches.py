@@ -37,7 +37,14 @@ if TYPE_CHECKING:
     from cl_fast.merging.engine import Result
     from cl_fast.merging.plan import Patched, Plan
 
-__all__ = ["PatchedCheckpoint", "apply_patch", "check_patches", "is_patch", "make"]
+__all__ = [
+    "PatchedCheckpoint",
+    "apply_patch",
+    "check_patches",
+    "is_patch",
+    "make",
+    "plan_patch",
+]
 
 _EDITABLE = ("F32", "BF16", "F16")
 
@@ -175,6 +182,39 @@ def make(source: Patched, threads: int | None = None) -> bytearray:
     return data
 
 
+def plan_patch(
+    base: str | os.PathLike[str],
+    patch: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    out_shard_size: int = 5_000_000_000,
+    out_dtype: str | None = None,
+    threads: int | None = None,
+    memory: int | None = None,
+) -> Plan:
+    """What `apply_patch` will do; nothing is written. Arguments and errors are its own."""
+    from cl_fast.merging.plan import make_plan
+    from cl_fast.merging.recipe import parse_recipe
+
+    if not is_patch(absolute(os.fspath(patch))):
+        read_patch(absolute(os.fspath(patch)))  # raises, and says why it is none
+        raise CheckpointError(f"{patch}: a patch is one .safetensors file")
+    recipe: dict[str, Any] = {
+        "merge_method": "task_arithmetic",
+        "base_model": os.fspath(base),
+        "models": [{"model": os.fspath(patch), "parameters": {"weight": 1.0}}],
+    }
+    if out_dtype is not None:
+        recipe["out_dtype"] = out_dtype
+    return make_plan(
+        parse_recipe(recipe),
+        output,
+        out_shard_size=out_shard_size,
+        threads=threads,
+        memory=memory,
+    )
+
+
 def apply_patch(
     base: str | os.PathLike[str],
     patch: str | os.PathLike[str],
@@ -212,23 +252,13 @@ def apply_patch(
         OutputError, NonFiniteError, Interrupted, ValueError: see `execute`.
     """
     from cl_fast.merging.engine import execute
-    from cl_fast.merging.plan import make_plan
-    from cl_fast.merging.recipe import parse_recipe
 
-    if not is_patch(absolute(os.fspath(patch))):
-        read_patch(absolute(os.fspath(patch)))  # raises, and says why it is none
-        raise CheckpointError(f"{patch}: a patch is one .safetensors file")
-    recipe = {
-        "merge_method": "task_arithmetic",
-        "base_model": os.fspath(base),
-        "models": [{"model": os.fspath(patch), "parameters": {"weight": 1.0}}],
-    }
-    if out_dtype is not None:
-        recipe["out_dtype"] = out_dtype
-    plan = make_plan(
-        parse_recipe(recipe),
+    plan = plan_patch(
+        base,
+        patch,
         output,
         out_shard_size=out_shard_size,
+        out_dtype=out_dtype,
         threads=options.get("threads"),
         memory=options.get("memory"),
     )

@@ -110,9 +110,10 @@ class Patched(Source):
 
     @property
     def memory(self) -> int:
-        """Bytes that making it takes: itself, its base, the factors as float64 in parts."""
-        factors = (self.u.nbytes + self.v.nbytes) * 8 // DTYPE_BITS[self.u.dtype] * 8
-        return self.nbytes + self.base.nbytes + 5 * factors + _PATCH_BYTES
+        """Bytes that making it takes: itself, its base, float32 sums, the factors in parts."""
+        m, n = self.shape
+        factors = 8 * (m + n) * self.rank
+        return self.nbytes + self.base.nbytes + 4 * m * n + 5 * factors + _PATCH_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -1054,9 +1055,9 @@ def patched(tensor: TensorPlan) -> list[Patched]:
     return [term.source for term in tensor.terms if isinstance(term.source, Patched)]
 
 
-#: Torch, and the blocks in which a patch is put on its base, measured.
+#: The blocks in which a patch is put on its base; and torch, loaded and at work, measured.
 _PATCH_BYTES = 40_000_000
-_TORCH_BYTES = 250_000_000
+_TORCH_BYTES = 300_000_000
 
 
 def _patches_memory(tensors: Sequence[TensorPlan], *, whole: bool) -> int:
