@@ -1,4 +1,4 @@
-"""The command `cl-fast`: merge, verify, soup, train, env. Thin: it parses, calls, and prints.
+"""The command `cl-fast`: merge, verify, soup, train, edit, env. Thin: it parses, calls, and prints.
 
 Exit codes: 0 done; 1 an error, told on stderr in words; 2 wrong usage; 130 interrupted.
 Nothing is imported before it is needed, so `--help` is there at once and a merge by the C++ core
@@ -32,10 +32,12 @@ _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", 1):
     _UNITS |= {_letter: 1000**_power, f"{_letter}B": 1000**_power, f"{_letter}IB": 1024**_power}
 
-_DESCRIPTION = "Merge language models at memory speed, and train on without forgetting."
+_DESCRIPTION = (
+    "Merge language models at memory speed, train on without forgetting, and edit what they know."
+)
 _EPILOG = (
     "docs: docs/engine.md (how a merge runs), docs/merge-recipes.md (recipes and methods), "
-    "docs/train-plan.md (plans of train)"
+    "docs/train-plan.md (plans of train), docs/editing.md (edit)"
 )
 
 
@@ -178,6 +180,8 @@ def _parser() -> argparse.ArgumentParser:
     _talk(train)
     train.set_defaults(run=_train)
 
+    _edit_parser(commands)
+
     env = commands.add_parser(
         "env",
         help="what runs where on this machine, and why not faster",
@@ -186,6 +190,71 @@ def _parser() -> argparse.ArgumentParser:
     _talk(env)
     env.set_defaults(run=_env)
     return parser
+
+
+def _edit_parser(commands: Any) -> None:
+    edit = commands.add_parser(
+        "edit",
+        help="write facts into a checkpoint, and the report beside it",
+        description="Edits a checkpoint so that it says the given facts: statistics of its keys, "
+        "values, a patch, the edited checkpoint, and scores before and after. The same command "
+        "again goes on with a job that was cut off.",
+        epilog="docs: docs/editing.md. With a patch (edits.safetensors) in the place of the facts "
+        "it is applied, without loading the model.",
+    )
+    edit.add_argument("model", type=Path, help="checkpoint folder, with config and tokenizer")
+    edit.add_argument(
+        "facts", type=Path, help="facts: .jsonl, CounterFact or zsRE .json; or a saved patch"
+    )
+    edit.add_argument("output", type=Path, help="folder to make; must not exist")
+    edit.add_argument(
+        "--method",
+        choices=("memit", "rome", "emmet", "alphaedit"),
+        default="memit",
+        help="default: memit",
+    )
+    edit.add_argument(
+        "--layers", type=_layers, metavar="I,J,...", help="blocks to edit, as 4,5,6 or 4-8"
+    )
+    edit.add_argument(
+        "--edges", action="store_true", help="edit the first and last of the layers only (BLUE)"
+    )
+    edit.add_argument("--prior-weight", type=float, metavar="X", help="of what the model knows")
+    edit.add_argument("--steps", type=_positive, metavar="N", help="of a value's optimisation")
+    edit.add_argument("--lr", type=float, metavar="X", help="of a value's optimisation")
+    edit.add_argument("--clamp", type=float, metavar="X", help="largest change of a value")
+    edit.add_argument(
+        "--stats", type=Path, metavar="FOLDER", help="of the keys: used if there, else made there"
+    )
+    edit.add_argument("--any-model", action="store_true", help="take statistics of a related model")
+    edit.add_argument(
+        "--texts",
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="for the statistics: .txt, .jsonl, .parquet (default: the model's own samples)",
+    )
+    edit.add_argument(
+        "--tokens", type=_positive, default=150_000, metavar="N", help="for the statistics"
+    )
+    edit.add_argument("--batch", type=_positive, default=64, metavar="N", help="facts at a time")
+    edit.add_argument("--seed", type=_seed, default=0, help="of contexts and samples")
+    edit.add_argument("--device", default="auto", help="default: cuda where there is one")
+    edit.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the model in memory (default: float32 on the CPU, else as stored)",
+    )
+    edit.add_argument("--no-evaluate", action="store_true", help="no scores before and after")
+    edit.add_argument(
+        "--dry-run", action="store_true", help="print what would be done, write nothing"
+    )
+    edit.add_argument(
+        "--restart", action="store_true", help="throw an unfinished job away and begin again"
+    )
+    _talk(edit)
+    edit.set_defaults(run=_edit)
 
 
 def _execution(parser: argparse.ArgumentParser) -> None:
@@ -264,6 +333,16 @@ def _sample(text: str) -> int | None:
     if not text.isascii() or not text.isdigit():
         raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor 'all'")
     return int(text)
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    layers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        if match is None:
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of blocks; write 4,5,6 or 4-8")
+        layers += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return tuple(layers)
 
 
 def _command(text: str) -> list[str]:
@@ -422,6 +501,90 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _edit(arguments: argparse.Namespace) -> int:
+    from cl_fast.checkpoints.patches import is_patch
+
+    if arguments.facts.suffix == ".safetensors" and is_patch(arguments.facts):
+        return _apply_patch(arguments)
+    try:
+        from cl_fast.learning.edits import PHASES, EditJob, EditSettings
+    except ImportError as error:
+        raise ClFastError(
+            f"cl-fast edit needs {error.name}: pip install '.[hf]' in a checkout of cl_fast"
+        ) from error
+    settings = EditSettings(
+        method=arguments.method,
+        layers=arguments.layers,
+        edges=arguments.edges,
+        prior_weight=arguments.prior_weight,
+        steps=arguments.steps,
+        lr=arguments.lr,
+        clamp=arguments.clamp,
+        stats=arguments.stats,
+        any_model=arguments.any_model,
+        texts=tuple(arguments.texts),
+        tokens=arguments.tokens,
+        seed=arguments.seed,
+        batch=arguments.batch,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        evaluate=not arguments.no_evaluate,
+    )
+    with _Progress(quiet=arguments.quiet, counted=PHASES) as progress:
+        job = EditJob(
+            arguments.model,
+            arguments.facts,
+            arguments.output,
+            settings,
+            restart=arguments.restart and not arguments.dry_run,
+            progress=None if arguments.quiet else progress,
+        )
+        if arguments.dry_run:
+            for line in job.describe():
+                print(line)
+            return 0
+        try:
+            result = job.run()
+        except KeyboardInterrupt as error:
+            error.add_note("the same command goes on")
+            raise
+    if not arguments.quiet:
+        if result.before is not None and result.report is not None:
+            from cl_fast.editing.report import compared
+
+            print(compared({"before": result.before, "after": result.report}).rstrip())
+        print(
+            f"{result.output}: {result.facts} facts in {result.seconds:.1f} s; edits.safetensors "
+            "is the patch, edits.md the report"
+        )
+    return 0
+
+
+def _apply_patch(arguments: argparse.Namespace) -> int:
+    from cl_fast.merging.engine import check_output
+    from cl_fast.merging.patches import apply_patch, plan_patch
+    from cl_fast.merging.plan import describe
+
+    if arguments.dry_run:
+        plan = plan_patch(arguments.model, arguments.facts, arguments.output)
+        check_output(plan, overwrite=False)
+        for line in describe(plan):
+            print(line)
+        return 0
+    with _Progress(quiet=arguments.quiet) as progress:
+        result = apply_patch(
+            arguments.model,
+            arguments.facts,
+            arguments.output,
+            resume=not arguments.restart,
+            restart=arguments.restart,
+            progress=progress,
+        )
+    if not arguments.quiet:
+        print(f"{result.output}: the patch {arguments.facts} in {result.seconds:.1f} s")
+    return 0
+
+
 def _env(arguments: argparse.Namespace) -> int:
     from cl_fast.environment import describe
 
@@ -437,10 +600,13 @@ _EVERY = 5.0  # seconds between lines where there is no terminal
 
 
 class _Progress:
-    """Shows progress: a bar on a terminal, a line every few seconds elsewhere, or nothing."""
+    """Shows progress: a bar on a terminal, a line every few seconds elsewhere, or nothing.
 
-    def __init__(self, *, quiet: bool) -> None:
-        self._quiet = quiet
+    `counted` phases have things to count instead of bytes.
+    """
+
+    def __init__(self, *, quiet: bool, counted: Sequence[str] = ()) -> None:
+        self._quiet, self._counted = quiet, counted
         self._terminal = sys.stderr.isatty()
         self._phase = ""
         self._bar: Any = None
@@ -470,8 +636,8 @@ class _Progress:
                 self._bar = tqdm(
                     desc=phase,
                     total=total,
-                    unit="B",
-                    unit_scale=True,
+                    unit="" if phase in self._counted else "B",
+                    unit_scale=phase not in self._counted,
                     leave=False,
                     dynamic_ncols=True,
                 )
@@ -482,6 +648,9 @@ class _Progress:
         now = time.monotonic()
         if now - self._said >= _EVERY and done:
             self._said = now
+            if phase in self._counted:
+                print(f"{phase}: {done} of {total}", file=sys.stderr)
+                return
             speed = done / (now - self._since)
             print(
                 f"{phase}: {100 * done // total} % of {total / 1e9:.1f} GB, "

@@ -4,7 +4,8 @@ The layers and numbers are those of the code of ROME (also GPT-NeoX) and MEMIT (
 AlphaEdit (Llama 3), EasyEdit (Llama 2, Mistral, Qwen 2.5) and HalluEditBench (Gemma 2); MEMIT's
 layers of GPT-NeoX are in proportion to those of GPT-J. Families are told by the
 model's config. A model of a family at another depth, and of a family without an entry, gets the
-blocks at the same share of its depth: a starting point, to be checked on held-out facts.
+blocks at the same share of its depth, and lambda in proportion to the width of its keys: a starting
+point, to be checked on held-out facts.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Preset:
 @dataclass(frozen=True)
 class _Family:
     depth: int
+    keys: int
     rome: int
     memit: tuple[int, int]
     rome_values: dict[str, Any]
@@ -59,14 +61,14 @@ _GPTJ = {"steps": 25, "lr": 0.5, "weight_decay": 0.5, "clamp": 0.75}
 _GPT2 = {"steps": 20, "lr": 0.5, "weight_decay": 0.5, "clamp": 0.75}
 
 _FAMILIES = {
-    "gpt2": _Family(48, 17, (13, 17), _FIRST, _GPT2, 20000.0, 1000.0, 2e-2),
-    "gptj": _Family(28, 5, (3, 8), _FIRST, _GPTJ, threshold=2e-2),
-    "gpt_neox": _Family(44, 15, (5, 12), _FIRST, _GPTJ),
-    "llama2": _Family(32, 5, (4, 8), _EASY, _EASY),
-    "llama3": _Family(32, 5, (4, 8), _EASY, _LLAMA3, threshold=2e-2),
-    "mistral": _Family(32, 5, (4, 8), _EASY, _EASY),
-    "qwen2": _Family(28, 5, (4, 8), _EASY, _EASY),
-    "gemma2": _Family(42, 5, (4, 8), _EASY, _EASY),
+    "gpt2": _Family(48, 6400, 17, (13, 17), _FIRST, _GPT2, 20000.0, 1000.0, 2e-2),
+    "gptj": _Family(28, 16384, 5, (3, 8), _FIRST, _GPTJ, threshold=2e-2),
+    "gpt_neox": _Family(44, 24576, 15, (5, 12), _FIRST, _GPTJ),
+    "llama2": _Family(32, 11008, 5, (4, 8), _EASY, _EASY),
+    "llama3": _Family(32, 14336, 5, (4, 8), _EASY, _LLAMA3, threshold=2e-2),
+    "mistral": _Family(32, 14336, 5, (4, 8), _EASY, _EASY),
+    "qwen2": _Family(28, 18944, 5, (4, 8), _EASY, _EASY),
+    "gemma2": _Family(42, 14336, 5, (4, 8), _EASY, _EASY),
 }
 _ALIKE = {"qwen3": "qwen2", "gemma": "gemma2", "gemma3_text": "gemma2", "gemma3": "gemma2"}
 _OTHER = "llama3"
@@ -99,4 +101,8 @@ def preset_of(decoder: Decoder, method: Method) -> Preset:
         )
     values = family.rome_values if method == "rome" else family.memit_values
     weight = family.emmet_weight if method == "emmet" else family.prior_weight
+    if not exact:
+        # k^T C^-1 k is f for an average key, so that lambda means the same where it is in
+        # proportion to f.
+        weight *= decoder.site(layers[-1]).key_size / family.keys
     return Preset(name, exact, layers, dict(values), weight, family.threshold, 10.0)

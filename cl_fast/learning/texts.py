@@ -36,7 +36,17 @@ from tqdm import tqdm
 
 from cl_fast.errors import OutputError, RecipeError
 
-__all__ = ["Blocks", "Count", "Row", "Texts", "count_tokens", "find_files", "pack", "stacked"]
+__all__ = [
+    "Blocks",
+    "Count",
+    "Row",
+    "Texts",
+    "count_tokens",
+    "documents",
+    "find_files",
+    "pack",
+    "stacked",
+]
 
 Documents = Literal["file", "line", "paragraph"]
 
@@ -113,6 +123,14 @@ class _Piece(NamedTuple):
     first: bool
     last: bool
     read: int
+
+
+def documents(texts: Texts) -> Iterator[str]:
+    """The documents of all files, one after the other; a very long one in parts of about 64 kB."""
+    for path in texts.files:
+        for piece in _pieces(path, texts):
+            if piece.text.strip():
+                yield piece.text
 
 
 def _pieces(path: Path, texts: Texts) -> Iterator[_Piece]:

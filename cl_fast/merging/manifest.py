@@ -30,14 +30,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cl_fast._version import __version__
+from cl_fast.checkpoints.writing import write_whole
 from cl_fast.errors import VerifyError
+from cl_fast.merging.card import card
 from cl_fast.merging.journal import TensorRecord
 
 if TYPE_CHECKING:
     from cl_fast.checkpoints.checkpoint import Checkpoint
     from cl_fast.merging.plan import Plan
 
-__all__ = ["FORMAT", "NAME", "build", "digest", "dump", "read", "records"]
+__all__ = ["FORMAT", "NAME", "build", "digest", "dump", "read", "records", "relocate"]
 
 NAME = "cl_fast_merge.json"
 FORMAT = 1
@@ -188,6 +190,33 @@ def read(folder: Path) -> dict[str, Any]:
     if missing:
         raise VerifyError(f"{path}: is damaged: {', '.join(missing)} missing or of a wrong type")
     return manifest
+
+
+def relocate(folder: Path, moved: Mapping[str, str], title: str) -> None:
+    """Tells the record of a merged folder, and its card, where inputs are from now on.
+
+    Args:
+        folder: a merged folder that nobody else reads yet.
+        moved: paths of inputs, as the record has them, and their new ones.
+        title: of the card.
+
+    Raises:
+        VerifyError: `folder` has no record.
+        OutputError: it cannot be written.
+    """
+    manifest = read(folder)
+    for entry in manifest["inputs"]:
+        entry["path"] = moved.get(entry["path"], entry["path"])
+        entry["reference"] = moved.get(entry["reference"], entry["reference"])
+    for model in manifest["recipe"].get("models", []):
+        model["model"] = moved.get(model["model"], model["model"])
+    text = card(title, manifest).encode()
+    for entry in manifest["files"]:
+        if entry["name"] == "README.md":
+            entry["size"] = len(text)
+            entry["blake2b"] = hashlib.blake2b(text, digest_size=16).hexdigest()
+    write_whole(folder / "README.md", [text])
+    write_whole(folder / NAME, [dump(manifest)])
 
 
 def records(manifest: Mapping[str, Any]) -> dict[str, TensorRecord]:

@@ -376,7 +376,9 @@ def _rebuild(manifest: dict[str, Any], folder: Path) -> Plan:
     if recipe.get("base_model") is not None:
         recipe["base_model"] = paths.get(recipe["base_model"], recipe["base_model"])
     recipe.pop("tokenizer_source", None)
-    plan = make_plan(parse_recipe(recipe), folder, seed=manifest.get("seed"))
+    # Nothing is written; an input may lie in the folder, as the patch of an edited model does.
+    nowhere = folder.with_name(f".{folder.name}.verify")
+    plan = make_plan(parse_recipe(recipe), nowhere, seed=manifest.get("seed"))
     if plan.seed is None:
         return plan
     # The recorded names, not those of the paths, key the random streams.
