@@ -2,10 +2,10 @@
 
 The layers and numbers are those of the code of ROME (also GPT-NeoX) and MEMIT (GPT-2 XL, GPT-J),
 AlphaEdit (Llama 3), EasyEdit (Llama 2, Mistral, Qwen 2.5) and HalluEditBench (Gemma 2); MEMIT's
-layers of GPT-NeoX are in proportion to those of GPT-J. Families are told by the
-model's config. A model of a family at another depth, and of a family without an entry, gets the
-blocks at the same share of its depth, and lambda in proportion to the width of its keys: a starting
-point, to be checked on held-out facts.
+layers of GPT-NeoX are in proportion to those of GPT-J. Families are told by the model's config. A
+model of a family at another depth, and of a family without an entry, gets the blocks at the same
+share of its depth, and lambda in proportion to the width of its keys: a starting point, to be
+checked on held-out facts.
 """
 
 from __future__ import annotations
@@ -104,5 +104,5 @@ def preset_of(decoder: Decoder, method: Method) -> Preset:
     if not exact:
         # k^T C^-1 k is f for an average key, so that lambda means the same where it is in
         # proportion to f.
-        weight *= decoder.site(layers[-1]).key_size / family.keys
+        weight *= decoder.key_size(layers[-1]) / family.keys
     return Preset(name, exact, layers, dict(values), weight, family.threshold, 10.0)

@@ -306,6 +306,18 @@ class Decoder:
     def sites(self, layers: Sequence[int] | None = None) -> list[Site]:
         return [self.site(i) for i in (range(len(self)) if layers is None else layers)]
 
+    def key_size(self, layer: int) -> int:
+        """f of block `layer`, also of a model without values (meta device).
+
+        Raises:
+            ValueError: the block is a mixture of experts, or its matrix cannot be told.
+        """
+        layer = self.layer(layer)
+        _, module = _find_site(self.names[layer], self.blocks[layer], self.config, layer)
+        widths = widths_of(module)
+        assert widths is not None, "only modules with widths are found"
+        return widths[0]
+
     def _measured(self, layer: int) -> Site:
         block, block_name = self.blocks[layer], self.names[layer]
         inner, module = _find_site(block_name, block, self.config, layer)

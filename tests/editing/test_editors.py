@@ -396,7 +396,8 @@ def test_presets_follow_the_family_and_its_depth() -> None:
     assert preset.family == "llama2"
     assert preset.layers == (4, 5, 6, 7, 8)
     assert preset_of(decoder_of(deep), "rome").layers == (5,)
-    assert preset_of(decoder_of(gpt2()), "emmet").prior_weight == 1000.0
+    assert preset.prior_weight == 15000.0
+    assert preset_of(decoder_of(gpt2()), "emmet").prior_weight == 1000.0 * 64 / 6400
     assert preset_of(decoder_of(gemma3()), "memit").family == "gemma2"
     assert not preset_of(decoder_of(tiny_models.granite()), "memit").exact
 
