@@ -98,6 +98,7 @@ def _write_on(
     busy = dict(enumerate(indices))
     for step in range(max(limits[i] for i in indices)):
         inputs: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+        inputs["attention_mask"] = torch.ones_like(text)
         logits, cache = run_inside(model, _next, input_ids=given, use_cache=True, **inputs)
         if draws is None:
             tokens = logits.argmax(-1)

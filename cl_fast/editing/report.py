@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ class Report:
     absent: dict[str, str] = field(default_factory=dict)
     seed: int = 0
     about: dict[str, Any] = field(default_factory=dict)
-    _intervals: dict[tuple[str, int | None], tuple[float, float]] = field(
+    _intervals: dict[int | None, dict[str, tuple[float, float]]] = field(
         default_factory=dict, repr=False, compare=False
     )
 
@@ -81,8 +81,8 @@ class Report:
     def count(self, metric: str, cohort: int | None = None) -> int:
         """How many facts have this metric; of the score, the fewest of its three."""
         self._known(metric, cohort)
-        table, _ = self._table(metric, cohort)
-        return int((~np.isnan(table)).sum(0).min()) if len(table) else 0
+        present = ~np.isnan(self._table(_columns(metric), cohort))
+        return int(present.sum(0).min())
 
     def mean(self, metric: str, cohort: int | None = None) -> float:
         """Of the facts that have it, of all ages or of one cohort; NaN where there is none.
@@ -91,8 +91,8 @@ class Report:
             ValueError: it was not measured; the message says why.
         """
         self._known(metric, cohort)
-        table, combined = self._table(metric, cohort)
-        return float(combined(_means(table, np.ones((1, len(table)))))[0])
+        table = self._table(_columns(metric), cohort)
+        return float(_combined(metric, _means(table, np.ones((1, len(table)))))[0])
 
     def interval(self, metric: str, cohort: int | None = None) -> tuple[float, float]:
         """The 95 % interval of `mean`, by bootstrap over facts (seeded); (NaN, NaN) without facts.
@@ -101,12 +101,14 @@ class Report:
         was seen hold nothing else.
         """
         self._known(metric, cohort)
-        found = self._intervals.get((metric, cohort))
-        if found is None:
-            table, combined = self._table(metric, cohort)
-            found = _bootstrap(table, combined, self.seed)
-            self._intervals[metric, cohort] = found
-        return found
+        if cohort not in self._intervals:
+            means = _resampled(self._table(self.metrics, cohort), self.seed)
+            at = {name: i for i, name in enumerate(self.metrics)}
+            self._intervals[cohort] = {
+                name: _middle(_combined(name, means[:, [at[c] for c in _columns(name)]]))
+                for name in self.names
+            }
+        return self._intervals[cohort][metric]
 
     @property
     def score(self) -> float:
@@ -132,12 +134,11 @@ class Report:
             if cohort >= self.cohorts:
                 raise ValueError(f"cohort must be below {self.cohorts}; got {cohort}")
 
-    def _table(self, metric: str, cohort: int | None) -> tuple[NDArray[np.float64], _Combine]:
-        """Values [facts, 1], or [facts, 3] for the score, NaN where missing; how they combine."""
-        columns = _SCORE if metric == "score" else (metric,)
+    def _table(self, metrics: Sequence[str], cohort: int | None) -> NDArray[np.float64]:
+        """Values [facts, metrics], NaN where a fact lacks one."""
         rows = [row for row in self.rows if cohort in (None, row["cohort"])]
-        table = np.array([[row.get(c, math.nan) for c in columns] for row in rows], np.float64)
-        return table.reshape(len(rows), len(columns)), _harmonic if metric == "score" else _single
+        table = np.array([[row.get(m, math.nan) for m in metrics] for row in rows], np.float64)
+        return table.reshape(len(rows), len(metrics))
 
     # --- for people ---
 
@@ -278,15 +279,15 @@ def compared(
 
 # --- numbers -----------------------------------------------------------------------------------
 
-_Combine = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+
+def _columns(metric: str) -> tuple[str, ...]:
+    return _SCORE if metric == "score" else (metric,)
 
 
-def _single(means: NDArray[np.float64]) -> NDArray[np.float64]:
-    return means[:, 0]
-
-
-def _harmonic(means: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[R, 3] -> [R]; 0 where one is 0."""
+def _combined(metric: str, means: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Means [R, columns of a metric] -> [R]; the harmonic mean is 0 where one is 0."""
+    if metric != "score":
+        return means[:, 0]
     with np.errstate(divide="ignore"):
         return np.asarray(means.shape[1] / (1.0 / means).sum(1), np.float64)
 
@@ -299,18 +300,26 @@ def _means(table: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[
         return np.asarray(sums / (weights @ present), np.float64)
 
 
-def _bootstrap(table: NDArray[np.float64], combine: _Combine, seed: int) -> tuple[float, float]:
+def _resampled(table: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+    """Means of the columns [n, m] of as many rows drawn with replacement: [resamples, m]."""
     facts = len(table)
-    if facts == 0 or np.isnan(table).all(0).any():
-        return math.nan, math.nan
     random = np.random.default_rng(seed)
     found = []
-    step = max(1, (1 << 22) // facts)
-    for first in range(0, _RESAMPLES, step):
+    step = max(1, (1 << 22) // max(1, facts))
+    for first in range(0, _RESAMPLES if facts else 0, step):
         count = min(step, _RESAMPLES - first)
-        drawn = random.multinomial(facts, np.full(facts, 1.0 / facts), size=count)
-        found.append(combine(_means(table, drawn.astype(np.float64))))
-    low, high = np.nanpercentile(np.concatenate(found), (2.5, 97.5))
+        drawn = random.integers(facts, size=(count, facts)) + facts * np.arange(count)[:, None]
+        times = np.bincount(drawn.reshape(-1), minlength=count * facts).reshape(count, facts)
+        found.append(_means(table, times.astype(np.float64)))
+    return np.concatenate(found) if found else np.empty((0, table.shape[1]))
+
+
+def _middle(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Within which the middle 95 % of them lie; a draw that met no value does not count."""
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return math.nan, math.nan
+    low, high = np.percentile(values, (2.5, 97.5))
     return float(low), float(high)
 
 

@@ -140,30 +140,26 @@ class CausalTrace:
             axes.get_yticklabels()[i].set(color=strong, fontweight="bold")
         step = max(1, -(-layers // 16))
         axes.set_xticks(range(0, layers, step))
-        if self.window > 1:
-            axes.set_xlabel(f"layer in the middle of {self.window} that are put back")
-        else:
-            axes.set_xlabel("layer that is put back")
+        axes.set_xlabel(f"middle of the {self.window} layers" if self.window > 1 else "layer")
         for y in (self.subject.start, self.subject.stop):  # a frame of lines around the subject
             axes.axhline(y - 0.5, color=strong, linewidth=0.8, linestyle=(0, (4, 3)))
         token, layer = self.strongest
         axes.add_patch(
             Rectangle((layer - 0.5, token - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=1)
         )
-        below = bool((effects < -0.01 * top).any())
+        below = bool((effects < -0.05 * top).any())
         bar = figure.colorbar(image, extend="min" if below else "neither", pad=0.02)
-        bar.set_label(f"gain of P({_label(self.answer)})", fontsize=9)
-        told = f"P({_label(self.answer)}): clean {self.clean:.2f}, corrupted {self.corrupted:.2f}"
-        what = {"hidden": "hidden states", "mlp": "MLPs", "attention": "attentions"}[self.kind]
-        axes.set_title(
-            f"{what} put back one by one\n{told}" if title is None else title,
-            fontsize=10, loc="left",
-        )  # fmt: skip
-        axes.text(
-            1.0, -0.02, "* subject, with noise", transform=figure.transFigure, fontsize=8,
-            color=strong, ha="right", va="top",
-        )  # fmt: skip
-        figure.savefig(Path(path), dpi=160, bbox_inches="tight")
+        answer = _label(self.answer)
+        bar.set_label(f"gain of P({answer})", fontsize=9)
+        if title is None:
+            what = {"hidden": "one hidden state", "mlp": "the MLP", "attention": "the attention"}
+            many = f"s of {self.window} layers" if self.window > 1 else ""
+            title = (
+                f"Restoring {what[self.kind]}{many}, with noise on the subject (*)\n"
+                f"P({answer}): clean {self.clean:.2f}, corrupted {self.corrupted:.2f}"
+            )
+        axes.set_title(title, fontsize=10, loc="left")
+        figure.savefig(Path(path), dpi=160)
 
 
 def _label(token: str) -> str:
@@ -317,7 +313,7 @@ class Corruption:
         wanted = encoded.target
         self._ids = torch.tensor([[*prompt, *wanted[:-1]]], device=device)
         if answer is None:
-            hidden = self._decoder.run_to_head({"input_ids": self._ids})[:, -1]
+            hidden = self._decoder.run_to_head(self._inputs(1))[:, -1]
             logits = next(z for _, z in head_of(self._decoder.model).logits(hidden))
             wanted = [int(logits.argmax())]
         self._wanted = torch.tensor([wanted], device=device)
@@ -326,12 +322,17 @@ class Corruption:
 
     # --- runs ---
 
+    def _inputs(self, rows: int) -> dict[str, Tensor]:
+        ids = self._ids.expand(rows, -1)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
     def _probability(self, hidden: Tensor) -> Tensor:
         """P(answer) of each row: float64 [B]."""
         head = head_of(self._decoder.model)
         states = hidden[:, self.prompt_length - 1 :].contiguous()
-        ids = self._wanted.expand(states.size(0), -1)
-        values = token_logprobs(ids=ids, **head.keywords(states)).double().sum(-1).exp()
+        given = head.keywords(states)
+        ids = self._wanted.expand(states.size(0), -1).to(given["hidden"].device)
+        values = token_logprobs(ids=ids, **given).double().sum(-1).exp()
         if bool(values.isnan().any()):
             raise NonFiniteError(f"the model's logits after {self.text!r} are NaN")
         return values.cpu()
@@ -351,7 +352,7 @@ class Corruption:
                 stack.callback(module.register_forward_hook(keep).remove)
             if corrupt:
                 stack.enter_context(self._corrupted(1))
-            hidden = self._decoder.run_to_head({"input_ids": self._ids.expand(rows, -1)})
+            hidden = self._decoder.run_to_head(self._inputs(rows))
         if len(taken) != len(modules):
             raise ValueError(
                 f"{type(self._decoder.model).__name__} does not call each block once: its blocks "
@@ -410,7 +411,6 @@ class Corruption:
         """Of runs that restore nothing below block `start`: P(answer) [N]."""
         count = len(masks)
         rows = masks.repeat_interleave(self._samples, 0).to(self._ids.device)
-        ids = self._ids.expand(len(rows), -1)
         hidden = self._start[start - 1].repeat(count, 1, 1) if start else None
         with contextlib.ExitStack() as stack:
             for layer in range(start, self.layers):
@@ -419,7 +419,7 @@ class Corruption:
                     stack.callback(self._sites[layer].register_forward_hook(hook).remove)
             if hidden is None:
                 stack.enter_context(self._corrupted(count))
-            found = self._decoder.run_to_head({"input_ids": ids}, start, hidden=hidden)
+            found = self._decoder.run_to_head(self._inputs(len(rows)), start, hidden=hidden)
         return self._probability(found).reshape(count, self._samples).mean(1)
 
 
@@ -427,7 +427,7 @@ def _put_back(where: Tensor, clean: Tensor) -> Any:
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
         shaped = hidden.reshape(where.size(0), where.size(1), -1)
-        mixed = torch.where(where, clean, shaped).reshape(hidden.shape)
+        mixed = torch.where(where.to(shaped.device), clean, shaped).reshape(hidden.shape)
         return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
 
     return hook
