@@ -94,7 +94,7 @@ def find_layers(model: nn.Module, layers: Sequence[Factors]) -> list[nn.Module]:
         ValueError: one is missing, sharded, quantised, offloaded, or of another shape.
     """
     inner = unwrap(model)
-    modules = dict(inner.named_modules())
+    modules = dict(inner.named_modules(remove_duplicate=False))
     found = []
     for layer in layers:
         module = modules.get(layer.name)
@@ -132,6 +132,18 @@ def find_layers(model: nn.Module, layers: Sequence[Factors]) -> list[nn.Module]:
             )
         found.append(module)
     return found
+
+
+def check_bases(layers: Sequence[Factors], weights: Sequence[Tensor]) -> None:
+    """Raises ValueError unless these weights are those that the patch was fitted on."""
+    for layer, found in zip(layers, _hashes(weights), strict=True):
+        if found != layer.base_hash:
+            raise ValueError(
+                f"the patch is for another base: the weight of layer {layer.name!r} is not the "
+                f"one that it was fitted on (hash {found}, the patch says {layer.base_hash}). Load "
+                "that base, in float64 if the patch was fitted in float64, or fit the facts on "
+                "this model"
+            )
 
 
 def patch_on(module: nn.Module) -> str | None:
@@ -251,14 +263,7 @@ def apply_factors(
                     "rounding='stochastic' needs weights of bfloat16 or float16; that of layer "
                     f"{layer.name!r} is {weight.dtype}"
                 )
-    for layer, found in zip(layers, _hashes(weights), strict=True):
-        if found != layer.base_hash:
-            raise ValueError(
-                f"the patch is for another base: the weight of layer {layer.name!r} is not the "
-                f"one that it was fitted on (hash {found}, the patch says {layer.base_hash}). Load "
-                "that base, in float64 if the patch was fitted in float64, or fit the facts on "
-                "this model"
-            )
+    check_bases(layers, weights)
     edits: list[_Edit] = []
     try:
         for number, (layer, module, weight) in enumerate(

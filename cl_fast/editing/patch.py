@@ -34,6 +34,7 @@ from cl_fast.editing.applying import (
     How,
     Rounding,
     apply_factors,
+    check_bases,
     find_layers,
     weight_hash,
     write_factors,
@@ -546,23 +547,22 @@ class Patch:
         Raises:
             ValueError: a weight is missing, of another shape, or not the one it was fitted on.
         """
-        tensors = dict(unwrap(base).state_dict() if isinstance(base, nn.Module) else base)
+        if isinstance(base, nn.Module):
+            find_layers(base, self.layers)
+            base = unwrap(base).state_dict()
+        tensors = dict(base)
+        weights = []
         for layer in self.layers:
             weight = tensors.get(layer.weight_name)
-            if weight is None:
-                raise ValueError(
-                    f"the base has no tensor {layer.weight_name!r}, which the patch edits"
-                )
-            found = weight_hash(weight)
-            if found != layer.base_hash:
-                raise ValueError(
-                    f"the patch is for another base: {layer.weight_name!r} of shape "
-                    f"{tuple(weight.shape)} is not the weight that it was fitted on (hash "
-                    f"{found}, the patch says {layer.base_hash})"
-                )
+            if weight is None or not weight.is_floating_point():
+                what = "lacks" if weight is None else f"holds as {weight.dtype}, quantised,"
+                raise ValueError(f"the base {what} the tensor {layer.weight_name!r} to be edited")
+            weights.append(weight.detach())
+        check_bases(self.layers, weights)
+        for layer, weight in zip(self.layers, weights, strict=True):
             wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
             edited = torch.empty(weight.shape, dtype=wide, device=weight.device)
-            write_factors(edited, weight.detach(), layer)
+            write_factors(edited, weight, layer)
             tensors[layer.weight_name] = edited
         return tensors
 
