@@ -16,8 +16,8 @@ A demonstration is made of another fact, and is one of three kinds, in the propo
 in a shuffled order: to copy (its own prompt and target), to update (a paraphrase of it, and its
 target) and to retain (a prompt that is not about it, and the answer which that had).
 
-An embedding is the mean hidden state of the model itself after one of its blocks, or what a
-function of the user's gives.
+An embedding is a hidden state of the model itself after one of its blocks, at the last token or the
+mean of all, or what a function of the user's gives.
 """
 
 from __future__ import annotations
@@ -36,21 +36,24 @@ from cl_fast.editing.facts import Fact, check_facts, unknown_ids
 from cl_fast.errors import NonFiniteError
 from cl_fast.models.blocks import decoder_of, text_config
 from cl_fast.models.heads import Evaluating
-from cl_fast.options import at_least, integer
+from cl_fast.options import at_least, integer, one_of
 
 __all__ = [
     "Embed",
     "FactIndex",
     "InContext",
+    "Pooling",
     "TextEmbedding",
     "check_length",
     "padded",
     "prompt_ids",
+    "refuse_both",
 ]
 
 Embed = Callable[[Sequence[str]], Tensor]
 """Of n texts the embeddings, floating [n, d]."""
 
+Pooling = Literal["last", "mean"]
 Kind = Literal["copy", "update", "retain"]
 
 
@@ -96,15 +99,17 @@ def check_length(model: nn.Module, tokens: int, new: int, what: str) -> None:
 
 
 class TextEmbedding:
-    """Texts as mean hidden states of a causal model: float32 [n, d].
+    """Texts as hidden states of a causal model: float32 [n, d].
 
-    The mean is over the tokens that are not special ones. Only the blocks up to `layer` run.
+    Special tokens do not count. Only the blocks up to `layer` run.
 
     Args:
         model: a causal language model of transformers; it is embedded with as it is at each call.
         tokenizer: its tokenizer.
         layer: the block after which states are read, from the end where negative; "auto" is the
-            middle block, (L - 1) // 2.
+            middle one, L // 2.
+        pooling: "last", the state at the last token, which has seen all others; or "mean", of all
+            tokens.
         batch_size: texts at a time; those of similar lengths go together.
 
     Raises:
@@ -117,13 +122,16 @@ class TextEmbedding:
         tokenizer: Any,
         *,
         layer: int | Literal["auto"] = "auto",
+        pooling: Pooling = "last",
         batch_size: int = 64,
     ) -> None:
         at_least("batch_size", batch_size, 1)
+        one_of("pooling", pooling, ("last", "mean"))
+        self.pooling = pooling
         self.decoder = decoder_of(model)
         self.tokenizer = tokenizer
         if layer == "auto":
-            layer = (len(self.decoder) - 1) // 2
+            layer = len(self.decoder) // 2
         self.layer = self.decoder.layer(layer, "layer")
         self.batch_size = batch_size
 
@@ -156,10 +164,21 @@ class TextEmbedding:
                     "attention_mask": mask.to(out.device),
                 }
                 hidden = self.decoder.run(inputs, 0, self.layer + 1).float()
+                if self.pooling == "last":
+                    last = counts.long().cumsum(1).argmax(1)  # the first place of the full count
+                    counts = nn.functional.one_hot(last, counts.size(1))
                 share = counts.to(out.device, torch.float32)
                 share /= share.sum(1, keepdim=True)
                 out[some] = torch.einsum("nt,ntd->nd", share, hidden)
         return out
+
+
+def refuse_both(embed: Embed | None, layer: Any, pooling: str) -> None:
+    """Raise where options of the default embedding are given beside another one."""
+    if embed is not None and (layer != "auto" or pooling != "last"):
+        raise ValueError(
+            "layer and pooling are of the default embedding: leave them out where embed is given"
+        )
 
 
 # --- the index ---------------------------------------------------------------------------------
@@ -307,7 +326,7 @@ class InContext:
         embed: of n texts the embeddings [n, d]; by default `TextEmbedding(model, tokenizer)`, whose
             cosines are a weak measure of what a text is about: an encoder made for retrieval is
             better.
-        layer: of the default embedding.
+        layer, pooling: of the default embedding.
         retrieved: facts that are put before a prompt, the nearest last.
         threshold: facts with a smaller cosine are not put before a prompt, and one without any
             stays as it is; None puts the nearest ones before every prompt, as IKE does.
@@ -330,6 +349,7 @@ class InContext:
         *,
         embed: Embed | None = None,
         layer: int | Literal["auto"] = "auto",
+        pooling: Pooling = "last",
         retrieved: int = 1,
         threshold: float | None = None,
         demonstrations: int = 32,
@@ -345,10 +365,11 @@ class InContext:
             isinstance(threshold, int | float) and math.isfinite(threshold) and abs(threshold) <= 1
         ):
             raise ValueError(f"threshold must be a cosine in [-1, 1], or None; got {threshold!r}")
-        if embed is not None and layer != "auto":
-            raise ValueError("layer is of the default embedding: leave it out where embed is given")
+        refuse_both(embed, layer, pooling)
         self.model, self.tokenizer = model, tokenizer
-        self.embed = embed or TextEmbedding(model, tokenizer, layer=layer, batch_size=batch_size)
+        self.embed = embed or TextEmbedding(
+            model, tokenizer, layer=layer, pooling=pooling, batch_size=batch_size
+        )
         self.retrieved, self.threshold = retrieved, threshold
         self.seed, self.batch_size = seed, batch_size
         copies, updates = round(demonstrations / 8), round(3 * demonstrations / 8)
@@ -466,8 +487,12 @@ class InContext:
         return [prompt for prompt, _, _ in self._prompts(_check_texts(texts))]
 
     def prompt(self, text: str) -> str:
-        """`prompts` of one text: what to give to any `generate`, or to `evaluate` as `rewrite`."""
+        """`prompts` of one text: what to give to any `generate`."""
         return self.prompts([text])[0]
+
+    def before(self, text: str) -> str:
+        """What is put before one prompt: `evaluate(..., in_context=editor.before)`."""
+        return self.prompt(text).removesuffix(text)
 
     def generate(
         self, texts: Sequence[str], *, max_new_tokens: int = 32, **options: Any
