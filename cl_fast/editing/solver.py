@@ -59,8 +59,6 @@ _ASYMMETRY = 1e-5
 _DEPENDENT = 1e-11
 """Share of a key that is not a combination of the keys before it. Those of one prompt, computed in
 float32 in two batches, differ by 1e-13 of their square; keys of two prompts by far more."""
-_EXACT = 1e-12
-"""Relative error of D K, as its bound has it, from which on U is refined."""
 _BLOCK = 256
 """Columns of a block of the Cholesky factorisation."""
 _CG_STEPS, _CG_ROUNDS = 60, 3
@@ -672,8 +670,8 @@ def solve(
         primal   (T - T W K^T (C0 + K W K^T)^-1 K) W         f^2 n + f^3/6 + 2 d f^2 + 6 d f n
 
     with W = diag(1 / ridge), after V, which takes f^2 n. "auto" takes the cheaper one: dual up to
-    n = f and more. Both give the same D, but D = U V^T is a sum of terms that may cancel: it is
-    exact to eps |U| |V| / |D|.
+    n = f and more. Both give the same D. D = U V^T is a sum of terms u v^T that may cancel: its
+    relative error is about eps sum |u| |v| / |D|.
 
     Args:
         prior: of size f.
@@ -778,22 +776,7 @@ def _dual(K: Tensor, V: Tensor, T: Tensor, ridge: Tensor) -> Tensor:
         at = int(small[0]) if len(small) else -1
     if at >= 0:
         _refuse_dependent(unit.detach(), at)
-
-    def apply(right: Tensor) -> Tensor:
-        return torch.cholesky_solve((right * scale).mT, lower).mT * scale
-
-    U = apply(T)
-    if _cancels(U, V, K, T):
-        U = U + apply(T - U * ridge - (U @ V.mT) @ K)
-    return U
-
-
-def _cancels(U: Tensor, V: Tensor, K: Tensor, T: Tensor) -> bool:
-    """Whether D K loses digits: many keys in few directions, small ridges. One refinement, with the
-    residual of D itself, brings them back; elsewhere its 2 d f n multiplications are not needed."""
-    with torch.no_grad():
-        terms = (U.norm(dim=0) * V.norm(dim=0)).sum() * K.norm(dim=0).max()
-        return bool(terms * torch.finfo(terms.dtype).eps > _EXACT * T.norm())
+    return torch.cholesky_solve((T * scale).mT, lower).mT * scale
 
 
 def _refuse_dependent(unit: Tensor, at: int) -> None:
