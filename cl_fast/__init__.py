@@ -7,6 +7,7 @@ command line starts at once. Rooms are loaded when they are first named:
     cl_fast.merging    linear, task_arithmetic, ties, dare_linear, dare_ties, soups, recipes
     cl_fast.losses     distillation, log-probs and preferences without the logits
     cl_fast.training    replay, schedules, O-LoRA, LoRAMoE, adapters, projections, anchors
+    cl_fast.editing    facts in and out of a model: MEMIT, ROME, AlphaEdit, MEND, a fact store
     cl_fast.learning    a stream of tasks in the trainer that you have; `cl_fast.learn`
     cl_fast.integrations   losses and keeps in HF Trainer, TRL and torchtitan
     cl_fast.models      what a loss or an editor must know of a model
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _ROOMS = (
     "backends",
     "checkpoints",
+    "editing",
     "errors",
     "integrations",
     "learning",
