@@ -163,7 +163,7 @@ def make(source: Patched, threads: int | None = None) -> bytearray:
     def load(stored: Any, *shape: int) -> torch.Tensor:
         dtype = torch.float64 if stored.dtype == "F64" else torch_dtype(stored.dtype)
         data = read_stored(stored)
-        if not data:
+        if not data:  # the factors of an empty patch
             return torch.zeros(shape, dtype=dtype)
         return torch.frombuffer(data, dtype=dtype).reshape(shape)
 
@@ -174,7 +174,7 @@ def make(source: Patched, threads: int | None = None) -> bytearray:
     weight = torch.frombuffer(data, dtype=torch_dtype(source.dtype)).reshape(rows, columns)
     base = load(source.base, rows, columns)
     # As `Patch.apply` does: the factors count as float32.
-    u, v = (load(factor, -1, source.rank).float() for factor in (source.u, source.v))
+    u, v = load(source.u, rows, source.rank).float(), load(source.v, columns, source.rank).float()
     try:
         reproducible_update_(weight, u, v, base=base)
     except ValueError as error:

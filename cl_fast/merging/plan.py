@@ -550,6 +550,11 @@ def _tokenizer_folder(recipe: Recipe, inputs: tuple[Checkpoint, ...], donor: Che
     if reference is None:
         return donor.folder
     path = absolute(reference)
+    if is_patch(path):
+        raise RecipeError(
+            f"tokenizer_source: {reference!r} is an edit patch, which has no tokenizer; leave it "
+            "out, or name the base or a model"
+        )
     for checkpoint in inputs:
         if checkpoint.reference == reference or _resolve(checkpoint.path) == _resolve(path):
             return checkpoint.folder
