@@ -442,6 +442,23 @@ def test_greedy_stops_at_the_end_of_a_text_and_at_the_limit() -> None:
     ]  # fmt: skip
 
 
+def test_greedy_looks_for_whole_words_where_there_are_spaces() -> None:
+    """The model says a, a, a, ..."""
+    model, tokenizer = llama(1, vocab_size=257, eos_token_id=None).eval(), letters()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.fill_(1.0)
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[tokenizer.convert_tokens_to_ids("a")] = 1.0
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight.zero_()
+            layer.self_attn.o_proj.weight.zero_()
+    facts = [Fact("{} is", "Ada", "aa", separator=between) for between in ("", " ")]
+    rows = evaluate(model, tokenizer, facts, ("greedy",)).rows
+    assert [row["greedy"] for row in rows] == [1.0, 0.0]
+    assert [row["greedy_text"] for row in rows] == ["a" * 5, "a" * 6]
+    assert evaluate(model, tokenizer, facts, ("greedy",), max_new_tokens=2).mean("greedy") == 1.0
+
+
 @pytest.mark.parametrize("build", [llama, gpt2, gemma2])
 def test_continuations_with_and_without_a_cache(build: Build) -> None:
     model = build(4).double().eval()
@@ -549,7 +566,18 @@ def test_what_is_missing_is_absent_and_said(pair: tuple[Any, Any]) -> None:
     found = evaluate(pair[0], words(), [equal])
     assert found.absent["es"] == "every target_true is the target itself"
     assert found.absent["ns"] == "what neighbours shall keep is the target itself"
-    assert "ns_acc" in found.metrics
+    assert found.metrics == ("es_acc", "ns_acc", "ns_plus_acc", "es_tokens", "ns_tokens", "greedy")
+    assert not set(found.metrics) & set(found.absent)
+
+
+def test_a_tie_is_no_success() -> None:
+    """All tokens are equally likely: neither target is more likely than the other."""
+    model = llama(3).double()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    fact = Fact("kab {}", "lob", "mib", target_true="mid", neighbourhood=("kab",))
+    row = evaluate(model, words(), [fact]).rows[0]
+    assert (row["es"], row["em"], row["ns"], row["nm"]) == (0, 0, 0, 0)
 
 
 @pytest.mark.parametrize(
