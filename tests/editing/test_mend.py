@@ -14,6 +14,7 @@ import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
+from fact_models import FactModel, fact_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -558,6 +559,74 @@ def test_neighbours_of_a_fact_are_spared_with_the_texts_or_without(
     assert seen == [[1, len(ids_of(tokenizer, "a dog sat on tree"))]]
     mend.train(facts, steps=2, accumulate=1, edits_per_step=2, locality_texts=["a tree"])
     assert seen[1] == [2, 2, 5]
+
+
+# --- what training is for -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world() -> FactModel:
+    return fact_model(0, "llama")
+
+
+def told(world: FactModel, prompt: str, target: str) -> float:
+    ids, answer = ids_of(world.tokenizer, prompt), world.tokenizer(target, add_special_tokens=False)
+    wanted = torch.tensor(answer["input_ids"])
+    with torch.no_grad():
+        given = torch.tensor([[*ids, *wanted.tolist()]])
+        logits = world.model(input_ids=given).logits[0, len(ids) - 1 : -1]
+    return float(-F.cross_entropy(logits, wanted))
+
+
+def success(mend: Mend, world: FactModel, facts: list[Fact], together: int) -> float:
+    """Share of the facts that are likelier than what was true, edited `together` at a time."""
+    good = 0
+    for start in range(0, len(facts), together):
+        some = facts[start : start + together]
+        with mend.fit(some):
+            for fact in some:
+                assert fact.target_true is not None
+                new, old = (told(world, fact.text, t) for t in (fact.target, fact.target_true))
+                good += new > old
+    return good / len(facts)
+
+
+def held_out_loss(mend: Mend, facts: list[Fact], texts: list[str]) -> dict[str, float]:
+    with torch.no_grad():
+        return mend._validate(mend._examples(facts, 64), mend._texts(texts, 64), 1, 1, 1.0, 1.0)
+
+
+def test_a_trained_editor_beats_every_step_along_the_gradient(world: FactModel) -> None:
+    """On facts that it never saw, edited one by one: against an untrained network, and against
+    normalised gradient steps of any length, which a lower loss on the facts costs more KL."""
+    facts, texts = world.world.edits(176, seed=1), world.world.texts(200, seed=3)
+    seen, new = facts[:160], facts[160:]
+    mend = Mend(world.model, world.tokenizer, rank=64)
+    # More haste than the defaults, which are for days.
+    mend.train(seen, locality_texts=texts, steps=60, accumulate=2, lr=3e-4, lr_lr=3e-4)
+    plain = Mend(world.model, world.tokenizer, rank=4)
+    moments = {n: v for n, v in mend.network.state_dict().items() if "moments" in n}
+    plain.network.load_state_dict(moments, strict=False)
+    assert untrained(lambda: success(plain, world, new, 1)) == 0
+    assert success(mend, world, new, 1) >= 0.75
+    trained = held_out_loss(mend, new, texts)
+    for lr in (-1e-3, -1.4e-3, -2e-3):
+        plain.network.edit_lr.data.fill_(lr)
+        step = held_out_loss(plain, new, texts)
+        assert step["edit"] > trained["edit"] or step["locality"] > 1.4 * trained["locality"]
+
+
+def test_a_trained_least_squares_editor_writes_facts_it_never_saw(world: FactModel) -> None:
+    facts, texts = world.world.edits(176, seed=1), world.world.texts(200, seed=3)
+    made = []
+    for steps, lr in ((1, 1e-30), (25, 3e-4)):
+        mend = Mend(world.model, world.tokenizer, rank=64, aggregate="least_squares", edit_lr=1e-3)
+        mend.train(
+            facts[:160], locality_texts=texts, steps=steps, lr=lr, lr_lr=lr, edits_per_step=8
+        )
+        made.append(success(mend, world, facts[160:], 8))
+    assert made[0] <= 0.5
+    assert made[1] >= 0.75
 
 
 # --- bad input ----------------------------------------------------------------------------------
