@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from cl_fast.editing.facts import Fact, check_facts, unknown_ids
 from cl_fast.errors import NonFiniteError
 from cl_fast.models.blocks import decoder_of, text_config
-from cl_fast.models.heads import Evaluating
+from cl_fast.models.heads import Evaluating, unwrap
 from cl_fast.options import at_least, integer, one_of
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "padded",
     "prompt_ids",
     "refuse_both",
+    "special_ids",
 ]
 
 Embed = Callable[[Sequence[str]], Tensor]
@@ -72,6 +73,11 @@ def padded(
         ids[i, at] = torch.as_tensor(row, dtype=torch.long)
         mask[i, at] = 1
     return ids, mask
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Of tokens that are no text. A word that is not known is one."""
+    return set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
 
 
 def prompt_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
@@ -145,7 +151,7 @@ class TextEmbedding:
 
     def of_ids(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Embeddings of token ids, without padding; special tokens may be among them."""
-        special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
+        special = special_ids(self.tokenizer)
         for i, row in enumerate(rows):
             if all(token in special for token in row):
                 text = self.tokenizer.decode(list(row))
@@ -509,7 +515,7 @@ class InContext:
         rows = prompt_ids(self.tokenizer, self.prompts(texts))
         pad = self.tokenizer.pad_token_id
         pad = self.tokenizer.eos_token_id if pad is None else pad
-        inner: Any = self.model
+        inner = unwrap(self.model)
         device = next(inner.parameters()).device
         for i, row in enumerate(rows):
             what = f"the prompt of texts[{i}], with what is put before it,"

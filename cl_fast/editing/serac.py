@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +44,7 @@ from cl_fast.editing.retrieval import (
     check_length,
     padded,
     refuse_both,
+    special_ids,
 )
 from cl_fast.errors import CheckpointError, NonFiniteError
 from cl_fast.models.heads import IGNORED, Evaluating
@@ -114,7 +115,7 @@ class ScopeReport:
             among the edits of all; None without such facts, or without such prompts of theirs.
     """
 
-    losses: list[float]
+    losses: list[float] = field(repr=False)
     threshold: float
     in_scope: float | None
     out_of_scope: float | None
@@ -440,12 +441,15 @@ class Serac(nn.Module):  # type: ignore[misc, unused-ignore]
                 x = scope.exponents(scope(batch.texts), scope(batch.edits))
                 outside = -torch.log(-torch.expm1(-x.clamp_min(_SAME_TEXT)))
                 loss = torch.where(batch.within, x, outside).sum() / x.size(0)
-                if not torch.isfinite(loss):
-                    raise NonFiniteError(f"step {step}: the loss of the scope is {float(loss.detach())}")
+                value = float(loss.detach())
+                if not math.isfinite(value):
+                    raise NonFiniteError(
+                        f"the loss of the scope is {value} after {step} steps: lower lr"
+                    )
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                losses.append(float(loss.detach()))
+                losses.append(value)
                 bar.update(1)
         return losses
 
@@ -510,20 +514,22 @@ class Serac(nn.Module):  # type: ignore[misc, unused-ignore]
         """The route of each row of tokens."""
         if not self._index.facts:
             return [None] * len(rows)
-        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
-        for i, text in enumerate(texts):
-            if not text.strip():
+        special = special_ids(self.tokenizer)
+        words = [[token for token in row if token not in special] for row in rows]
+        for i, row in enumerate(words):
+            if not row:
                 raise ValueError(f"row {i} of input_ids holds no text, so its scope is not known")
+        texts = self.tokenizer.batch_decode(words, clean_up_tokenization_spaces=False)
         embed = self.embed
         if isinstance(embed, TextEmbedding) and embed.tokenizer is self.tokenizer:
             embedded = self._index.checked(embed.of_ids(rows), texts)
         else:
-            embedded = self._index.of([text.rstrip() for text in texts])
+            embedded = self._index.of([text.strip() for text in texts])
         return [fact for fact, _ in self._routed(embedded)]
 
     def _with_edit(self, fact: Fact, row: list[int]) -> list[int]:
         """The tokens of a prompt with the edit after its leading special tokens."""
-        special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
+        special = special_ids(self.tokenizer)
         lead = next(i for i, token in enumerate(row) if token not in special)
         before = self.tokenizer(self.context(fact), add_special_tokens=False)["input_ids"]
         return [*row[:lead], *before, *row[lead:]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import fact_models
 import pytest
 import tiny_models
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from cl_fast.editing.evaluation import evaluate
 from cl_fast.editing.facts import Fact
 from cl_fast.editing.finetuning import LocFT
 from cl_fast.editing.patch import Patch
@@ -188,6 +190,23 @@ def test_facts_are_learnt_and_answers_end(tokenizer: Any) -> None:
     with patch:
         assert [greedy(model, tokenizer, fact, 8) for fact in facts] == wanted
     assert [greedy(model, tokenizer, fact, 8) for fact in facts] == before != wanted
+
+
+def test_what_it_does_to_a_model_that_knows_facts() -> None:
+    """It learns, and its answers to paraphrases follow; what it costs the neighbours shows."""
+    made = fact_models.fact_model(0)
+    facts, suite = made.world.edits(50, 0), ["es", "ps", "ns", "greedy"]
+    before = evaluate(made.model, made.tokenizer, facts, suite=suite)
+    patch = LocFT(made.model, made.tokenizer, layer=1, lr=5e-3, batch_size=10).fit(facts)
+    with patch:
+        after = evaluate(made.model, made.tokenizer, facts, suite=suite)
+    assert before.mean("es") <= 0.05
+    assert after.mean("es") >= 0.95
+    assert after.mean("greedy") >= 0.95
+    assert after.mean("ps") >= before.mean("ps") + 0.6
+    assert before.mean("ns") > after.mean("ns") > 0.4
+    again = evaluate(made.model, made.tokenizer, facts, suite=suite)
+    assert again.rows == before.rows
 
 
 def test_weights_of_facts_decide(tokenizer: Any) -> None:

@@ -12,6 +12,7 @@ import tiny_models
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from cl_fast.editing.evaluation import evaluate
 from cl_fast.editing.facts import Fact
@@ -212,6 +213,28 @@ def test_in_scope_the_logits_are_those_behind_the_edit(
             assert reader.tokenizer.decode(row[-1].argmax()) == fact.target
             assert not found.logits[i, ~attended].any()
         assert bool((labels == -100).all())
+
+
+def test_a_tokenizer_without_a_begin_token() -> None:
+    """And words that it does not know, all of them in the edit."""
+    tokenizer = tiny_models.tokenizer()
+    torch.manual_seed(1)
+    sizes = {"vocab_size": len(tokenizer), "n_embd": 16, "n_layer": 2, "n_head": 2}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, n_positions=32, initializer_range=0.3)).eval()
+    fact = Fact("the {} sat on", "cat", "tree")
+    unknown = Fact("who is {}", "he", "dog")
+    editor = Serac(model, tokenizer, scale=1e4).fit([fact, unknown])
+    given = tokenizer([fact.text, "a dog", unknown.text], padding=True, return_tensors="pt")
+    given.pop("token_type_ids", None)
+    assert given["attention_mask"][1].tolist() == [0, 0, 1, 1]
+    with torch.no_grad():
+        found = editor(**given).logits
+        assert torch.equal(found[1], model(**given).logits[1])
+        for i, about in ((0, fact), (2, unknown)):
+            ids = tokenizer(f"New Fact: {about.statement}\nPrompt: {about.text}")["input_ids"]
+            alone = model(torch.tensor([ids])).logits[0]
+            row = found[i, given["attention_mask"][i] != 0]
+            torch.testing.assert_close(row, alone[-len(row) :], rtol=1e-4, atol=1e-5)
 
 
 def test_labels_tell_where_the_prompt_ends(reader: context_models.Reader) -> None:
