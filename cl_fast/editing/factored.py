@@ -124,6 +124,9 @@ def matrices_of(decoder: Decoder, layers: str | Sequence[int] | Sequence[str]) -
     twice = [item for i, item in enumerate(given) if item in given[:i]]
     if twice:
         raise ValueError(f"layers: {twice[0]!r} is there twice")
+    head = decoder.model.get_output_embeddings()
+    if any(matrix.module is head for matrix in found):
+        raise ValueError("layers: the output head cannot be edited; choose layers of the blocks")
     order = {name: i for i, (name, _) in enumerate(decoder.model.named_modules())}
     found.sort(key=lambda m: order[m.name])
     for matrix in found:

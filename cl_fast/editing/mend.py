@@ -26,7 +26,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -74,11 +74,15 @@ _HALF_SCALE = 1024.0
 
 @dataclass
 class _Rows:
-    """Right-padded texts: ids, mask, labels [B, T]; a label is the target token that follows."""
+    """Right-padded texts: ids, mask, labels [B, T]; a label is the target token that follows.
+
+    `hidden` is what the first edited block is given: [B, T, d]; None where that is the embedding.
+    """
 
     ids: Tensor
     mask: Tensor
     labels: Tensor
+    hidden: Tensor | None = None
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -239,10 +243,15 @@ class Mend:
         positive("the size of edit_lr", abs(edit_lr))
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype must be torch.float32 or torch.float64; got {dtype}")
-        decoder = decoder_of(model)
-        self.model: Any = decoder.model
+        self._decoder = decoder_of(model)
+        self.model: Any = self._decoder.model
         self.tokenizer = tokenizer
-        self.matrices = matrices_of(decoder, layers)
+        self.matrices = matrices_of(self._decoder, layers)
+        blocks_of = [
+            next((i for i, n in enumerate(self._decoder.names) if m.name.startswith(f"{n}.")), 0)
+            for m in self.matrices
+        ]
+        self._first = min(blocks_of)
         self.batch = batch
         self.options: dict[str, Any] = {
             "aggregate": aggregate, "rank": rank, "blocks": blocks, "norm": norm, "tokens": tokens,
@@ -277,21 +286,54 @@ class Mend:
             for at in e.targets:
                 labels[row, at - 1] = e.ids[at]
         place = self.model.get_input_embeddings().weight.device
-        return _Rows(ids.to(place), mask.to(place), labels.to(place))
+        made = _Rows(ids.to(place), mask.to(place), labels.to(place))
+        if self._first:
+            with torch.no_grad():
+                made.hidden = self._decoder.run(made.inputs, 0, self._first)
+        return made
 
-    def _batches(self, encoded: Sequence[Encoded]) -> Iterator[_Rows]:
-        for start in range(0, len(encoded), self.batch):
-            yield self._rows(encoded[start : start + self.batch])
+    def _batches(self, encoded: Sequence[Encoded]) -> list[_Rows]:
+        """Whatever is done to the edited blocks, those below have worked once and for all here."""
+        starts = range(0, len(encoded), self.batch)
+        return [self._rows(encoded[start : start + self.batch]) for start in starts]
+
+    def _hidden(self, rows: _Rows) -> Tensor:
+        """What the head is given, from the first edited block on."""
+        if rows.hidden is None:
+            return last_hidden(self.model, **rows.inputs)
+        return self._decoder.run_to_head(rows.inputs, self._first, hidden=rows.hidden)
 
     # --- the gradient, and what becomes of it ---
 
-    def _nll(self, inner: Any, labels: Tensor, **inputs: Any) -> Tensor:
+    def _nll(self, rows: _Rows) -> Tensor:
         """Of each row, the mean over its targets: [B]."""
-        hidden = last_hidden(inner, **inputs)
-        keywords = head_of(inner).keywords(hidden)
-        logprobs = token_logprobs(**keywords, ids=labels.to(keywords["hidden"].device))
-        count = (labels != IGNORED).sum(1).to(logprobs.device)
-        return -logprobs.sum(1) / count
+
+        def forward(inner: Any) -> Tensor:
+            keywords = head_of(inner).keywords(self._hidden(rows))
+            labels = rows.labels.to(keywords["hidden"].device)
+            logprobs = token_logprobs(**keywords, ids=labels)
+            return -logprobs.sum(1) / (labels != IGNORED).sum(1).to(logprobs.device)
+
+        losses: Tensor = frozen_call(self.model, forward)
+        return losses
+
+    def _kl(self, rows: _Rows, updates: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """The sum over tokens of KL(p || p_edited): 0-dim."""
+        with torch.no_grad():
+            before = frozen_call(self.model, lambda _: self._hidden(rows))
+
+        def forward(inner: Any) -> Tensor:
+            head = head_of(inner)
+            keywords = head.keywords(self._hidden(rows))
+            labels = rows.ids.masked_fill(rows.mask == 0, IGNORED)
+            return linear_divergence(
+                **keywords, teacher=head.teacher(before),
+                labels=labels.to(keywords["hidden"].device), reduction="sum",
+            )  # fmt: skip
+
+        with updated(self.matrices, updates):
+            total: Tensor = frozen_call(self.model, forward)
+        return total
 
     def _counted(self, rows: _Rows) -> Tensor:
         """Which tokens take part: [B, T]."""
@@ -304,7 +346,7 @@ class Mend:
         return [len(e.ids) - 1 for e in encoded]
 
     def _pairs(
-        self, encoded: Sequence[Encoded], names: Sequence[str]
+        self, batches: Sequence[_Rows], names: Sequence[str]
     ) -> tuple[list[_Pairs], Tensor]:
         """x and delta of every matrix at the tokens of these facts, in their order; and the losses.
 
@@ -314,13 +356,9 @@ class Mend:
         deltas: list[list[Tensor]] = [[] for _ in self.matrices]
         told: list[Tensor] = []
         first = 0
-        for rows in self._batches(encoded):
-
-            def loss_of(inner: Any, rows: _Rows = rows, **inputs: Any) -> Tensor:
-                return self._nll(inner, rows.labels, **inputs)
-
+        for rows in batches:
             with torch.enable_grad(), recorded(self.matrices) as records:
-                losses = frozen_call(self.model, loss_of, **rows.inputs)
+                losses = self._nll(rows)
                 ys = [r.y for r in records]
                 missing = [m.name for m, y in zip(self.matrices, ys, strict=True) if y is None]
                 if missing:
@@ -392,47 +430,15 @@ class Mend:
 
     # --- the outer loss ---
 
-    def _edit_losses(
-        self, encoded: Sequence[Encoded], updates: Sequence[tuple[Tensor, Tensor]]
-    ) -> Iterator[Tensor]:
-        """NLL of rows of the edited model, batch by batch: [b]."""
-        for rows in self._batches(encoded):
-
-            def loss_of(inner: Any, rows: _Rows = rows, **inputs: Any) -> Tensor:
-                return self._nll(inner, rows.labels, **inputs)
-
-            with updated(self.matrices, updates):
-                losses: Tensor = frozen_call(self.model, loss_of, **rows.inputs)
-            yield losses
-
-    def _locality_losses(
-        self, encoded: Sequence[Encoded], updates: Sequence[tuple[Tensor, Tensor]]
-    ) -> Iterator[Tensor]:
-        """Sums over tokens of KL(p || p_edited), batch by batch: 0-dim."""
-        for rows in self._batches(encoded):
-            with torch.no_grad():
-                before = frozen_call(self.model, last_hidden, **rows.inputs)
-
-            def loss_of(
-                inner: Any, rows: _Rows = rows, before: Tensor = before, **inputs: Any
-            ) -> Tensor:
-                head = head_of(inner)
-                keywords = head.keywords(last_hidden(inner, **inputs))
-                labels = rows.ids.masked_fill(rows.mask == 0, IGNORED)
-                return linear_divergence(
-                    **keywords, teacher=head.teacher(before),
-                    labels=labels.to(keywords["hidden"].device), reduction="sum",
-                )  # fmt: skip
-
-            with updated(self.matrices, updates):
-                total: Tensor = frozen_call(self.model, loss_of, **rows.inputs)
-            yield total
+    def _edited_nll(self, rows: _Rows, updates: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        with updated(self.matrices, updates):
+            return self._nll(rows)
 
     def _outer(
         self,
         updates: Sequence[tuple[Tensor, Tensor]],
-        edits: Sequence[Encoded],
-        texts: Sequence[Encoded],
+        edits: Sequence[_Rows],
+        texts: Sequence[_Rows],
         cedit: float,
         cloc: float,
     ) -> tuple[Tensor, Tensor]:
@@ -440,13 +446,13 @@ class Mend:
         cedit edit + cloc locality are added to the leaves that `updates` then must be."""
         leaves = [factor for pair in updates for factor in pair if factor.requires_grad]
         sums = []
-        for coefficient, count, losses in (
-            (cedit, len(edits), self._edit_losses(edits, updates)),
-            (cloc, max(1, sum(len(e.ids) for e in texts)), self._locality_losses(texts, updates)),
+        for coefficient, count, batches, loss_of in (
+            (cedit, sum(len(rows.ids) for rows in edits), edits, self._edited_nll),
+            (cloc, sum(int(rows.mask.sum()) for rows in texts), texts, self._kl),
         ):
             total = torch.zeros((), dtype=torch.float64, device=self.device)
-            for part in losses:
-                mean = part.sum() / count
+            for rows in batches:
+                mean = loss_of(rows, updates).sum() / count
                 total += mean.detach()
                 if leaves and mean.requires_grad and coefficient:
                     (mean * (coefficient * self._scale)).backward(inputs=leaves)
@@ -456,20 +462,21 @@ class Mend:
     def _step(
         self,
         examples: Sequence[_Example],
-        edits: Sequence[Encoded],
+        others: Sequence[Encoded],
         texts: Sequence[Encoded],
         cedit: float,
         cloc: float,
         share: float,
     ) -> tuple[Tensor, Tensor]:
-        """Edits with one batch, and adds `share` of the gradient of the outer loss, on the texts
-        `edits` and `texts`, to the network's."""
-        names = [e.fact.id for e in examples]
-        pairs, _ = self._pairs([e.own for e in examples], names)
+        """Edits with one batch, and adds `share` of the gradient of the outer loss, on the facts,
+        the `others` and the `texts`, to the network's."""
+        names, own = [e.fact.id for e in examples], self._batches([e.own for e in examples])
+        pairs, _ = self._pairs(own, names)
         self._observe(pairs)
         made = self._updates(pairs, self._weight(examples))
         leaves = [(u.detach().requires_grad_(), v.detach().requires_grad_()) for u, v in made]
-        edit, locality = self._outer(leaves, edits, texts, cedit, cloc)
+        edits = [*own, *self._batches(others)]
+        edit, locality = self._outer(leaves, edits, self._batches(texts), cedit, cloc)
         flat = [f for pair in made for f in pair]
         tails = [f for pair in leaves for f in pair]
         whole = [
@@ -613,7 +620,7 @@ class Mend:
                     generator = _generator(seed, number, salt=2)
                     a, b = self._step(
                         some,
-                        [e.own for e in some] + _one_each([e.others for e in some], generator),
+                        _one_each([e.others for e in some], generator),
                         [texts[i] for i in kept]
                         + _one_each([e.neighbours for e in some], generator),
                         cedit, cloc, 1 / accumulate,
@@ -716,12 +723,13 @@ class Mend:
         edit = locality = 0.0
         for start in range(0, len(examples), size):
             some = examples[start : start + size]
-            pairs, _ = self._pairs([e.own for e in some], [e.fact.id for e in some])
+            own = self._batches([e.own for e in some])
+            pairs, _ = self._pairs(own, [e.fact.id for e in some])
             updates = self._updates(pairs, self._weight(some))
-            edits = [e.own for e in some] + [row for e in some for row in e.others]
+            edits = [*own, *self._batches([row for e in some for row in e.others])]
             kept = [texts[(start + i) % len(texts)] for i in range(per_step)]
             kept += [row for e in some for row in e.neighbours]
-            a, b = self._outer(updates, edits, kept, cedit, cloc)
+            a, b = self._outer(updates, edits, self._batches(kept), cedit, cloc)
             edit += float(a) * len(some) / len(examples)
             locality += float(b) * len(some) / len(examples)
         return {"edit": edit, "locality": locality, "loss": cedit * edit + cloc * locality}
@@ -773,7 +781,9 @@ class Mend:
         with Evaluating(self.model), torch.no_grad():
             for start in bar:
                 some = slice(start, start + self.batch)
-                pairs, losses = self._pairs(encoded[some], [f.id for f in listed[some]])
+                pairs, losses = self._pairs(
+                    self._batches(encoded[some]), [f.id for f in listed[some]]
+                )
                 before.append(losses.cpu())
                 for index, pair in enumerate(pairs):
                     alive = torch.zeros(len(pair.x), dtype=torch.bool)
@@ -786,7 +796,12 @@ class Mend:
                  layer.V.to(self.device, self.network.dtype))
                 for layer in patch.layers
             ]  # fmt: skip
-            after_edit = torch.cat([x.cpu() for x in self._edit_losses(encoded, updates)])
+            after_edit = torch.cat(
+                [
+                    self._edited_nll(self._rows(encoded[start : start + self.batch]), updates).cpu()
+                    for start in groups
+                ]
+            )
         tokens = self._columns(encoded)
         patch = replace(
             patch,

@@ -405,22 +405,24 @@ def test_the_rank_is_at_most_the_size() -> None:
 # --- training -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("layers", ["auto", [1]], ids=["auto", "a block below is not edited"])
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("aggregate", ["sum", "least_squares"])
 def test_the_gradient_of_training_is_that_of_plain_autograd(
-    family: str, aggregate: str, tokenizer: Any
+    family: str, aggregate: str, layers: Any, tokenizer: Any
 ) -> None:
     """Against weights multiplied out, logits, one text at a time, and `torch.linalg.solve`."""
     model = MODELS[family]()
-    mend = editor(model, tokenizer, aggregate=aggregate, tokens="all", edit_lr=0.02, norm=False)
+    mend = editor(
+        model, tokenizer, layers=layers, aggregate=aggregate, tokens="all", edit_lr=0.02, norm=False
+    )
     generator = torch.Generator().manual_seed(5)
     for name, p in mend.network.named_parameters():
         spread = 0.01 if name == "edit_lr" else 0.3 if name == "log_ridge" else 0.1
         p.data += spread * torch.randn(p.shape, dtype=p.dtype, generator=generator)
     examples = mend._examples(FACTS, 100)
-    edits = [*(e.own for e in examples), examples[1].others[0]]
     texts = mend._texts(TEXTS, 100)
-    edit, locality = mend._step(examples, edits, texts, 0.3, 2.0, share=0.5)
+    edit, locality = mend._step(examples, examples[1].others, texts, 0.3, 2.0, share=0.5)
     ours = {n: p.grad.clone() for n, p in mend.network.named_parameters() if p.grad is not None}
 
     mend.network.zero_grad()
@@ -550,9 +552,9 @@ def test_neighbours_of_a_fact_are_spared_with_the_texts_or_without(
     seen: list[list[int]] = []
     step = mend._step
 
-    def spy(examples: Any, edits: Any, texts: Any, *rest: Any, **more: Any) -> Any:
+    def spy(examples: Any, others: Any, texts: Any, *rest: Any, **more: Any) -> Any:
         seen.append([len(examples), *(len(e.ids) for e in texts)])
-        return step(examples, edits, texts, *rest, **more)
+        return step(examples, others, texts, *rest, **more)
 
     monkeypatch.setattr(mend, "_step", spy)
     mend.train(facts[:1], steps=1, accumulate=1)
@@ -677,6 +679,8 @@ BAD: list[tuple[str, Made, type[Exception], str]] = [
     ("a word for layers", lambda m, t: Mend(m, t, "last"), ValueError, "layers must be 'auto'"),
     ("not linear", lambda m, t: Mend(m, t, ["model.norm"]), ValueError,
      "model.norm is a LlamaRMSNorm"),
+    ("the head", lambda m, t: Mend(m, t, ["lm_head"]), ValueError,
+     "the output head cannot be edited"),
     ("quantised", lambda m, t: Mend(quantised(m), t, [UP]), ValueError,
      f"{UP}.weight is quantised (torch.int8)"),
     ("shared weight", lambda m, t: Mend(tied(m), t, [UP]), ValueError,
