@@ -62,7 +62,7 @@ from cl_fast.models.heads import Evaluating
 from cl_fast.ops import nearest_key
 from cl_fast.options import at_least, integer, one_of, share
 
-__all__ = ["LEAST_GATE", "FactStore", "Fire", "Inputs", "inputs_at_end"]
+__all__ = ["LEAST_GATE", "FactStore", "Fire", "Inputs", "inputs_at_end", "run_inputs"]
 
 Keys = Literal["mlp", "block"]
 _KEYS = ("mlp", "block")
@@ -89,10 +89,20 @@ class Inputs:
         decoder: the model.
         layer: of the block.
         keys: "mlp" or "block".
+
+    Raises:
+        ValueError: the matrix is not one that is understood, or another store or codebook changes
+            what the block gives at this moment.
     """
 
     def __init__(self, decoder: Decoder, layer: int, keys: Keys) -> None:
         self.block = decoder.blocks[layer]
+        inner = (hook for m in self.block.modules() for hook in m._forward_hooks.values())
+        if any(hasattr(getattr(hook, "__self__", None), "attach") for hook in inner):
+            raise ValueError(
+                f"another editor is attached to block {layer}: detach it before this one is made "
+                "(both may be attached afterwards)"
+            )
         self.keys = keys
         if keys == "mlp":
             site = decoder.site(layer)
@@ -138,7 +148,7 @@ def _batches(rows: Sequence[Sequence[int]], tokens: int) -> Iterator[list[int]]:
         yield some
 
 
-def _run(
+def run_inputs(
     decoder: Decoder, inputs: Inputs, rows: Sequence[Sequence[int]], pad: int, layer: int
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """What the rows give at `layer`: indices, [rows, length, size], attention mask [rows, length].
@@ -165,7 +175,7 @@ def inputs_at_end(
 ) -> Tensor:
     """What the last token of each row gives at `layer`: [rows, size], on the model's device."""
     found: Tensor | None = None
-    for some, seen, _ in _run(decoder, inputs, rows, pad, layer):
+    for some, seen, _ in run_inputs(decoder, inputs, rows, pad, layer):
         if found is None:
             found = seen.new_empty(len(rows), inputs.size)
         found[some] = seen[:, -1]
@@ -425,13 +435,6 @@ class FactStore(AbstractContextManager["FactStore"]):
         return preset.layers[-1], ValueOptions(**preset.values)
 
     def _given_at(self, keys: Keys) -> Inputs:
-        block = self.decoder.blocks[self.layer]
-        hooks = block._forward_hooks.values()
-        if any(isinstance(getattr(hook, "__self__", None), FactStore) for hook in hooks):
-            raise ValueError(
-                f"another FactStore is attached to block {self.layer}: detach it before this one "
-                "is made (both may be attached afterwards)"
-            )
         try:
             return Inputs(self.decoder, self.layer, keys)
         except ValueError as error:
@@ -711,7 +714,9 @@ class FactStore(AbstractContextManager["FactStore"]):
         for row in rows:
             starts.append(starts[-1] + len(row))
         with self._pause():
-            for some, seen, mask in _run(self.decoder, self._inputs, rows, self._pad, self.layer):
+            for some, seen, mask in run_inputs(
+                self.decoder, self._inputs, rows, self._pad, self.layer
+            ):
                 for line, i in enumerate(some):
                     found = seen[line][mask[line].bool()]
                     queries[starts[i] : starts[i + 1]] = found.to(queries)
@@ -870,7 +875,9 @@ class FactStore(AbstractContextManager["FactStore"]):
             return found
         places = [i for i, row in enumerate(rows) if row]
         with self._pause():
-            for some, seen, mask in _run(self.decoder, self._inputs, filled, self._pad, self.layer):
+            for some, seen, mask in run_inputs(
+                self.decoder, self._inputs, filled, self._pad, self.layer
+            ):
                 fire, index, cosine = self._looked_up(seen, seen)
                 fire = fire.view(mask.shape) & mask.bool()
                 index, cosine = index.view(mask.shape), cosine.view(mask.shape)
