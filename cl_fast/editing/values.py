@@ -15,17 +15,20 @@ position and the weight decay on the norm, not its square, are those of their co
 
 Here the facts are rows of one batch, and no more is computed than depends on delta. What lies
 before the lookup token does not: its keys and values are kept, and every step runs the tokens from
-the lookup on, through the blocks after l, and the head on target positions alone. Adam is per
-element, so that rows do not see one another; a fact that has stopped leaves the batch. Facts whose
-prompts agree up to the lookup token (all relations of one subject, in prompts that begin with it)
-have one key, and can only have one value: they share one delta, whose loss is the mean of theirs.
+the lookup on, through the blocks after l, and the head on target positions alone. The texts before
+the prompts are read once for all facts of a batch; the prompts "{} is a" are a run of their own, of
+one token each; facts whose prompts are equally long after the lookup go together, so that little is
+padding. Adam is per element, so that rows do not see one another; a fact that has stopped leaves
+the batch. Facts whose prompts agree up to the lookup token (all relations of one subject, in
+prompts that begin with it) have one key, and can only have one value: they share one delta, whose
+loss is the mean of theirs.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -40,6 +43,9 @@ from cl_fast.options import at_least, not_negative, one_of, positive
 __all__ = ["Group", "ValueOptions", "Values", "group_facts", "optimise_values", "padded_left"]
 
 Where = Literal["stream", "mlp"]
+
+_CPU_TOKENS = 512
+"""Of a batch on the CPU: enough for its matrix products, and few enough for its caches."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +181,7 @@ class _Rows:
 
     `owner` is the index of the group, `at` the column of the lookup in the suffix. Targets are
     (row, column, id, weight) of the positions that predict them; the weights of one group sum to 1.
+    Prompts for the KL have none; `teacher` holds their logits at the lookup before any change.
     """
 
     ids: Tensor
@@ -188,9 +195,7 @@ class _Rows:
     target_column: Tensor
     target_id: Tensor
     target_weight: Tensor
-    kl_row: Tensor
-    kl_owner: Tensor
-    kl_teacher: Tensor | None = None
+    teacher: Tensor | None = None
     mlp: Tensor | None = None
 
     def of(self, live: Tensor) -> _Rows:
@@ -199,7 +204,6 @@ class _Rows:
         rows = keep.nonzero().squeeze(1)
         new = torch.cumsum(keep, 0) - 1
         targets = keep[self.target_row]
-        kl = keep[self.kl_row]
         width = max(1, int(self.mask[rows][:, -self.ids.size(1) :].sum(1).max()))
         past = self.mask.size(1) - self.ids.size(1)
         return _Rows(
@@ -214,9 +218,7 @@ class _Rows:
             target_column=self.target_column[targets],
             target_id=self.target_id[targets],
             target_weight=self.target_weight[targets],
-            kl_row=new[self.kl_row[kl]],
-            kl_owner=self.kl_owner[kl],
-            kl_teacher=None if self.kl_teacher is None else self.kl_teacher[kl],
+            teacher=None if self.teacher is None else self.teacher[rows],
             mlp=None if self.mlp is None else self.mlp[rows],
         )
 
@@ -234,8 +236,14 @@ class _Text:
     encoded: Encoded
     weight: float = 0.0
     kl: bool = False
+    context: int = 0
     plain: bool = False
-    cut: list[int] = field(default_factory=list)
+
+    @property
+    def stop(self) -> int:
+        """Where the last token is that something is read at, and one more."""
+        e = self.encoded
+        return e.lookup + 1 if self.kl else e.targets.stop - 1
 
 
 def _texts(
@@ -252,9 +260,8 @@ def _texts(
                 rows.append((context + fact.text, (start, stop), fact.target))
                 spaces.append(fact.separator)
                 weight = 1.0 / (len(group.facts) * (1 + len(contexts)))
-                texts.append(
-                    _Text(owner, cast(Encoded, None), weight, plain=i == 0 and number == 0)
-                )
+                plain = i == 0 and number == 0
+                texts.append(_Text(owner, cast(Encoded, None), weight, context=i, plain=plain))
     for text, e in zip(
         texts, encode_many(tokenizer, rows, separator=spaces, lookup=lookup), strict=True
     ):
@@ -285,22 +292,17 @@ def _prepare(
     prefixes, suffixes, at = [], [], []
     for text in texts:
         e = text.encoded
-        last = e.lookup + 1 if text.kl else e.targets.stop - 1
         cut = e.lookup if suffix else 0
         prefixes.append(e.ids[:cut])
-        suffixes.append(e.ids[cut:last])
+        suffixes.append(e.ids[cut : text.stop])
         at.append(e.lookup - cut)
     ids, own = _padded_right(suffixes, pad)
     starts = torch.tensor([len(p) for p in prefixes])
     positions = starts[:, None] + (own.cumsum(1) - 1).clamp_min(0)
     cache, mask = None, own
     if int(starts.max()):
-        from transformers import DynamicCache
-
-        before = padded_left(prefixes, pad, device)
-        cache = DynamicCache(config=decoder.config)
-        decoder.run(before, cache=cache)
-        mask = torch.cat([before["attention_mask"].cpu(), own], 1)
+        cache, before = _read(decoder, prefixes, [text.context for text in texts], pad)
+        mask = torch.cat([before, own], 1)
     owners = torch.tensor([text.owner for text in texts])
     columns: list[tuple[int, int, int, float]] = []
     for row, (text, a) in enumerate(zip(texts, at, strict=True)):
@@ -309,7 +311,6 @@ def _prepare(
             weight = text.weight / len(e.targets)
             for position in e.targets:
                 columns.append((row, position - 1 - (e.lookup - a), e.ids[position], weight))
-    kl = [row for row, text in enumerate(texts) if text.kl]
     rows = _Rows(
         ids=ids.to(device),
         mask=mask.to(device),
@@ -318,12 +319,10 @@ def _prepare(
         owner=owners.to(device),
         hidden=torch.empty(0),
         cache=cache,
-        target_row=torch.tensor([c[0] for c in columns], device=device),
-        target_column=torch.tensor([c[1] for c in columns], device=device),
-        target_id=torch.tensor([c[2] for c in columns], device=device),
+        target_row=torch.tensor([c[0] for c in columns], device=device, dtype=torch.long),
+        target_column=torch.tensor([c[1] for c in columns], device=device, dtype=torch.long),
+        target_id=torch.tensor([c[2] for c in columns], device=device, dtype=torch.long),
         target_weight=torch.tensor([c[3] for c in columns], device=device, dtype=torch.float32),
-        kl_row=torch.tensor(kl, device=device),
-        kl_owner=owners[kl].to(device),
     )
     everything = torch.arange(len(texts), device=device)
     taken: list[Tensor] = []
@@ -348,6 +347,51 @@ def _prepare(
     return rows
 
 
+def _read(
+    decoder: Decoder, rows: list[list[int]], kinds: list[int], pad: int
+) -> tuple[Any, Tensor]:
+    """Keys and values of `rows`, and the mask [rows, width] of where they lie in the cache.
+
+    What all rows of a kind begin with is read once: [begin, padded | rest, padded].
+    """
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=decoder.config)
+    begins = {kind: _common([r for r, k in zip(rows, kinds, strict=True) if k == kind])
+              for kind in dict.fromkeys(kinds)}  # fmt: skip
+    rests = [row[len(begins[kind]) :] for row, kind in zip(rows, kinds, strict=True)]
+    width = max(map(len, begins.values())) + max(map(len, rests))
+    # Padding between begin and rest would count as distance.
+    window = getattr(decoder.config, "sliding_window", None)
+    saved = sum(map(len, rows)) - sum(map(len, rests)) - sum(map(len, begins.values()))
+    if saved <= 0 or (window and width >= window // 2):
+        given = padded_left(rows, pad, decoder.device)
+        decoder.run(given, cache=cache)
+        return cache, given["attention_mask"].cpu()
+    numbers = {kind: number for number, kind in enumerate(begins)}
+    given = padded_left(list(begins.values()), pad, decoder.device)
+    decoder.run(given, cache=cache)
+    index = torch.tensor([numbers[kind] for kind in kinds])
+    cache = cache_rows(cache, index.to(decoder.device))
+    mask = given["attention_mask"].cpu()[index]
+    if not any(rests):
+        return cache, mask
+    given = padded_left(rests, pad, decoder.device)
+    mask = torch.cat([mask, given["attention_mask"].cpu()], 1)
+    lengths = torch.tensor([len(begins[kind]) for kind in kinds])
+    given["position_ids"] += lengths[:, None].to(decoder.device)
+    given["attention_mask"] = mask.to(decoder.device)
+    decoder.run(given, cache=cache)
+    return cache, mask
+
+
+def _common(rows: list[list[int]]) -> list[int]:
+    """What all rows begin with."""
+    first, last = min(rows), max(rows)
+    count = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), None)
+    return first if count is None else first[:count]
+
+
 def _only_after(cache: Any, layer: int) -> Any:
     """Without the keys and values of blocks that will not run; their length must still be seen."""
     made = cache_rows(cache)
@@ -365,13 +409,14 @@ class _Batch:
         decoder: Decoder,
         head: LinearHead,
         rows: _Rows,
+        kl: _Rows | None,
         plain: Tensor,
         count: int,
         layer: int,
         site: Site | None,
         options: ValueOptions,
     ) -> None:
-        self.decoder, self.head, self.rows = decoder, head, rows
+        self.decoder, self.head, self.rows, self.kl_rows = decoder, head, rows, kl
         self.layer, self.site, self.options = layer, site, options
         if rows.mlp is None:
             self.start = rows.hidden[plain, rows.at[plain]].float()
@@ -387,9 +432,8 @@ class _Batch:
         )
         self.clamped = torch.zeros_like(self.live)
 
-    def _losses(self, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, nll, kl), each [groups]; of groups that have left the batch they are 0."""
-        rows = self.rows
+    def _given(self, rows: _Rows, delta: Tensor) -> Tensor:
+        """What the head is given with delta at the lookup of every prompt: [rows, suffix, d]."""
         everything = torch.arange(rows.ids.size(0), device=rows.ids.device)
         pushed = delta[rows.owner]
         if self.site is not None and rows.mlp is not None:
@@ -400,21 +444,29 @@ class _Batch:
         at = hidden[everything, rows.at].float() + pushed
         hidden = hidden.index_put((everything, rows.at), at.to(hidden.dtype))
         cache = None if rows.cache is None else cache_rows(rows.cache)
-        given = self.decoder.run_to_head(rows.inputs(), self.layer + 1, hidden=hidden, cache=cache)
+        return self.decoder.run_to_head(rows.inputs(), self.layer + 1, hidden=hidden, cache=cache)
+
+    def _losses(self, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, nll, kl), each [groups]; of groups that have left the batch they are 0."""
+        rows = self.rows
+        given = self._given(rows, delta)
         keywords = self.head.keywords(given[rows.target_row, rows.target_column])
         logprobs = cast(Tensor, token_logprobs(ids=rows.target_id, **keywords))
         nll = torch.zeros(delta.size(0), device=delta.device, dtype=logprobs.dtype)
         owners = rows.owner[rows.target_row]
         nll = nll.index_add(0, owners, -logprobs * rows.target_weight.to(logprobs.dtype))
         kl = torch.zeros_like(nll)
-        if self.options.kl_factor:
-            keywords = self.head.keywords(given[rows.kl_row, rows.at[rows.kl_row]])
-            if rows.kl_teacher is None:
-                rows.kl_teacher = self._teacher(keywords)
+        aside = self.kl_rows
+        if aside is not None:
+            given = self._given(aside, delta)
+            everything = torch.arange(aside.ids.size(0), device=aside.ids.device)
+            keywords = self.head.keywords(given[everything, aside.at])
+            if aside.teacher is None:
+                aside.teacher = self._teacher(keywords)
             divergence = linear_divergence(
-                teacher=Logits(rows.kl_teacher), kind="reverse_kl", reduction="none", **keywords
+                teacher=Logits(aside.teacher), kind="reverse_kl", reduction="none", **keywords
             )
-            kl = kl.index_add(0, rows.kl_owner, divergence.to(kl.dtype))
+            kl = kl.index_add(0, aside.owner, divergence.to(kl.dtype))
         decay = self.options.weight_decay * _norms(delta) / self.start_norm.clamp_min(1e-30)
         return nll + self.options.kl_factor * kl + decay, nll, kl
 
@@ -427,10 +479,11 @@ class _Batch:
     def step(self, number: int) -> bool:
         """One forward, and an update of the groups that need one; False when all are done."""
         options = self.options
-        delta = self.delta.requires_grad_(True)
-        with torch.enable_grad():
+        last = number == options.steps - 1
+        delta = self.delta.requires_grad_(not last)
+        with torch.set_grad_enabled(not last):
             loss, nll, kl = self._losses(delta)
-            (gradient,) = torch.autograd.grad(loss[self.live].sum(), delta)
+        gradient = None if last else torch.autograd.grad(loss[self.live].sum(), delta)[0]
         self.delta = delta.detach()
         live = self.live
         for kept, new in ((self.loss, loss), (self.nll, nll), (self.kl, kl)):
@@ -438,7 +491,7 @@ class _Batch:
         self.steps[live] = number + 1
         self._refuse_nan()
         self.live = live & (self.loss >= options.stop_loss)
-        if number == options.steps - 1 or not bool(self.live.any()):
+        if gradient is None or not bool(self.live.any()):
             return False
         self._adam(gradient, number + 1)
         self._compact()
@@ -466,6 +519,32 @@ class _Batch:
         present[self.rows.owner] = True
         if int(self.live.sum()) <= 0.75 * int(present.sum()):
             self.rows = self.rows.of(self.live)
+            self.kl_rows = None if self.kl_rows is None else self.kl_rows.of(self.live)
+
+
+def _together(
+    texts: dict[int, list[_Text]], batch: int, tokens: int | None, suffix: bool
+) -> list[list[int]]:
+    """Groups of one batch: those whose rows are of like length, so that little of it is padding.
+
+    At most `batch` groups, and `tokens` of their rewriting prompts, where more than one group.
+    """
+
+    def shape(group: int) -> tuple[int, int]:
+        rows = [text for text in texts[group] if not text.kl]
+        return max(t.stop - (t.encoded.lookup if suffix else 0) for t in rows), len(rows)
+
+    shapes = {group: shape(group) for group in texts}
+    found: list[list[int]] = []
+    rows = 0
+    for group in sorted(texts, key=lambda g: (shapes[g], g)):
+        width, more = shapes[group]  # width does not fall
+        rows += more
+        if not found or len(found[-1]) == batch or (tokens and rows * width > tokens):
+            found.append([])
+            rows = more
+        found[-1].append(group)
+    return found
 
 
 class _NotFinite(Exception):
@@ -503,8 +582,9 @@ def optimise_values(
         contexts: texts put before the prompts, with the space or stop that separates them.
         options: see `ValueOptions`.
         lookup: which token is looked up.
-        batch: groups at a time. Memory of one step is that of a backward pass over
-            batch (1 + contexts + 1) short rows.
+        batch: groups at a time, at most; on the CPU fewer, where they have more than some hundred
+            tokens. Memory of one step is that of a backward pass over batch (1 + contexts + 1)
+            short rows.
         progress: called with the number of facts that are done.
 
     Raises:
@@ -519,28 +599,24 @@ def optimise_values(
     texts = _texts(groups, tokenizer, contexts, lookup, options.kl_prompt)
     if not options.kl_factor:
         texts = [text for text in texts if not text.kl]
-    # Groups of like length go together, so that little of a batch is padding.
-    length: dict[int, int] = {}
-    for text in texts:
-        length[text.owner] = max(length.get(text.owner, 0), len(text.encoded.ids))
-    order = sorted(range(len(groups)), key=lambda g: (length[g], g))
     of: dict[int, list[_Text]] = {}
     for text in texts:
         of.setdefault(text.owner, []).append(text)
     delta = torch.empty(len(groups), decoder.hidden_size)
     start = torch.empty_like(delta)
     report: list[dict[str, Any]] = [{} for _ in groups]
-    for first in range(0, len(order), batch):
-        members = order[first : first + batch]
+    on_cpu = decoder.device.type == "cpu"
+    for members in _together(of, batch, _CPU_TOKENS if on_cpu else None, options.suffix):
         chunk = [
-            _Text(i, text.encoded, text.weight, text.kl, text.plain)
-            for i, group in enumerate(members)
-            for text in of[group]
-        ]
+            replace(text, owner=i) for i, group in enumerate(members) for text in of[group]
+        ]  # fmt: skip
+        asides = [text for text in chunk if text.kl]
+        chunk = [text for text in chunk if not text.kl]
         plain = torch.tensor([i for i, t in enumerate(chunk) if t.plain], device=decoder.device)
         with torch.no_grad():
             rows = _prepare(decoder, chunk, layer, pad, site, options.suffix)
-        run = _Batch(decoder, head, rows, plain, len(members), layer, site, options)
+            kl = _prepare(decoder, asides, layer, pad, site, options.suffix) if asides else None
+        run = _Batch(decoder, head, rows, kl, plain, len(members), layer, site, options)
         try:
             for number in range(options.steps):
                 if not run.step(number):
