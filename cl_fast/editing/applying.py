@@ -25,12 +25,21 @@ from torch.distributed.tensor import DTensor
 
 from cl_fast.checkpoints.patches import new_weight_hash
 from cl_fast.errors import NonFiniteError
-from cl_fast.models.heads import unwrap
 from cl_fast.ops import rank_update_
 from cl_fast.ops.low_rank import MOST_RANK
 from cl_fast.ops.reproducible import reproducible_update_
 
-__all__ = ["How", "Rounding", "apply_factors", "weight_hash", "write_factors"]
+__all__ = [
+    "How",
+    "Rounding",
+    "apply_factors",
+    "check_bases",
+    "find_layers",
+    "patch_on",
+    "undo_patches",
+    "weight_hash",
+    "write_factors",
+]
 
 How = Literal["merge", "branch"]
 Rounding = Literal["nearest", "stochastic"]
@@ -40,8 +49,9 @@ _HALF = (torch.bfloat16, torch.float16)
 _BLOCK = 1 << 20
 """Elements that are widened at a time."""
 
-_EDITED: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
-"""Which layers a patch is on, and which patch that is, in words."""
+_EDITED: weakref.WeakKeyDictionary[nn.Module, Application] = weakref.WeakKeyDictionary()
+"""What is on which layer. The untouched weights live as long as the layers, also where nobody holds
+the patch any more; nothing here keeps a model alive."""
 
 
 class Factors(Protocol):
@@ -87,13 +97,25 @@ def _hashes(weights: Sequence[Tensor]) -> list[str]:
         return list(pool.map(weight_hash, weights))
 
 
+def bare(model: nn.Module) -> nn.Module:
+    """The model within DDP, FSDP and torch.compile."""
+    while True:
+        wrapped = isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))
+        if wrapped or type(model).__name__ == "FullyShardedDataParallel":
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
 def find_layers(model: nn.Module, layers: Sequence[Factors]) -> list[nn.Module]:
     """The modules that hold the edited weights, once they are of the patch's shapes.
 
     Raises:
         ValueError: one is missing, sharded, quantised, offloaded, or of another shape.
     """
-    inner = unwrap(model)
+    inner = bare(model)
     modules = dict(inner.named_modules(remove_duplicate=False))
     found = []
     for layer in layers:
@@ -148,7 +170,20 @@ def check_bases(layers: Sequence[Factors], weights: Sequence[Tensor]) -> None:
 
 def patch_on(module: nn.Module) -> str | None:
     """Which patch is on this module now, in words; None for none."""
-    return _EDITED.get(module)
+    application = _EDITED.get(module)
+    return None if application is None else application.words
+
+
+def undo_patches(model: nn.Module) -> list[str]:
+    """Takes off every patch that is on a model, also one that nobody holds any more.
+
+    Returns:
+        The patches, in words.
+    """
+    found = {id(a): a for a in map(_EDITED.get, bare(model).modules()) if a is not None}
+    for application in found.values():
+        application.undo()
+    return [application.words for application in found.values()]
 
 
 def write_factors(
@@ -187,51 +222,68 @@ class _Edit:
     """One layer with the factors on it. `base` is None for a branch."""
 
     layer: Factors
-    module: nn.Module
-    weight: Tensor
+    module: weakref.ref[nn.Module]
+    weight: weakref.ref[Tensor]
     base: Tensor | None
     bits: int = 0
     hook: Any = None
 
+    def restore(self) -> bool:
+        """Takes the factors off. Returns whether the weight was as they had left it."""
+        if self.hook is not None:
+            self.hook.remove()
+        module, base = self.module(), self.base
+        if module is None or base is None:
+            return True
+        weight: Tensor = module.weight
+        kept = self.weight() is weight  # and not another parameter in its place
+        same = kept and weight.dtype == base.dtype and _bits(weight) == self.bits
+        with torch.no_grad():
+            weight.copy_(base)
+        return same
+
 
 class Application:
-    """A patch that is on a model."""
+    """A patch that is on a model; `words` say which one. It keeps neither alive."""
 
-    def __init__(self, how: How, edits: list[_Edit]) -> None:
+    def __init__(self, how: How, words: str, edits: list[_Edit]) -> None:
         self.how = how
+        self.words = words
+        self.active = True
         self._edits = edits
         self._errors: dict[str, float] | None = None
 
     def undo(self) -> None:
         """Puts every weight back, and warns of those that were changed meanwhile."""
-        changed = []
-        for edit in reversed(self._edits):
-            if edit.base is None:
-                edit.hook.remove()
-            else:
-                weight = edit.module.weight
-                same = weight is edit.weight and weight.dtype == edit.base.dtype
-                if not same or _bits(weight) != edit.bits:
-                    changed.append(edit.layer.name)
-                with torch.no_grad():
-                    weight.copy_(edit.base)
-            _EDITED.pop(edit.module, None)
+        for edit in self._edits:
+            module = edit.module()
+            if module is not None and edit.base is not None:
+                shape, then = tuple(module.weight.shape), tuple(edit.base.shape)
+                if shape != then:
+                    raise ValueError(
+                        f"the weight of layer {edit.layer.name!r} has the shape {shape} now and "
+                        f"had {then} when the patch was applied: it cannot be put back"
+                    )
+        changed = [edit.layer.name for edit in self._edits if not edit.restore()]
+        for edit in self._edits:
+            module = edit.module()
+            if module is not None:
+                _EDITED.pop(module, None)
+        self.active = False
+        self._edits = []
         if changed:
             warnings.warn(
                 f"{len(changed)} edited weights were changed after the patch was applied "
-                f"({', '.join(reversed(changed))}): trained, edited otherwise, moved or cast. They "
-                "are again what they were before the patch, so those changes are lost",
+                f"({', '.join(changed)}): trained, edited otherwise, moved or cast. They are again "
+                "what they were before the patch, so those changes are lost",
                 stacklevel=3,
             )
 
     def rounding_errors(self) -> dict[str, float]:
         """||rounded - exact|| / ||U V^T|| of each layer; 0 for branches and for nothing."""
-        if self._errors is None:
-            self._errors = {
-                edit.layer.name: 0.0 if edit.base is None else _rounding_error(edit)
-                for edit in self._edits
-            }
-        return self._errors
+        if self._errors is None and self.active:
+            self._errors = {edit.layer.name: _rounding_error(edit) for edit in self._edits}
+        return self._errors or {}
 
 
 def apply_factors(
@@ -253,8 +305,9 @@ def apply_factors(
     for layer, module in zip(layers, modules, strict=True):
         if module in _EDITED:
             raise ValueError(
-                f"layer {layer.name!r} has a patch on it already ({_EDITED[module]}): undo it "
-                "first. Patches are put together with +, not on top of one another"
+                f"layer {layer.name!r} has a patch on it already ({patch_on(module)}): undo it "
+                "first (undo_patches(model) does, where nobody holds it any more). Patches are "
+                "put together with +, not on top of one another"
             )
     if how == "merge" and rounding == "stochastic":
         for layer, weight in zip(layers, weights, strict=True):
@@ -264,35 +317,39 @@ def apply_factors(
                     f"{layer.name!r} is {weight.dtype}"
                 )
     check_bases(layers, weights)
+    if how == "branch":
+        for part in model.modules():
+            if hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None):
+                raise ValueError(
+                    f"how='branch' adds hooks, which {type(part).__name__} does not see, as it is "
+                    "compiled: use how='merge', or compile after applying"
+                )
     edits: list[_Edit] = []
     try:
         for number, (layer, module, weight) in enumerate(
             zip(layers, modules, weights, strict=True)
         ):
+            edit = _Edit(layer, weakref.ref(module), weakref.ref(weight), None)
+            edits.append(edit)
             if how == "branch":
-                hook = module.register_forward_hook(_branch(layer, weight), with_kwargs=True)
-                edits.append(_Edit(layer, module, weight, None, hook=hook))
+                edit.hook = module.register_forward_hook(_branch(layer, weight), with_kwargs=True)
                 continue
-            base = weight.detach().clone()
-            edits.append(_Edit(layer, module, weight, base))
+            edit.base = base = weight.detach().clone()
             write_factors(weight, base, layer, rounding, seed + number)
             if not _finite(weight):
                 raise NonFiniteError(
                     f"the edited weight of layer {layer.name!r} overflows {weight.dtype}; apply "
                     "the patch to the model in bfloat16 or float32"
                 )
-            edits[-1].bits = _bits(weight)
+            edit.bits = _bits(weight)
     except BaseException:
         for edit in reversed(edits):
-            if edit.base is None:
-                edit.hook.remove()
-            else:
-                with torch.no_grad():
-                    edit.weight.copy_(edit.base)
+            edit.restore()
         raise
-    for edit in edits:
-        _EDITED[edit.module] = words
-    return Application(how, edits)
+    application = Application(how, words, edits)
+    for module in modules:
+        _EDITED[module] = application
+    return application
 
 
 def _branch(layer: Factors, weight: Tensor) -> Callable[..., Tensor]:
@@ -320,9 +377,12 @@ def _finite(weight: Tensor) -> bool:
 
 def _bits(weight: Tensor) -> int:
     """A checksum of the bits, made where the weight lies: tells whether someone wrote to it."""
-    ints = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
     rows = weight.detach()
-    columns = torch.arange(1, 2 * rows.shape[1], 2, device=rows.device)
+    size = rows.element_size()
+    whole = rows.shape[1] * size % 8 == 0
+    ints = torch.int64 if whole else {2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+    count = rows.shape[1] * size // 8 if whole else rows.shape[1]
+    columns = torch.arange(1, 2 * count, 2, device=rows.device)
     step = max(1, _BLOCK // max(1, rows.shape[1]))
     total = torch.zeros((), dtype=torch.int64, device=rows.device)
     for first in range(0, rows.shape[0], step):
@@ -334,9 +394,10 @@ def _bits(weight: Tensor) -> int:
 
 
 def _rounding_error(edit: _Edit) -> float:
-    layer, base = edit.layer, edit.base
-    assert base is not None
-    weight = edit.weight.detach()
+    layer, base, parameter = edit.layer, edit.base, edit.weight()
+    if base is None or parameter is None:
+        return 0.0
+    weight = parameter.detach()
     left, right = (layer.V, layer.U) if layer.transposed else (layer.U, layer.V)
     wrong = torch.zeros((), dtype=torch.float64)
     size = torch.zeros((), dtype=torch.float64)

@@ -34,8 +34,10 @@ from cl_fast.editing.applying import (
     How,
     Rounding,
     apply_factors,
+    bare,
     check_bases,
     find_layers,
+    undo_patches,
     weight_hash,
     write_factors,
 )
@@ -43,10 +45,9 @@ from cl_fast.editing.facts import Fact, check_facts, fact_of, unknown_ids
 from cl_fast.editing.lora import write_adapter
 from cl_fast.editing.solver import refit
 from cl_fast.errors import CheckpointError
-from cl_fast.models.heads import unwrap
 from cl_fast.options import integer, one_of
 
-__all__ = ["LayerPatch", "Patch", "weight_hash"]
+__all__ = ["LayerPatch", "Patch", "undo_patches", "weight_hash"]
 
 
 class Editor(Protocol):
@@ -122,6 +123,12 @@ class _Binding:
     application: Application | None = None
     depth: int = 0
     rounding_error: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def current(self) -> Application | None:
+        """The patch on the model, unless it was undone: here, or by `undo_patches`."""
+        application = self.application
+        return application if application is not None and application.active else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +215,7 @@ class Patch:
     @property
     def applied(self) -> How | None:
         """How it is on a model now, or None."""
-        application = self._bound.application
+        application = self._bound.current
         return None if application is None else application.how
 
     @property
@@ -224,8 +231,9 @@ class Patch:
         the patch was undone without asking.
         """
         bound = self._bound
-        if bound.application is not None:
-            bound.rounding_error = bound.application.rounding_errors()
+        application = bound.current
+        if application is not None:
+            bound.rounding_error = application.rounding_errors()
         return dict(bound.rounding_error)
 
     def __len__(self) -> int:
@@ -261,7 +269,7 @@ class Patch:
         Raises:
             ValueError: the model has not the layers that it edits, or it is applied to another.
         """
-        if self._bound.application is not None and model is not self._bound.model:
+        if self._bound.current is not None and model is not self._bound.model:
             raise ValueError("the patch is applied to another model: undo it first")
         find_layers(model, self.layers)
         self._bound.model = model
@@ -299,7 +307,7 @@ class Patch:
         if how == "branch" and rounding != "nearest":
             raise ValueError("rounding='stochastic' has no effect with how='branch'; leave it out")
         bound = self._bound
-        if bound.application is not None:
+        if bound.current is not None:
             raise ValueError(f"the patch is applied already ({self.applied}): undo it first")
         model = bound.model if model is None else model
         if model is None:
@@ -313,12 +321,13 @@ class Patch:
     def undo(self) -> Patch:
         """Takes it off: the edited weights are again what they were, bit for bit.
 
-        Weights that were changed meanwhile are put back too, with a warning.
+        Weights that were changed meanwhile are put back too, with a warning. `undo_patches(model)`
+        does it where nobody holds the patch any more.
 
         Raises:
-            ValueError: it is not applied.
+            ValueError: it is not applied, or a weight has another shape now.
         """
-        application = self._bound.application
+        application = self._bound.current
         if application is None:
             raise ValueError("the patch is not applied, so there is nothing to undo")
         application.undo()
@@ -327,14 +336,14 @@ class Patch:
 
     def __enter__(self) -> Patch:
         """Applies it, unless it is applied already; the end of the outermost block undoes it."""
-        if self._bound.application is None:
+        if self._bound.current is None:
             self.apply()
         self._bound.depth += 1
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._bound.depth -= 1
-        if self._bound.depth == 0 and self._bound.application is not None:
+        if self._bound.depth == 0 and self._bound.current is not None:
             self.undo()
 
     # Other patches from it.
@@ -549,7 +558,7 @@ class Patch:
         """
         if isinstance(base, nn.Module):
             find_layers(base, self.layers)
-            base = unwrap(base).state_dict()
+            base = bare(base).state_dict()
         tensors = dict(base)
         weights = []
         for layer in self.layers:

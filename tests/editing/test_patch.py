@@ -30,7 +30,7 @@ from cl_fast.editing import applying
 from cl_fast.editing.applying import write_factors
 from cl_fast.editing.facts import Fact
 from cl_fast.editing.lora import truncated
-from cl_fast.editing.patch import LayerPatch, Patch, weight_hash
+from cl_fast.editing.patch import LayerPatch, Patch, undo_patches, weight_hash
 from cl_fast.errors import CheckpointError, NonFiniteError, OutputError
 from cl_fast.merging import ties
 
@@ -438,13 +438,58 @@ def test_options_of_apply(given: dict[str, Any], error: type[Exception], words: 
     assert same(model, before)
 
 
-def test_patches_and_models_that_are_forgotten_are_freed() -> None:
+def test_patches_that_nobody_holds_are_taken_off() -> None:
+    model, case = made(torch.bfloat16)
+    before, x = state(model), torch.randn(2, 10).bfloat16()
+    plain = model(x)
+    for how in ("merge", "branch"):
+        case.patch([0, 1]).apply(model, how=how)
+        gc.collect()
+        with pytest.raises(ValueError, match=r"undo it first \(undo_patches\(model\) does"):
+            case.patch().apply(model)
+        assert undo_patches(nn.DataParallel(model)) == ["memit of 2 facts"]
+        assert same(model, before)
+        assert torch.equal(model(x), plain)
+    held = case.patch().apply(model)
+    undo_patches(model)
+    assert held.applied is None
+    assert undo_patches(model) == []
+    held.apply().undo()
+    assert same(model, before)
+
+
+@pytest.mark.parametrize("how", ["merge", "branch"])
+def test_a_patch_keeps_no_model_alive_that_nobody_holds(how: Any) -> None:
     model, case = made()
-    case.patch().apply(model)
+    case.patch().apply(model, how=how)
     gone = weakref.ref(model)
     del model
     gc.collect()
     assert gone() is None
+
+
+def test_wrappers_are_seen_through_and_compiled_models_have_no_branch() -> None:
+    model, case = made()
+    before = state(model)
+    with case.patch().apply(nn.DataParallel(model)):
+        assert not same(model, before)
+    compiled = torch.compile(model, backend="eager")
+    with case.patch().apply(compiled):
+        assert not same(model, before)
+    assert same(model, before)
+    with pytest.raises(ValueError, match="OptimizedModule does not see, as it is compiled"):
+        case.patch().apply(compiled, how="branch")
+
+
+def test_undo_of_a_weight_of_another_shape_is_refused() -> None:
+    model, case = made()
+    patch = case.patch().apply(model)
+    edited = model.downs[0].weight
+    model.downs[0].weight = nn.Parameter(torch.zeros(2, 2))
+    with pytest.raises(ValueError, match=r"'downs.0' has the shape \(2, 2\) now and had"):
+        patch.undo()
+    model.downs[0].weight = edited
+    patch.undo()
 
 
 # The base's hash.
