@@ -30,8 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from cl_fast.editing.applying import patch_on, weight_hash
 from cl_fast.editing.facts import Encoded, Fact, check_facts, encode_many
-from cl_fast.editing.patch import LayerPatch, Patch, weight_hash
+from cl_fast.editing.patch import LayerPatch, Patch
 from cl_fast.editing.retrieval import check_length, padded
 from cl_fast.errors import NonFiniteError
 from cl_fast.models.blocks import Site, decoder_of
@@ -192,11 +193,17 @@ class LocFT:
             in the last epoch, before that epoch's steps on it.
 
         Raises:
-            TypeError, ValueError: the facts contradict each other, or `after` is of another model
-                or layer.
+            TypeError, ValueError: the facts contradict each other, a patch is on the matrix, or
+                `after` is of another model or layer.
             NonFiniteError: the loss is not finite; the message names facts of the batch.
         """
         weight = self.site.weight
+        words = patch_on(self.site.module)
+        if words is not None:
+            raise ValueError(
+                f"{self.site.weight_name} has a patch on it ({words}): undo it first, and give it "
+                "as after= to train on top of it"
+            )
         base_hash = weight_hash(weight)
         listed = check_facts(facts, known=None if after is None else after.facts)
         if after is not None:
@@ -244,10 +251,9 @@ class LocFT:
                 f"{self.site.name!r} alone can be trained on. Apply it to the model and fit on that"
             )
         if after.layers[0].base_hash != base_hash:
-            applied = " Undo it first: it is applied." if after.applied else ""
             raise ValueError(
                 f"after was fitted on another base: the weight of {self.site.name!r} has the hash "
-                f"{base_hash}, the patch says {after.layers[0].base_hash}.{applied}"
+                f"{base_hash}, the patch says {after.layers[0].base_hash}"
             )
 
     def _train(

@@ -281,8 +281,10 @@ def test_one_fit_after_another(tokenizer: Any) -> None:
     both = editor.fit(FACTS[2:], after=first)
     assert list(both.facts) == [fact.id for fact in FACTS]
     # The same training, on a model that has the first patch in its weights.
+    twin = llama()
     with first:
-        second = LocFT(model, tokenizer, **HOW, seed=3).fit(FACTS[2:])
+        twin.load_state_dict(model.state_dict())
+    second = LocFT(twin, tokenizer, **HOW, seed=3).fit(FACTS[2:])
     total = first.layers[0].delta + second.layers[0].delta
     torch.testing.assert_close(both.layers[0].delta, total, rtol=0, atol=1e-6)
     grown = first.upsert(FACTS[2:])
@@ -341,8 +343,13 @@ def test_bad_facts_and_patches(tokenizer: Any) -> None:
     for facts, after, words in cases:
         with pytest.raises(ValueError, match=words):
             editor.fit(facts, after=after)
-    with first, pytest.raises(ValueError, match="Undo it first"):
-        editor.fit([FACTS[1]], after=first)
+    for how in ("merge", "branch"):
+        first.apply(how=how)
+        with pytest.raises(
+            ValueError, match=r"has a patch on it \(LocFT of 1 facts\): undo it first"
+        ):
+            editor.fit([FACTS[1]], after=first)
+        first.undo()
     with pytest.raises(ValueError, match="factors belong to all of its facts together"):
         first.drop([FACTS[0].id])
     assert all(torch.equal(x, before[n]) for n, x in model.state_dict().items())
