@@ -520,6 +520,36 @@ def test_mixture_of_experts() -> None:
     assert same(logits(bare, asked(facts)), before)
 
 
+class Int8(nn.Module):
+    """A linear layer as quantised models have it: no weight that could be edited."""
+
+    def __init__(self, linear: Any) -> None:
+        super().__init__()
+        scale = linear.weight.detach().abs().amax() / 127
+        weight = (linear.weight.detach() / scale).round().to(torch.int8)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.weight.to(x.dtype) * self.scale).T
+
+
+def test_quantised_blocks() -> None:
+    bare = Bare("llama", torch.bfloat16)
+    for block in bare.model.model.layers:
+        for parent, name in ((block.mlp, "down_proj"), (block.self_attn, "q_proj")):
+            setattr(parent, name, Int8(getattr(parent, name)))
+    facts = bare.world.edits(2, seed=0)
+    with pytest.raises(ValueError, match="With keys='block' a FactStore needs no matrix"):
+        new(bare)  # type: ignore[arg-type]
+    before = logits(bare, asked(facts))
+    store = new(bare, keys="block", layer=1, options=ValueOptions(steps=8)).fit(facts[:1])  # type: ignore[arg-type]
+    assert store._rows.keys.dtype == torch.bfloat16
+    with store:
+        assert not torch.equal(logits(bare, asked(facts))[0], before[0])
+    assert same(logits(bare, asked(facts)), before)
+
+
 # --- files -------------------------------------------------------------------------------------
 
 
