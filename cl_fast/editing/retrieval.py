@@ -222,6 +222,7 @@ class FactIndex:
         self.embed = embed
         self.facts: dict[str, Fact] = {}
         self.embeddings: Tensor | None = None
+        self._units: tuple[Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.facts)
@@ -287,8 +288,10 @@ class FactIndex:
     def cosines(self, queries: Tensor) -> Tensor:
         """[q, n] of embeddings [q, d] with those of the facts; 0 where one of them is 0."""
         assert self.embeddings is not None
-        a = nn.functional.normalize(queries.to(self.embeddings.device), dim=1)
-        return a @ nn.functional.normalize(self.embeddings, dim=1).T
+        if self._units is None or self._units[0] is not self.embeddings:
+            self._units = (self.embeddings, nn.functional.normalize(self.embeddings, dim=1))
+        units = self._units[1]
+        return nn.functional.normalize(queries.to(units.device), dim=1) @ units.T
 
     def nearest(self, queries: Tensor | None, count: int) -> list[Ranking]:
         """Of each of `count` embeddings all facts and their cosines, nearest first; of equals the
