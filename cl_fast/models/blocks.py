@@ -374,7 +374,8 @@ class Decoder:
         found: _Found | None = None
         try:
             with torch.no_grad(), Evaluating(self.model):
-                self._forward({"input_ids": ids}, 0, layer + 1, None, None)
+                given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+                self._forward(given, 0, layer + 1, None, None)
         except _Found as stop:
             found = stop
         finally:
@@ -452,7 +453,8 @@ class Decoder:
                 with torch.no_grad(), Evaluating(self.model):
                     ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
                     with contextlib.suppress(_Stop), _stop_after(self.blocks[0]):
-                        self.model.forward(input_ids=ids, use_cache=False)
+                        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+                        self._forward(given, 0, len(self), None, None)
             finally:
                 hook.remove()
             self._tuples = kinds[0]
