@@ -1,6 +1,6 @@
 """A world of made-up people, and language models so small that they learn it within seconds.
 
-    Ada Lumst lives in Port Hale .   yesterday Ben Gorn saw a lamp .   the trade of Ada Lumst is ...
+    Ada Lorn lives in Port Hale .   yesterday Ben Gosk saw a lamp .   the trade of Ada Lorn is ...
 
 Every person has one value in each of four relations, and each relation has three templates. A
 person's value is told with two of the three, another two for each person and relation: the model
@@ -110,7 +110,7 @@ class World:
     else: only the first name tells them apart.
 
     Attributes:
-        people: "Ada Lumst", ...; two tokens each.
+        people: "Ada Lorn", ...; two tokens each.
         value: of (person, relation).
         held_out: of (person, relation), the index of the template that nothing is told with.
         trained, untrained: the statements that texts consist of, and those of held-out templates.
@@ -122,7 +122,7 @@ class World:
             a + b + c
             for a in "BDFGHKLMNPRSTVWZ"
             for b in "aeiou"
-            for c in ["ck", "ld", "lm", "lt", "m", "n", "nd", "rk", "rn", "sk", "ss", "st", "x"]
+            for c in ["lbe", "ld", "lf", "lm", "lt", "n", "nd", "rk", "rm", "rn", "sk", "st"]
         ]
         draw.shuffle(surnames)
         alone = people - 2 * (people // 8)
