@@ -374,8 +374,8 @@ class Decoder:
         found: _Found | None = None
         try:
             with torch.no_grad(), Evaluating(self.model):
-                given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-                self._forward(given, 0, layer + 1, None, None)
+                inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+                self._forward(inputs, 0, layer + 1, None, None)
         except _Found as stop:
             found = stop
         finally:
