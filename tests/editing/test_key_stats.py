@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from cl_fast.editing.solver import CholeskyPrior, NullSpace, solve
 from cl_fast.editing.stats import KeyStats
@@ -124,6 +124,14 @@ def test_moments_are_those_of_numpy(make: Callable[[], nn.Module]) -> None:
         assert np.array_equal(found, found.T)
         assert np.linalg.eigvalsh(found)[0] > -1e-9 * np.trace(found)
         assert got.size(i) == 32
+
+
+def test_keys_of_a_low_precision_model_are_not_rounded_again() -> None:
+    model, data = tiny_models.llama().bfloat16(), texts()
+    want = moments(model, [TOKENIZER(text)["input_ids"] for text in data])
+    got = collect(model, data, batch_tokens=1)  # no padding: the very same activations
+    for i, C in enumerate(want):
+        assert relative(got.moment(i), C) < 1e-6
 
 
 def test_float64_is_exact() -> None:
@@ -242,7 +250,7 @@ def test_the_global_random_state_is_left_alone(model: Any) -> None:
 def test_own_samples_are_what_the_model_says() -> None:
     """A model that counts upwards from <bos>, and ends: its only text is known."""
     model = tiny_models.llama()
-    follows = {1: 5, 5: 6, 6: 7, 7: 2}
+    follows = {1: 5, 5: 6, 6: 7, 7: 2, 2: 2}
     with torch.no_grad():
         model.lm_head.weight.zero_()
     own = model.lm_head.forward
@@ -536,6 +544,14 @@ def test_factors_in_memory_are_kept_when_asked_for_later(stats: KeyStats, tmp_pa
 # --- bad input -----------------------------------------------------------------------------------
 
 
+def mixtral() -> MixtralForCausalLM:
+    config = MixtralConfig(
+        vocab_size=67, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=2,
+    )  # fmt: skip
+    return MixtralForCausalLM(config)
+
+
 def broken(value: float, dtype: torch.dtype = torch.float32) -> nn.Module:
     model = tiny_models.llama().to(dtype)
     with torch.no_grad():
@@ -589,6 +605,7 @@ def bad(*, of: Any = None, data: Any = ("a cat",), tokenizer: Any = TOKENIZER, *
         (bad(of=lambda: broken(3e38)), NonFiniteError, "block 1"),
         (bad(of=lambda: broken(torch.nan), data="self"), NonFiniteError, "cannot be sampled from"),
         (bad(of=lambda: nn.Linear(2, 2)), ValueError, "no config with num_hidden_layers"),
+        (bad(of=mixtral), ValueError, "is a mixture of experts: which expert holds a fact depends"),
     ],
 )
 def test_bad_input(call: Callable[[], Any], error: type[Exception], words: str) -> None:

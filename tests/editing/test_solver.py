@@ -451,7 +451,7 @@ def test_overwrite_uses_the_memory_of_c0() -> None:
 def test_a_singular_covariance_gets_the_smallest_jitter_and_a_warning(f: int) -> None:
     g = np.random.default_rng(0)
     A = g.standard_normal((f, f // 2))  # fewer tokens than neurons
-    A[3] = 0  # and a dead one
+    A[-1] = 0  # and a dead one
     C = A @ A.T / A.shape[1]
     with pytest.warns(UserWarning, match=r"C0 of layers\.4\.down_proj is singular.*1e-1\d of its"):
         prior = CholeskyPrior(tensor(C), name="layers.4.down_proj")
