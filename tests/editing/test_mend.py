@@ -214,6 +214,14 @@ def test_a_patch_does_what_training_promised(trained: Mend) -> None:
         assert patch.report["facts"][fact.id]["loss_before"] == pytest.approx(before, rel=1e-9)
 
 
+def test_a_patch_is_the_update_of_training(trained: Mend) -> None:
+    examples = trained._examples(FACTS, 100)
+    pairs, _ = trained._pairs(trained._batches([e.own for e in examples]), "abc")
+    updates = trained._updates(pairs, trained._weight(examples))
+    for layer, (u, v) in zip(trained.fit(FACTS).layers, updates, strict=True):
+        torch.testing.assert_close(layer.delta, (u @ v.T).detach(), rtol=1e-9, atol=1e-13)
+
+
 def test_the_model_is_left_alone(tokenizer: Any) -> None:
     model = llama(torch.float32).train()
     model.lm_head.weight.requires_grad_(False)  # type: ignore[union-attr]
@@ -278,6 +286,14 @@ def test_an_update_in_factors_is_the_materialised_one(family: str, tokenizer: An
         torch.autograd.grad(loss, factors), torch.autograd.grad(expected, factors), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13)
+
+
+def test_a_frozen_call_builds_no_graph_of_the_model(tokenizer: Any) -> None:
+    model, ids = llama(), torch.tensor([ids_of(tokenizer, "the cat sat")])
+    assert model(input_ids=ids).logits.requires_grad
+    logits = frozen_call(model, lambda inner: inner(input_ids=ids).logits)
+    assert not logits.requires_grad
+    assert torch.equal(logits, model(input_ids=ids).logits)
 
 
 class NoMatrix(TorchDispatchMode):
@@ -385,6 +401,16 @@ def test_chunks_of_tokens_change_nothing(form: str) -> None:
         found.append([x, delta, *(p.grad for p in made.parameters())])
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+
+
+def test_chunks_of_tokens_are_made_again_and_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, seen = transform("mend", chunk=2), []
+    rows = made._rows
+    monkeypatch.setattr(made, "_rows", lambda x, *rest: (seen.append(len(x)), rows(x, *rest))[1])
+    x, delta = made(*pair(), 0)
+    assert seen == [2, 2, 1]
+    (x.sum() + delta.sum()).backward()
+    assert sorted(seen[3:]) == [1, 2, 2]
 
 
 def test_a_network_that_begins_as_the_identity_has_a_gradient() -> None:
@@ -561,6 +587,22 @@ def test_neighbours_of_a_fact_are_spared_with_the_texts_or_without(
     assert seen == [[1, len(ids_of(tokenizer, "a dog sat on tree"))]]
     mend.train(facts, steps=2, accumulate=1, edits_per_step=2, locality_texts=["a tree"])
     assert seen[1] == [2, 2, 5]
+
+
+def test_each_step_draws_a_paraphrase(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fact = Fact("{} sat on", "the cat", "mat", paraphrases=("a cat ran on", "the cat sat under"))
+    mend = Mend(llama(torch.float32), tokenizer, rank=4)
+    drawn: list[str] = []
+    step = mend._step
+
+    def spy(examples: Any, others: Any, *rest: Any, **more: Any) -> Any:
+        drawn.extend(tokenizer.decode(e.ids) for e in others)
+        return step(examples, others, *rest, **more)
+
+    monkeypatch.setattr(mend, "_step", spy)
+    mend.train([fact], steps=1, accumulate=8, locality_texts=TEXTS)
+    assert len(drawn) == 8
+    assert set(drawn) == {"a cat ran on mat", "the cat sat under mat"}
 
 
 # --- what training is for -----------------------------------------------------------------------
