@@ -244,16 +244,24 @@ def test_patches_and_finetuned_models_meet_in_one_pass(
 
 
 @pytest.mark.parametrize("scope", ["tensor", "model"])
+@pytest.mark.parametrize("density", [0.2, 0.9])
 def test_two_patches_alone_leave_all_else_as_it_is(
-    made: Path, tmp_path: Path, backend: str, scope: str
+    made: Path, tmp_path: Path, backend: str, scope: str, density: float
 ) -> None:
+    """Under a trim over the model, 0.9 of it is more than the patches edit."""
     content = recipe(made, "ties", "a.safetensors", "b.safetensors")
     content["parameters"] = {"trim_scope": scope}
+    for entry in content["models"]:
+        entry["parameters"]["density"] = density
     out = run(content, tmp_path / "out", backend=backend)
     written, base = cases.raw(out), cases.raw(made / "base")
     same = {name for name in base if written[name] == base[name]}
     assert same == base.keys() - {f"{name}.weight" for name in EDITED}
     assert verify(out, sample=None, backend=backend).problems == []
+    for entry in content["models"]:
+        name = Path(entry["model"]).name
+        entry["model"] = str(as_checkpoint(made / name, made / "base", tmp_path / name))
+    assert written == cases.raw(run(content, tmp_path / "wanted", backend=backend))
 
 
 def test_a_weight_scales_the_edit(made: Path, tmp_path: Path, backend: str) -> None:
@@ -334,9 +342,10 @@ def test_verify_finds_a_patch_that_was_changed(made: Path, tmp_path: Path, backe
     data = bytearray(edits.read_bytes())
     data[-5] ^= 1
     edits.write_bytes(data)
-    report = verify(out, backend=backend)
-    assert len(report.problems) == 1
-    assert "the data are not those that were saved" in report.problems[0]
+    for sample in (0, 8):  # without, and with tensors that are made again
+        report = verify(out, backend=backend, sample=sample)
+        assert len(report.problems) == 1
+        assert "the data are not those that were saved" in report.problems[0]
     Patch.load(made / "a.safetensors").drop(["f0"]).save(edits)
     assert "the header of edits.safetensors differs" in verify(out).problems[0]
     edits.unlink()

@@ -23,14 +23,14 @@ def drawn(m: int, n: int, r: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor
     return base, u, v
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     st.sampled_from(DTYPES),
     st.integers(1, 5),
     st.integers(1, 5),
     st.integers(0, 40),
     st.integers(0, 99),
-    st.sampled_from([0.0, 3.0, 12.0]),
+    st.sampled_from([0.0, 12.0, 30.0]),
 )
 def test_it_is_the_exact_sum_rounded(
     dtype: torch.dtype, m: int, n: int, r: int, seed: int, spread: float
@@ -39,7 +39,7 @@ def test_it_is_the_exact_sum_rounded(
     base = base.to(dtype)
     # Columns of very different sizes whose products are alike, as keys and values may be.
     scales = torch.exp2(torch.linspace(-spread, spread, r).round())
-    u, v = u * scales, v / scales
+    u, v = u.double() * 1.1 * scales, v.double() / 1.3 / scales  # all 53 bits
     weight = torch.empty(m, n, dtype=dtype)
     assert reproducible_update_(weight, u, v, base=base) is weight
     for i in range(m):
@@ -62,7 +62,15 @@ def test_the_order_of_columns_threads_and_blocks_changes_no_bit(
     dtype: torch.dtype, r: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, u, v = drawn(37, 53, r)
-    base, u = base.to(dtype), u / r
+    base = base.to(dtype)
+    # Large products that cancel: in float64 what an order leaves of them would be seen.
+    third = r // 3
+    u, v = u * 2.0**18, v * 2.0**18
+    u[:, third : 2 * third], v[:, third : 2 * third] = -u[:, :third], v[:, :third]
+    u[:, 2 * third :], v[:, 2 * third :] = (
+        u[:, 2 * third :] * 2.0**-18,
+        v[:, 2 * third :] * 2.0**-18,
+    )
     wanted = reproducible_update_(torch.empty_like(base), u, v, base=base)
     order = torch.randperm(r, generator=torch.Generator().manual_seed(1))
     threads = torch.get_num_threads()
@@ -76,9 +84,7 @@ def test_the_order_of_columns_threads_and_blocks_changes_no_bit(
     monkeypatch.setattr(reproducible, "_BLOCK", 200)
     again.append(reproducible_update_(torch.empty_like(base), u, v, base=base))
     again.append(reproducible_update_(base.clone(), u, v))
-    turned = base.T.contiguous()
-    again.append(reproducible_update_(torch.empty_like(turned), v, u, base=turned).T)
-    assert all(torch.equal(wanted, other) for other in again)
+    assert [torch.equal(wanted, other) for other in again] == [True] * 4
 
 
 def test_it_rounds_as_rank_update_does() -> None:
