@@ -335,7 +335,7 @@ class _Factor:
     def matrix(self) -> Tensor:
         matrix = self.buffer.clone()
         matrix.diagonal().copy_(self._diagonal)
-        _mirror_upper_(matrix)
+        mirror_upper_(matrix)
         return matrix
 
     def need_float64(self, reason: str) -> None:
@@ -360,7 +360,7 @@ class _Factor:
         for relative in (0.0, *JITTERS):
             self.relative, self._diagonal = relative, plain + relative * self._scale
             if relative:
-                _mirror_upper_(self.buffer)
+                mirror_upper_(self.buffer)
             self.buffer.diagonal().copy_(self._diagonal)
             if _cholesky_(self.buffer, self._diagonal):
                 break
@@ -382,7 +382,7 @@ class _Factor:
 
     def _factorise_low(self) -> None:
         """L of C0 scaled to a unit diagonal, in float32."""
-        _mirror_upper_(self.buffer)
+        mirror_upper_(self.buffer)
         diagonal = self._diagonal
         if not bool((diagonal > 0).all()):
             self._fall_back("its diagonal has entries that are not positive")
@@ -391,7 +391,7 @@ class _Factor:
         low = (self.buffer * inverse_scale).mul_(inverse_scale[:, None]).to(torch.float32)
         for shift in _SHIFTS:
             if shift:
-                _mirror_upper_(low)
+                mirror_upper_(low)
             low.diagonal().fill_(1 + shift * torch.finfo(low.dtype).eps)
             if _cholesky_(low, torch.zeros_like(low.diagonal())):
                 self._low, self._inverse_scale = low, inverse_scale
@@ -905,7 +905,9 @@ def _check_symmetric(where: str, C: Tensor) -> None:
             at = start + int(torch.isfinite(rows).all(1).logical_not().nonzero()[0])
             raise ValueError(f"{where} has NaN or infinity in row {at}")
         largest = max(largest, here)
-        worst = max(worst, float((rows - C[:, start : start + _BLOCK].mT).abs().max()))
+        for left in range(start, C.size(0), _BLOCK):
+            mirrored = C[left : left + _BLOCK, start : start + _BLOCK].mT
+            worst = max(worst, float((rows[:, left : left + _BLOCK] - mirrored).abs().max()))
     if worst > _ASYMMETRY * largest:
         raise ValueError(
             f"{where} must be symmetric; entries differ from their mirror images by up to "
@@ -916,7 +918,7 @@ def _check_symmetric(where: str, C: Tensor) -> None:
 # --- a factorisation in place -------------------------------------------------------------------
 
 
-def _mirror_upper_(matrix: Tensor) -> None:
+def mirror_upper_(matrix: Tensor) -> None:
     """The part below the diagonal becomes the mirror image of the one above."""
     for start in range(0, matrix.size(0), _BLOCK):
         end = start + _BLOCK

@@ -40,7 +40,7 @@ from tqdm import tqdm
 from cl_fast.checkpoints.safetensors import Header, build_header, read_header, strict_json
 from cl_fast.checkpoints.writing import write_whole
 from cl_fast.editing.presets import preset_of
-from cl_fast.editing.solver import CholeskyPrior, NullSpace, Precision, Prior
+from cl_fast.editing.solver import CholeskyPrior, NullSpace, Precision, Prior, mirror_upper_
 from cl_fast.errors import CheckpointError, NonFiniteError, OutputError
 from cl_fast.losses.cache import model_fingerprint
 from cl_fast.models.blocks import Decoder, Site, decoder_of
@@ -279,8 +279,8 @@ class KeyStats:
         for i in range(found.size):
             row = found.packed[start : start + found.size - i]
             C[i, i:] = row
-            C[i:, i] = row
             start += row.numel()
+        mirror_upper_(C)
         return C.div_(self.tokens).to(device)
 
     def prior(

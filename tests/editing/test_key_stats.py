@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
+from cl_fast.editing import stats as module
 from cl_fast.editing.solver import CholeskyPrior, NullSpace, solve
 from cl_fast.editing.stats import KeyStats
 from cl_fast.errors import CheckpointError, NonFiniteError, OutputError
@@ -229,9 +231,9 @@ def test_the_head_is_not_called_and_nothing_is_left_on_the_model() -> None:
 def test_dropout_is_off() -> None:
     model = gpt2()
     model.config.resid_pdrop = 0.5
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.5
+    for part in model.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.5
     first, again = (collect(model.train(), texts(), seed=s) for s in (0, 1))
     assert torch.equal(first.moment(1), again.moment(1))
 
@@ -274,6 +276,21 @@ def test_own_samples_are_what_the_model_says() -> None:
         assert relative(got.moment(i), C) < 1e-6
 
 
+def test_a_sample_ends_at_its_first_end() -> None:
+    """Three rows, of which the model says 2, "end", at other times, and twice in one of them."""
+    says = torch.tensor([[5, 2, 2, 5, 5], [5, 6, 7, 2, 9], [2, 5, 5, 5, 5]])
+    steps = iter(says.T)
+
+    def model(**_: Any) -> SimpleNamespace:
+        logits = nn.functional.one_hot(next(steps), 10)[:, None] * 1e4
+        return SimpleNamespace(logits=logits.float(), past_key_values=None)
+
+    generator, first = torch.Generator().manual_seed(0), torch.ones(3, 1, dtype=torch.long)
+    rows = module._continued(model, first, 10, torch.tensor([2]), generator)
+    assert rows == [[1, 5, 2], [1, 5, 6, 7, 2], [1, 2]]
+    assert len(list(steps)) == 1  # nobody was asked once all had ended
+
+
 def test_own_samples_depend_on_the_seed_alone(model: Any) -> None:
     first = collect(model, "self", tokens=2000, batch_tokens=500)
     torch.manual_seed(99)
@@ -295,8 +312,6 @@ def test_own_samples_without_bos_and_eos() -> None:
 
 def test_own_samples_of_the_true_distribution(model: Any) -> None:
     """The second token, over 64 texts and more: as often as the model's probabilities say."""
-    from cl_fast.editing import stats as module
-
     pieces = module._samples(module.decoder_of(model), None, 2, seed=3)
     drawn = [next(pieces) for _ in range(6400)]
     assert {len(row) for row in drawn} == {2}

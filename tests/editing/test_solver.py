@@ -621,6 +621,13 @@ DEPENDENT = torch.stack([K3[:, 0], K3[:, 1], K3.sum(1)], 1)
 PRIOR = CholeskyPrior(C3)
 
 
+def far_off(f: int) -> Tensor:
+    """One pair of entries, in blocks far from the diagonal, differs."""
+    C = torch.eye(f, dtype=torch.float64)
+    C[f - 2, 1] = 0.5
+    return C
+
+
 def repeated(*columns: int) -> tuple[Tensor, Tensor]:
     return K3[:, columns], T3[:, columns]
 
@@ -671,6 +678,7 @@ def repeated(*columns: int) -> tuple[Tensor, Tensor]:
             ValueError,
             "C0 must be symmetric; entries",
         ),
+        (lambda: CholeskyPrior(far_off(700)), ValueError, "by up to 0.5, where the largest is 1"),
         (lambda: CholeskyPrior(-C3), ValueError, "C0 must have a positive trace"),
         (
             lambda: CholeskyPrior(C3 - 1.5 * torch.eye(3).double()),
