@@ -367,12 +367,19 @@ class Mend:
                 grads = torch.autograd.grad(losses.sum() * self._scale, ys)
             told.append(losses.detach())
             first += self.batch
-            counted = self._counted(rows)
+            counted = self._counted(rows).reshape(-1)
             for i, (record, grad) in enumerate(zip(records, grads, strict=True)):
                 assert record.x is not None
+                # Some models hand the tokens of a batch to their MLPs as one list.
+                x, grad = record.x.flatten(0, -2), grad.flatten(0, -2)
+                if len(x) != len(counted):
+                    raise ValueError(
+                        f"{self.matrices[i].name} is given {len(x)} vectors for {len(counted)} "
+                        "tokens: a layer that sees only some of them (an expert) cannot be edited"
+                    )
                 kept = counted.to(grad.device)
                 to = {"device": self.device, "dtype": self.network.dtype}
-                xs[i].append(record.x[kept].to(**to))
+                xs[i].append(x[kept].to(**to))
                 delta = grad[kept].to(**to)
                 deltas[i].append(delta / self._scale if self._scale != 1 else delta)
         pairs = []

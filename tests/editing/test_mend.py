@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from cl_fast.editing.factored import frozen_call, matrices_of, recorded, updated
 from cl_fast.editing.facts import Fact
@@ -212,6 +212,37 @@ def test_a_patch_does_what_training_promised(trained: Mend) -> None:
     for fact in FACTS:
         before = float(nll(model, tokenizer, fact.text, fact.target).detach())
         assert patch.report["facts"][fact.id]["loss_before"] == pytest.approx(before, rel=1e-9)
+
+
+def opt() -> nn.Module:
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=23, hidden_size=D, ffn_dim=F_, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64, word_embed_proj_dim=D, init_std=0.4,
+    )  # fmt: skip
+    return OPTForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (opt, ["fc1", "fc2"]),  # tokens of a batch as one list
+        (tiny_models.gemma2, ["gate_proj", "up_proj", "down_proj"]),  # a softcap, a norm behind
+        (tiny_models.granite, ["gate_proj", "up_proj", "down_proj"]),  # multipliers
+    ],
+)
+def test_other_decoders(make: Callable[[], nn.Module], names: list[str], tokenizer: Any) -> None:
+    model = make().double().eval()
+    mend = editor(model, tokenizer, layers=[-1], norm=False, edit_lr=0.02)
+    assert [m.name.rsplit(".", 1)[-1] for m in mend.matrices] == names
+    mend.train(FACTS, locality_texts=TEXTS, steps=1)
+    patch = mend.fit(FACTS)
+    with patch:
+        for fact in FACTS:
+            after = float(nll(model, tokenizer, fact.text, fact.target).detach())
+            said = patch.report["facts"][fact.id]
+            assert said["loss_after"] == pytest.approx(after, rel=1e-9)
+            assert abs(said["loss_before"] - after) > 1e-5
 
 
 def test_a_patch_is_the_update_of_training(trained: Mend) -> None:
