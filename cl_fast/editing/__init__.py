@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from cl_fast.editing.finetuning import LocFT
     from cl_fast.editing.grace import Grace
     from cl_fast.editing.mend import Mend
-    from cl_fast.editing.patch import LayerPatch, Patch, weight_hash
+    from cl_fast.editing.patch import LayerPatch, Patch, undo_patches, weight_hash
     from cl_fast.editing.presets import Preset, preset_of
     from cl_fast.editing.report import Report, compared
     from cl_fast.editing.retrieval import InContext, TextEmbedding
@@ -89,6 +89,7 @@ __all__ = [
     "read_facts",
     "refit",
     "solve",
+    "undo_patches",
     "weight_hash",
     "without_conflicts",
 ]
@@ -134,6 +135,7 @@ _HOMES = {
     "read_facts": "facts",
     "refit": "solver",
     "solve": "solver",
+    "undo_patches": "patch",
     "weight_hash": "patch",
     "without_conflicts": "datasets",
 }
