@@ -450,15 +450,15 @@ def test_contexts_are_in_the_key(made: fact_models.FactModel, facts: list[Fact])
     assert auto.contexts == new(made, contexts="auto", seed=3).contexts
 
 
-def test_the_last_token_answers_its_prompt_alone(
-    made: fact_models.FactModel, facts: list[Fact]
-) -> None:
-    fact = facts[0]
-    store = new(made, lookup="last", gate=0.99)
-    store.insert([fact], random_values(store, [fact]))
-    (fires,) = store.fires([fact.text])
-    assert [fire.position for fire in fires] == [len(made.tokenizer(fact.text)["input_ids"]) - 1]
-    assert store.fires([fact.subject, fact.paraphrases[0]]) == [[], []]
+def test_the_last_token_is_looked_up(made: fact_models.FactModel, facts: list[Fact]) -> None:
+    """Not the subject, wherever it stands."""
+    store = new(made, lookup="last", gate=0.999)
+    store.insert(facts[:4], random_values(store, facts[:4]))
+    for fact in facts[:4]:
+        (fires,) = store.fires([fact.text])
+        last = len(made.tokenizer(fact.text)["input_ids"]) - 1
+        assert [(fire.position, fire.ids) for fire in fires] == [(last, (fact.id,))]
+        assert store.fires([fact.subject, f"yesterday {fact.subject} saw a lamp ."]) == [[], []]
 
 
 # --- in the model ------------------------------------------------------------------------------
