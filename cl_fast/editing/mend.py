@@ -26,7 +26,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -499,11 +499,11 @@ class Mend:
 
     def train(
         self,
-        facts: Sequence[Fact],
+        facts: Iterable[Fact],
         *,
         locality_texts: Sequence[str] | None = None,
         steps: int = 10_000,
-        val_facts: Sequence[Fact] | None = None,
+        val_facts: Iterable[Fact] | None = None,
         edits_per_step: int | None = None,
         texts_per_step: int | None = None,
         accumulate: int | None = None,
@@ -744,7 +744,7 @@ class Mend:
     # --- editing ---
 
     def fit(
-        self, facts: Sequence[Fact], after: Patch | None = None, *, progress: bool = False
+        self, facts: Iterable[Fact], after: Patch | None = None, *, progress: bool = False
     ) -> Patch:
         """A patch that writes these facts, from one gradient; the weights are unchanged after it.
 
@@ -971,7 +971,7 @@ class Mend:
         return editor
 
 
-def _facts(name: str, facts: Sequence[Fact]) -> list[Fact]:
+def _facts(name: str, facts: Iterable[Fact]) -> list[Fact]:
     """As a list; two may be alike, since each batch edits the untouched model."""
     listed = list(facts)
     if not listed:
