@@ -10,6 +10,7 @@ checked on held-out facts.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -104,5 +105,6 @@ def preset_of(decoder: Decoder, method: Method) -> Preset:
     if not exact:
         # k^T C^-1 k is f for an average key, so that lambda means the same where it is in
         # proportion to f.
-        weight *= decoder.key_size(layers[-1]) / family.keys
+        with suppress(ValueError):  # a mixture of experts, which editors of weights refuse
+            weight *= decoder.key_size(layers[-1]) / family.keys
     return Preset(name, exact, layers, dict(values), weight, family.threshold, 10.0)
