@@ -81,7 +81,10 @@ def test_similarities_are_those_of_the_paper() -> None:
 
 def test_the_loss_is_cross_entropy_over_all_pairs(reader: context_models.Reader) -> None:
     facts = reader.facts(5, seed=3)
-    facts[1] = Fact("{} likes", "Una", "rum", paraphrases=(facts[0].neighbourhood[0],))
+    # A prompt around one fact that belongs to another one, and one that belongs to two.
+    shared = (facts[0].neighbourhood[0], "Una tea")
+    facts[1] = Fact("{} likes", "Una", "rum", paraphrases=shared)
+    facts[2] = Fact("the drink of {} is", "Una", "gin", paraphrases=("Una tea",))
     editor = Serac(reader.model, reader.tokenizer, rank=6)
     report = editor.train_scope(facts, steps=2, lr=1e-30, held_out=0.0)
     assert editor.scope is not None
