@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from cl_fast.editing.presets import Preset, preset_of
     from cl_fast.editing.report import Report, compared
     from cl_fast.editing.retrieval import InContext, TextEmbedding
-    from cl_fast.editing.serac import ScopeClassifier, Serac
+    from cl_fast.editing.serac import ScopeClassifier, ScopeReport, Serac
     from cl_fast.editing.solver import (
         CholeskyPrior,
         NullSpace,
@@ -71,6 +71,7 @@ __all__ = [
     "Rome",
     "ScaledIdentity",
     "ScopeClassifier",
+    "ScopeReport",
     "Serac",
     "Solution",
     "TextEmbedding",
@@ -117,6 +118,7 @@ _HOMES = {
     "Rome": "editors",
     "ScaledIdentity": "solver",
     "ScopeClassifier": "serac",
+    "ScopeReport": "serac",
     "Serac": "serac",
     "Solution": "solver",
     "TextEmbedding": "retrieval",
