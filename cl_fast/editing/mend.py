@@ -560,8 +560,8 @@ class Mend:
 
         Raises:
             TypeError, ValueError: an argument is wrong; it is named.
-            NonFiniteError: a loss or gradient is NaN or infinite; step and facts are named. The
-                network is as it was before the step.
+            NonFiniteError: a loss or gradient is NaN or infinite; its step or facts are named. The
+                step is not taken: weights are as they were before it.
         """
         defaults = DEFAULTS[self.options["aggregate"]]
 
@@ -619,6 +619,7 @@ class Mend:
             bar = tqdm(total=steps, initial=self.steps, desc="training the editor")
         with Evaluating(self.model), bar as shown:
             while self.steps < steps and not stopped:
+                optimizer.zero_grad(set_to_none=True)  # of a step that an error ended
                 edit = locality = 0.0
                 for part in range(accumulate):
                     number = self.steps * accumulate + part
@@ -635,13 +636,11 @@ class Mend:
                     edit, locality = edit + float(a) / accumulate, locality + float(b) / accumulate
                 norm = nn.utils.clip_grad_norm_(self.network.parameters(), clip)
                 if not math.isfinite(float(norm)):
-                    optimizer.zero_grad(set_to_none=True)
                     raise NonFiniteError(
                         f"the gradient of the hypernetwork is {float(norm)} in step {self.steps}: "
                         "use a smaller lr or lr_lr"
                     )
                 optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
                 self.steps += 1
                 loss = cedit * edit + cloc * locality
                 history.append(
@@ -662,6 +661,7 @@ class Mend:
                     shown.set_postfix(edit=f"{edit:.3f}", locality=f"{locality:.4f}")
                 if checkpoint is not None and self.steps % checkpoint_every == 0:
                     self.save(checkpoint)
+        optimizer.zero_grad(set_to_none=True)
         if held and self._best is not None:
             self._last = self._copy()
             self.network.load_state_dict(self._best["network"])

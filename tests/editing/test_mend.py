@@ -822,6 +822,26 @@ def test_a_step_that_explodes_is_named_and_not_taken(
     assert set(after) == set(before)
 
 
+def test_what_an_error_left_of_a_step_is_not_used(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = llama(torch.float32)
+    plain, hurt = (Mend(model, tokenizer, rank=4, norm=False) for _ in range(2))
+    step, calls = hurt._step, []
+
+    def dies(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise NonFiniteError("now")
+        return step(*args)
+
+    monkeypatch.setattr(hurt, "_step", dies)
+    with pytest.raises(NonFiniteError, match="now"):
+        hurt.train(FACTS, locality_texts=TEXTS, steps=1, accumulate=2)
+    reports = [m.train(FACTS, locality_texts=TEXTS, steps=1, accumulate=2) for m in (hurt, plain)]
+    assert reports[0] == reports[1]
+
+
 def test_states_that_do_not_fit(small: Mend, tokenizer: Any, tmp_path: Path) -> None:
     small.train(FACTS, locality_texts=TEXTS, steps=1)
     path = tmp_path / "state"
