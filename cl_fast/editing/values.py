@@ -5,13 +5,13 @@ For each fact a vector delta is added to the output of block l (MEMIT), or to wh
 
     loss = mean_prompts( mean_tokens( -log p(target) ) )
            + kl_factor KL(p_now || p_before)              next token at the lookup of "{} is a"
-           + weight_decay |delta| / |v0|                  v0: what it is added to, plain prompt
+           + weight_decay |delta| / |v0|^2                v0: what it is added to, plain prompt
     delta <- Adam(delta), then scaled back to |delta| <= clamp |v0|
     stop where loss < stop_loss, or after `steps` forwards and steps - 1 updates
 
 This is compute_z of Meng et al. 2023 (MEMIT, arXiv 2210.07229, sec. 4.2) and compute_v of Meng et
 al. 2022 (ROME, arXiv 2202.05262, eq. 4), which take one fact at a time; the KL at the lookup
-position and the weight decay on the norm, not its square, are those of their code.
+position and the weight decay, on the norm of delta but the square of v0's, are those of their code.
 
 Here the facts are rows of one batch, and no more is computed than depends on delta. What lies
 before the lookup token does not: its keys and values are kept, and every step runs the tokens from
@@ -525,7 +525,8 @@ class _Batch:
                 teacher=Logits(aside.teacher), kind="reverse_kl", reduction="none", **keywords
             )
             kl = kl.index_add(0, aside.owner, divergence.to(kl.dtype))
-        decay = self.options.weight_decay * _norms(delta) / self.start_norm.clamp_min(1e-30)
+        decay = self.options.weight_decay * _norms(delta)
+        decay = decay / self.start_norm.square().clamp_min(1e-30)
         return nll + self.options.kl_factor * kl + decay, nll, kl
 
     def _teacher(self, keywords: dict[str, Any]) -> Tensor:

@@ -128,7 +128,7 @@ def one_by_one(
         kl = (now.exp() * (now - first)).sum()
         norm = start[0].norm()
         size = delta.norm() if float(delta.detach().norm()) else torch.zeros(())
-        loss = nll + o.kl_factor * kl + o.weight_decay * size / norm
+        loss = nll + o.kl_factor * kl + o.weight_decay * size / norm**2
         if float(loss.detach()) < o.stop_loss or step == o.steps - 1:
             break
         adam.zero_grad()
