@@ -117,7 +117,7 @@ def compute_z(
                 before = now.detach()
             kl = (now.exp() * (now - before)).sum()
             norm = seen["start"].norm()
-            loss = told + o.kl_factor * kl + o.weight_decay * delta.norm() / norm
+            loss = told + o.kl_factor * kl + o.weight_decay * delta.norm() / norm**2
             if loss.item() < o.stop_loss or step == o.steps - 1:
                 break
             loss.backward()
