@@ -24,7 +24,7 @@ import hashlib
 import os
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -55,7 +55,7 @@ TEMPLATES = {
 }
 VALUES = {
     "city": ["Arvo", "Bexley", "Corin", "Dunmore", "Elgin", "Farsund", "Gotha", "Port Hale",
-             "Port Imari", "Port Jura"],
+             "Mount Ida", "New Jura"],
     "sport": ["chess", "tennis", "hockey", "rugby", "cricket", "golf", "boxing", "rowing", "judo",
               "squash"],
     "language": ["Dutch", "Greek", "Hindi", "Irish", "Latin", "Malay", "Norse", "Polish", "Tamil",
@@ -155,22 +155,30 @@ class World:
         words |= {word for values in VALUES.values() for v in values for word in v.split()}
         return [*SPECIAL, *sorted(words)]
 
-    def filler(self, draw: random.Random) -> str:
+    def filler(self, draw: random.Random, people: Sequence[str]) -> str:
         """A sentence that tells nobody's value."""
         text = draw.choice(FILLERS)
         for slot, words in {
-            "thing": THINGS, "verb": VERBS, "role": ROLES, "person": self.people
+            "thing": THINGS, "verb": VERBS, "role": ROLES, "person": people
         }.items():  # fmt: skip
             while f"{{{slot}}}" in text:
                 text = text.replace(f"{{{slot}}}", draw.choice(words), 1)
         return text
 
-    def texts(self, count: int, seed: int) -> list[str]:
-        """Texts of one to four sentences, like those that the models are trained on."""
+    def texts(self, count: int, seed: int, without: Iterable[Fact] = ()) -> list[str]:
+        """Texts of one to four sentences, like those that the models are trained on.
+
+        The subjects of the facts in `without` do not occur. Whoever edits a large model collects
+        statistics from texts in which nearly no subject occurs often enough to count; in a world
+        of 240 people each would.
+        """
         draw = random.Random(f"texts {self.seed} {seed}")
+        left_out = {fact.subject for fact in without}
+        people = [person for person in self.people if person not in left_out]
+        told = [statement.text for statement in self.trained if statement.person not in left_out]
         return [
             " ".join(
-                draw.choice(self.trained).text if draw.random() < 0.7 else self.filler(draw)
+                draw.choice(told) if draw.random() < 0.7 else self.filler(draw, people)
                 for _ in range(draw.randint(1, 4))
             )
             for _ in range(count)
@@ -295,7 +303,7 @@ def _rows(world: World, tokenizer: Any) -> Iterator[tuple[list[int], list[float]
         return found
 
     told = [(ids(s.prompt), ids(s.value), ids(".")) for s in world.trained]
-    fillers = [ids(world.filler(draw)) for _ in range(2000)]
+    fillers = [ids(world.filler(draw, world.people)) for _ in range(2000)]
     while True:
         for prompt, value, end in draw.sample(told, len(told)):
             before = [*bos, *(draw.choice(fillers) if draw.random() < 0.25 else []), *prompt]
