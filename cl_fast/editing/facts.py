@@ -115,6 +115,8 @@ class Fact:
         Raises:
             ValueError: the subject does not occur in the text.
         """
+        if isinstance(subject, str):  # the spaces around it stay in the prompt
+            subject = subject.strip()
         at = text.rfind(subject) if subject else -1
         if at < 0:
             raise ValueError(

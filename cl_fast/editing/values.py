@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from cl_fast.editing.facts import Encoded, Fact, Lookup, encode, encode_many
 from cl_fast.losses import Logits, linear_divergence, token_logprobs
 from cl_fast.models.blocks import Decoder, Site, batched, cache_rows, widths_of
-from cl_fast.models.heads import LinearHead, forward_replaced, head_of
+from cl_fast.models.heads import LinearHead, forward_names, forward_replaced, head_of
 from cl_fast.options import at_least, not_negative, one_of, positive
 
 __all__ = ["Group", "ValueOptions", "Values", "group_facts", "optimise_values", "padded_left"]
@@ -363,10 +363,12 @@ def _read(
               for kind in dict.fromkeys(kinds)}  # fmt: skip
     rests = [row[len(begins[kind]) :] for row, kind in zip(rows, kinds, strict=True)]
     width = max(map(len, begins.values())) + max(map(len, rests))
-    # Padding between begin and rest would count as distance.
+    # Padding between begin and rest would count as distance in a window, and for a model that is
+    # not told its positions (the ALiBi of MPT).
     window = getattr(decoder.config, "sliding_window", None)
+    told = "position_ids" in forward_names(decoder.model)
     saved = sum(map(len, rows)) - sum(map(len, rests)) - sum(map(len, begins.values()))
-    if saved <= 0 or (window and width >= window // 2):
+    if saved <= 0 or not told or (window and width >= window // 2):
         given = padded_left(rows, pad, decoder.device)
         decoder.run(given, cache=cache)
         return cache, given["attention_mask"].cpu()

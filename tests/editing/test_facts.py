@@ -145,6 +145,12 @@ def test_the_last_of_several_subjects_counts() -> None:
     assert fact.id == "x"
 
 
+def test_spaces_around_a_subject_stay_in_the_prompt() -> None:
+    for subject in (" Ada", "Ada ", " Ada "):
+        fact = Fact.from_text("the mother of Ada is", subject, "Eve")
+        assert (fact.prompt, fact.subject) == ("the mother of {} is", "Ada")
+
+
 def test_facts_travel_through_files(tmp_path: Path) -> None:
     facts = [
         Fact("{} plays", "Ada", "chess", paraphrases=("the sport of Ada is",), weight=2.0),

@@ -15,6 +15,8 @@ from transformers import (
     GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
+    MptConfig,
+    MptForCausalLM,
     OPTConfig,
     OPTForCausalLM,
 )
@@ -195,6 +197,24 @@ def test_company_order_and_prefixes_do_not_show(name: str) -> None:
     ):  # fmt: skip
         assert (other.z - whole.z).abs().max() <= 1e-5 * whole.z.abs().max()
         assert [r["steps"] for r in other.report] == [r["steps"] for r in whole.report]
+
+
+def test_padding_is_no_distance() -> None:
+    """MPT's ALiBi counts columns, not positions."""
+    torch.manual_seed(1)
+    sizes = {"d_model": 16, "n_heads": 2, "n_layers": 3, "max_seq_len": 64, "vocab_size": 67}
+    model = MptForCausalLM(MptConfig(**sizes, initializer_range=0.3)).eval()
+    decoder, tokenizer = decoder_of(model), tiny_models.tokenizer()
+    facts = [
+        Fact("the {} sat on", "cat", "mat"),
+        Fact("the cat and then the mat and the tree and the {} ran under", "dog", "tree"),
+    ]
+    groups = group_facts(facts, tokenizer)
+    o = ValueOptions(steps=4, lr=0.3)
+    together = optimise_values(decoder, tokenizer, groups, 1, contexts=CONTEXTS, options=o)
+    for i, group in enumerate(groups):
+        alone = optimise_values(decoder, tokenizer, [group], 1, contexts=CONTEXTS, options=o)
+        torch.testing.assert_close(together.z[i], alone.z[0], rtol=1e-4, atol=1e-5)
 
 
 def test_the_model_stays_as_it_was() -> None:
