@@ -512,6 +512,31 @@ def test_slow_providers_take_part_in_few_rounds(
     assert rows["fast"]["repeats"] == harness.ROUNDS
 
 
+def test_a_call_that_takes_long_is_made_once(
+    harness: ModuleType, machine: Any, card: PretendedCard
+) -> None:
+    calls = []
+
+    def long(i: int) -> torch.Tensor:
+        calls.append(i)
+        return card.call(WANT.clone(), ms=7000.0, extra=640)
+
+    rows, _ = run(
+        harness,
+        machine,
+        harness.Provider("cl_fast", "ours", long, harness.equal, once=True),
+        harness.Provider("cl_fast undo", "ours", lambda i: None, harness.equal, once=True),
+        harness.Provider("copy", "floor", lambda i: card.call(WANT), harness.equal, flops=0),
+    )
+    one = rows["cl_fast"]
+    assert calls == [0]
+    assert one["ms_p20"] == one["ms_p50"] == one["ms_p80"] == 7000.0
+    assert (one["repeats"], one["peak_extra_bytes"], one["verified"]) == (1, 640, "bit for bit")
+    assert rows["cl_fast undo"]["status"] == "failed"
+    assert rows["cl_fast undo"]["ms_p50"] is None
+    assert rows["copy"]["repeats"] == harness.ROUNDS
+
+
 def test_providers_take_turns(harness: ModuleType, machine: Any, card: PretendedCard) -> None:
     order: list[str] = []
 
@@ -690,7 +715,9 @@ def test_input_sets_leave_the_cache_behind(harness: ModuleType, card: PretendedC
     assert found.free_bytes() == int(0.9 * (80 << 30))
 
 
-@pytest.mark.parametrize("family", ["low_rank", "nearest", "orthogonality", "packing", "selection"])
+@pytest.mark.parametrize(
+    "family", ["editing", "low_rank", "nearest", "orthogonality", "packing", "selection"]
+)
 def test_families_on_a_pretended_card(
     harness: ModuleType, card: PretendedCard, family: str
 ) -> None:
@@ -779,6 +806,9 @@ def test_case_names_are_unique_and_cover_what_must_be_reached() -> None:
         assert f"combine_many/{method}/7B" in names
     assert {f"rank_update/rank {r}" for r in (1, 16, 64, 256)} <= set(names)
     assert {"gram/d 4096", "gram/d 14336", "rank_update/1000 of one weight"} <= set(names)
+    assert {f"editing/{n}" for n in ("stats", "priors", "fit 100", "fit 1000", "patch")} <= set(
+        names
+    )
     assert {case.op for case in cases} >= {
         "magnitude_threshold", "orthogonal_penalty", "orthogonal_project", "pack", "unpack", "dare",
         "token_logprobs",

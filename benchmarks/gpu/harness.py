@@ -13,6 +13,8 @@ matrix product in the same minute on the same card. For each case
    percentile of one call;
 5. where launches may weigh, the work is captured as a CUDA graph, and its replays are timed alike.
 
+Of a provider whose call takes many seconds the one that is verified gives time and peak, too.
+
 On a CPU (the dry run) a clock takes the place of the events, and there are no graphs and no peaks.
 """
 
@@ -136,6 +138,7 @@ class Provider:
         missing: why it cannot run here; then there is a row with this reason.
         bytes, flops: where they differ from those of the work.
         graph: whether to capture it as a CUDA graph as well.
+        once: a call takes many seconds, or cannot be repeated: there is one, verified and timed.
     """
 
     name: str
@@ -146,6 +149,7 @@ class Provider:
     bytes: int | None = None
     flops: int | None = None
     graph: bool = False
+    once: bool = False
     note: str = ""
 
 
@@ -381,9 +385,9 @@ def run_case(
         elif m.provider.missing:
             m.status, m.reason = NOT_RUN, m.provider.missing
     _verify(work, machine, measured, at)
-    for m in _running(measured):
+    for m in _repeating(measured):
         at(m.provider.name, "take the peak of its memory")
-        _guard(machine, m, lambda m=m: _peak(machine, m))  # type: ignore[misc]
+        _guard(machine, m, lambda m=m: _peak(machine, m, lambda: m.provider.run(0)))  # type: ignore[misc]
     _time(work, machine, measured, at)
     _time_graphs(work, machine, measured, at)
 
@@ -398,6 +402,10 @@ def run_case(
 
 def _running(measured: Sequence[_Measured]) -> Iterator[_Measured]:
     return (m for m in measured if m.status == OK)
+
+
+def _repeating(measured: Sequence[_Measured]) -> Iterator[_Measured]:
+    return (m for m in _running(measured) if not m.provider.once)
 
 
 def _guard(machine: Machine, m: _Measured, action: Callable[[], Any]) -> None:
@@ -463,10 +471,19 @@ def _verify(
         at(m.provider.name, "verify")
 
         def verify(m: _Measured = m) -> None:
+            made: list[Any] = []
+
+            def keep(i: int) -> None:
+                made.append(m.provider.run(i))
+
             # Peers draw their masks from the global stream.
             torch.manual_seed(0)
             machine.poison(work.output_elements)
-            out = m.provider.run(0)
+            if m.provider.once:
+                _peak(machine, m, lambda: m.times.append(_once(machine, keep, 0, 1)))
+                out = made.pop()
+            else:
+                out = m.provider.run(0)
             machine.synchronize()
             m.verified = m.provider.check(out, expected)
 
@@ -474,14 +491,15 @@ def _verify(
     gc.collect()
 
 
-def _peak(machine: Machine, m: _Measured) -> None:
+def _peak(machine: Machine, m: _Measured, call: Callable[[], Any]) -> None:
     if machine.dry:
+        call()
         return
     gc.collect()
     machine.synchronize()
     torch.cuda.reset_peak_memory_stats(machine.device)
     before = torch.cuda.memory_allocated(machine.device)
-    out = m.provider.run(0)
+    out = call()
     machine.synchronize()
     m.peak = torch.cuda.max_memory_allocated(machine.device) - before
     m.output = torch.cuda.memory_allocated(machine.device) - before
@@ -507,7 +525,7 @@ def _once(machine: Machine, run: Callable[[int], Any], first: int, calls: int) -
 def _time(
     work: Work, machine: Machine, measured: Sequence[_Measured], at: Callable[[str, str], None]
 ) -> None:
-    for m in _running(measured):
+    for m in _repeating(measured):
         at(m.provider.name, "warm up")
 
         def warm(m: _Measured = m) -> None:
@@ -518,7 +536,7 @@ def _time(
 
         _guard(machine, m, warm)
     for turn in range(machine.pick(ROUNDS, FEWEST)):
-        for m in _running(measured):
+        for m in _repeating(measured):
             if len(m.times) >= FEWEST and m.spent_ms > 1e3 * CAP_S:
                 continue
             at(m.provider.name, "time")

@@ -35,7 +35,17 @@ from typing import Any
 
 import torch
 
-from . import divergence, harness, low_rank, merge, nearest, orthogonality, packing, selection
+from . import (
+    divergence,
+    editing,
+    harness,
+    low_rank,
+    merge,
+    nearest,
+    orthogonality,
+    packing,
+    selection,
+)
 from .rows import DRY_RUN
 
 __all__ = ["all_cases", "main"]
@@ -46,7 +56,10 @@ _PEERS = ("peft", "mergekit", "transformers", "liger-kernel")
 
 def all_cases(more: str | None = None) -> list[harness.Case]:
     """Every case in the order in which they run: those with targets and peers first."""
-    families = (merge, selection, low_rank, nearest, orthogonality, divergence, packing)
+    families = (
+        merge, selection, low_rank, nearest, orthogonality, divergence, packing,
+        editing,  # long, and its model stays in memory: the last of all
+    )  # fmt: skip
     cases = [case for family in families for case in family.CASES]
     if more:
         spec = importlib.util.spec_from_file_location("more_cases", more)
