@@ -497,7 +497,7 @@ class WeightEditor:
                 )
             values = found[number] if self.spread == "ends" else found[0]
             keys, output, ahead = stream.look(site.layer, values.layer)
-            change = self._change(site, values, output, ahead, len(bench.sites) - number)
+            change = self._change(site, values, keys, output, ahead, len(bench.sites) - number)
             new_k, new_t = keys, change.double().T
             if not bool(torch.isfinite(new_k).all() and torch.isfinite(new_t).all()):
                 raise ValueError(f"keys or values at {site.name} are not finite (NaN or infinity)")
@@ -515,12 +515,18 @@ class WeightEditor:
         return made, priors, told
 
     def _change(
-        self, site: Site, values: Values, output: Tensor, ahead: Tensor, layers_left: int
+        self,
+        site: Site,
+        values: Values,
+        keys: Tensor,
+        output: Tensor,
+        ahead: Tensor,
+        layers_left: int,
     ) -> Tensor:
-        """What W shall add to its output for each group: [groups, d] float32."""
+        """What W shall add to its output for each group: [groups, d]."""
         z = values.z.to(output.device)
         if self.values_options.where == "mlp":
-            return z - output
+            return z - site.output(keys.T)  # of the mean key, which shall get z (r-ROME)
         share = {"even": float(layers_left), "sqrt": math.sqrt(layers_left), "ends": 1.0}
         rest = (z - ahead) / share[self.spread]
         weight = site.weight

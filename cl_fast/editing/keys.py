@@ -160,7 +160,8 @@ class KeyStream:
                 )
             finally:
                 hook.remove()
-            weight = torch.where(chunk.plain, *self._weights).to(device, torch.float64)
+            plain_weight, weight = torch.tensor(self._weights, dtype=torch.float64).unbind()
+            weight = torch.where(chunk.plain, plain_weight, weight).to(device)
             owner = chunk.owner.to(device)
             keys.index_add_(0, owner, seen["key"].double() * weight[:, None])
             plain = chunk.plain.to(device)

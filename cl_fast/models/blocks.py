@@ -142,6 +142,13 @@ class Site:
         """d, the width of the residual stream."""
         return int(self.matrix().size(0))
 
+    def output(self, keys: Tensor) -> Tensor:
+        """y = W k + b of keys [..., f], in float32, or float64 where W is: [..., d]."""
+        wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        y = keys.to(wide) @ self.matrix().to(wide).T
+        bias = getattr(self.module, "bias", None)
+        return y if bias is None else y + bias.detach().to(wide)
+
     def contribution(self, y: Tensor) -> Tensor:
         """What the block adds to the stream for y = W k + b: [..., d]."""
         return self.scale * (y if self.norm is None else self.norm(y))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -13,7 +13,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LM
 
 from cl_fast.editing.editors import AlphaEdit, Emmet, Memit, Rome, WeightEditor
 from cl_fast.editing.facts import Fact, encode
-from cl_fast.editing.keys import KeyStream
+from cl_fast.editing.keys import KeyStream, keys_of
 from cl_fast.editing.patch import Patch
 from cl_fast.editing.presets import preset_of
 from cl_fast.editing.solver import CholeskyPrior, NullSpace, Prior
@@ -99,13 +99,15 @@ def model(request: pytest.FixtureRequest) -> Any:
     return MODELS[request.param]().double().eval()
 
 
-def plain_keys(model: Any, layer: int, facts: list[Fact]) -> Tensor:
+def plain_keys(
+    model: Any, layer: int, facts: list[Fact], contexts: Sequence[str] = CONTEXTS
+) -> Tensor:
     """k = half the plain prompt's, half the mean of those behind contexts: [f, n]."""
     tokenizer, site = tiny_models.tokenizer(), decoder_of(model).site(layer)
     columns = []
     for fact in facts:
         keys = []
-        for context in ["", *CONTEXTS]:
+        for context in ["", *contexts]:
             span = tuple(x + len(context) for x in fact.subject_span)
             e = encode(tokenizer, context + fact.text, cast(Any, span))
             seen: list[Tensor] = []
@@ -114,7 +116,7 @@ def plain_keys(model: Any, layer: int, facts: list[Fact]) -> Tensor:
                 model(torch.tensor([e.ids]))
             hook.remove()
             keys.append(seen[0].reshape(-1, site.key_size)[e.lookup])
-        columns.append(keys[0] / 2 + (keys[1] + keys[2]) / 4)
+        columns.append(keys[0] / 2 + torch.stack(keys[1:]).mean(0) / 2)
     return torch.stack(columns, 1)
 
 
@@ -171,6 +173,14 @@ def test_keys_are_those_of_the_model_edited_so_far(model: Any) -> None:
     torch.testing.assert_close(second.keys, plain_keys(model, 2, FACTS))
 
 
+def test_the_mean_over_three_contexts_is_one_in_float64() -> None:
+    model, tokenizer = MODELS["llama"]().double().eval(), tiny_models.tokenizer()
+    contexts = [*CONTEXTS, "the mat sat. "]
+    keys = keys_of(decoder_of(model), tokenizer, group_facts(FACTS, tokenizer), [1], contexts)[1]
+    want = plain_keys(model, 1, FACTS, contexts)
+    torch.testing.assert_close(keys, want, rtol=1e-12, atol=1e-12)
+
+
 def test_what_is_left_is_spread_over_the_layers(model: Any) -> None:
     """h measured after the edits below; at each layer (z - h) / (layers left)."""
     editor = fitted(model)
@@ -220,6 +230,11 @@ def test_rome_reaches_its_value_at_its_key(model: Any) -> None:
     assert layer.targets is not None
     delta = layer.U @ layer.V.T
     torch.testing.assert_close(delta @ layer.keys, layer.targets)
+    site = decoder_of(model).site(1)
+    now = (site.matrix() + delta) @ layer.keys  # of the mean keys: r-ROME has no other
+    bias = getattr(site.module, "bias", None)
+    now = now if bias is None else now + bias.detach()[:, None]
+    torch.testing.assert_close(now.T, values[0].z.double(), rtol=1e-5, atol=1e-5)
     one = fitted(model, Rome).fit(FACTS[:1]).layers[0]
     # right u^T with u = C^-1 k:  the closed form of the paper
     c = KnownMoments(model).moments(1)
