@@ -30,6 +30,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -47,7 +48,7 @@ __all__ = ["Group", "ValueOptions", "Values", "group_facts", "optimise_values", 
 Where = Literal["stream", "mlp"]
 
 _CPU_TOKENS = 512
-"""Of a batch on the CPU: enough for its matrix products, and few enough for its caches."""
+"""Of a run on the CPU: enough for its matrix products, and few enough for its caches."""
 
 
 @dataclass(frozen=True)
@@ -463,21 +464,22 @@ class _Batch:
         self,
         decoder: Decoder,
         head: LinearHead,
-        rows: _Rows,
+        parts: list[_Rows],
         kl: _Rows | None,
-        plain: Tensor,
+        plain: list[Tensor],
         count: int,
         layer: int,
         site: Site | None,
         options: ValueOptions,
     ) -> None:
-        self.decoder, self.head, self.rows, self.kl_rows = decoder, head, rows, kl
+        self.decoder, self.head, self.parts, self.kl_rows = decoder, head, parts, kl
         self.layer, self.site, self.options = layer, site, options
         self.mlp = _last_mlp(decoder)
-        if rows.mlp is None:
-            self.start = rows.hidden[plain, rows.at[plain]].float()
-        else:
-            self.start = rows.mlp[plain].float()
+        width, device = decoder.hidden_size, parts[0].ids.device
+        self.start = torch.empty(count, width, device=device)
+        for rows, one in zip(parts, plain, strict=True):
+            found = rows.hidden[one, rows.at[one]] if rows.mlp is None else rows.mlp[one]
+            self.start[rows.owner[one]] = found.float()
         self.start_norm = self.start.norm(dim=1)
         zero = torch.zeros_like(self.start)
         self.delta, self.mean, self.square = zero.clone(), zero.clone(), zero
@@ -506,30 +508,29 @@ class _Batch:
             )
         return given[row, column]
 
-    def _losses(self, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(loss, nll, kl), each [groups]; of groups that have left the batch they are 0."""
-        rows = self.rows
+    def _nll(self, rows: _Rows, delta: Tensor) -> Tensor:
+        """[groups]; 0 for those without a row here."""
         given = self._given(rows, delta, rows.target_row, rows.target_column)
         keywords = self.head.keywords(given)
         logprobs = cast(Tensor, token_logprobs(ids=rows.target_id, **keywords))
         nll = torch.zeros(delta.size(0), device=delta.device, dtype=logprobs.dtype)
         owners = rows.owner[rows.target_row]
-        nll = nll.index_add(0, owners, -logprobs * rows.target_weight.to(logprobs.dtype))
-        kl = torch.zeros_like(nll)
-        aside = self.kl_rows
-        if aside is not None:
-            everything = torch.arange(aside.ids.size(0), device=aside.ids.device)
-            given = self._given(aside, delta, everything, aside.at)
-            keywords = self.head.keywords(given)
-            if aside.teacher is None:
-                aside.teacher = self._teacher(keywords)
-            divergence = linear_divergence(
-                teacher=Logits(aside.teacher), kind="reverse_kl", reduction="none", **keywords
-            )
-            kl = kl.index_add(0, aside.owner, divergence.to(kl.dtype))
-        decay = self.options.weight_decay * _norms(delta)
-        decay = decay / self.start_norm.square().clamp_min(1e-30)
-        return nll + self.options.kl_factor * kl + decay, nll, kl
+        return nll.index_add(0, owners, -logprobs * rows.target_weight.to(logprobs.dtype))
+
+    def _kl(self, rows: _Rows, delta: Tensor) -> Tensor:
+        """[groups]; 0 for those that have left the batch."""
+        everything = torch.arange(rows.ids.size(0), device=rows.ids.device)
+        keywords = self.head.keywords(self._given(rows, delta, everything, rows.at))
+        if rows.teacher is None:
+            rows.teacher = self._teacher(keywords)
+        divergence = linear_divergence(
+            teacher=Logits(rows.teacher), kind="reverse_kl", reduction="none", **keywords
+        )
+        kl = torch.zeros(delta.size(0), device=delta.device, dtype=divergence.dtype)
+        return kl.index_add(0, rows.owner, divergence)
+
+    def _decay(self, delta: Tensor) -> Tensor:
+        return _norms(delta) / self.start_norm.square().clamp_min(1e-30)
 
     def _teacher(self, keywords: dict[str, Any]) -> Tensor:
         """The logits at the KL positions before any change: the first step, where delta is 0."""
@@ -542,17 +543,32 @@ class _Batch:
         options = self.options
         last = number == options.steps - 1
         delta = self.delta.requires_grad_(not last)
-        with torch.set_grad_enabled(not last):
-            loss, nll, kl = self._losses(delta)
-        gradient = None if last else torch.autograd.grad(loss[self.live].sum(), delta)[0]
+        gradient = torch.zeros_like(self.delta)
+
+        def summed(terms: list[Callable[[], Tensor]], weight: float = 1.0) -> Tensor:
+            """Of one term after the other, so that one graph at a time is held."""
+            total = torch.zeros_like(self.start_norm)
+            for term in terms:
+                with torch.set_grad_enabled(not last):
+                    value = term()
+                if not last:
+                    gradient.add_(torch.autograd.grad(value.sum(), delta)[0], alpha=weight)
+                total = total + value.detach()
+            return total
+
+        kl_rows = self.kl_rows
+        nll = summed([partial(self._nll, rows, delta) for rows in self.parts])
+        kl = summed([partial(self._kl, kl_rows, delta)] if kl_rows else [], options.kl_factor)
+        decay = summed([partial(self._decay, delta)], options.weight_decay)
+        loss = nll + options.kl_factor * kl + options.weight_decay * decay
         self.delta = delta.detach()
         live = self.live
         for kept, new in ((self.loss, loss), (self.nll, nll), (self.kl, kl)):
-            kept[live] = new.detach().to(kept.dtype)[live]
+            kept[live] = new.to(kept.dtype)[live]
         self.steps[live] = number + 1
         self._refuse_nan()
         self.live = live & (self.loss >= options.stop_loss)
-        if gradient is None or not bool(self.live.any()):
+        if last or not bool(self.live.any()):
             return False
         self._adam(gradient, number + 1)
         self._compact()
@@ -577,18 +593,20 @@ class _Batch:
 
     def _compact(self) -> None:
         present = torch.zeros_like(self.live)
-        present[self.rows.owner] = True
+        for rows in self.parts:
+            present[rows.owner] = True
         if int(self.live.sum()) <= 0.75 * int(present.sum()):
-            self.rows = self.rows.of(self.live)
+            used = [rows for rows in self.parts if bool(self.live[rows.owner].any())]
+            self.parts = [rows.of(self.live) for rows in used]
             self.kl_rows = None if self.kl_rows is None else self.kl_rows.of(self.live)
 
 
 def _together(
     texts: dict[int, list[_Text]], batch: int, tokens: int | None, suffix: bool
 ) -> list[list[int]]:
-    """Groups of one batch: those whose rows are of like length, so that little of it is padding.
+    """Groups in the order of the lengths of their rows, so that little is padding, in pieces.
 
-    At most `batch` groups, and `tokens` of their rewriting prompts, where more than one group.
+    A piece is at most `batch` groups, and `tokens` of their rewriting prompts, or one group.
     """
 
     def shape(group: int) -> tuple[int, int]:
@@ -643,9 +661,8 @@ def optimise_values(
         contexts: texts put before the prompts, with the space or stop that separates them.
         options: see `ValueOptions`.
         lookup: which token is looked up.
-        batch: groups at a time, at most; on the CPU fewer, where they have more than some hundred
-            tokens. Memory of one step is that of a backward pass over batch (1 + contexts + 1)
-            short rows.
+        batch: groups at a time. Memory of one step is that of a backward pass over
+            batch (1 + contexts) short rows; on the CPU over some hundred tokens of them.
         progress: called with the number of facts that are done.
 
     Raises:
@@ -666,23 +683,31 @@ def optimise_values(
     delta = torch.empty(len(groups), decoder.hidden_size)
     start = torch.empty_like(delta)
     report: list[dict[str, Any]] = [{} for _ in groups]
-    on_cpu = decoder.device.type == "cpu"
-    for members in _together(of, batch, _CPU_TOKENS if on_cpu else None, options.suffix):
-        chunk = [
-            replace(text, owner=i) for i, group in enumerate(members) for text in of[group]
-        ]  # fmt: skip
-        asides = [text for text in chunk if text.kl]
-        chunk = [text for text in chunk if not text.kl]
-        plain = torch.tensor([i for i, t in enumerate(chunk) if t.plain], device=decoder.device)
+    most = _CPU_TOKENS if decoder.device.type == "cpu" else None
+    for members in _together(of, batch, None, options.suffix):
+        own = {
+            group: [replace(text, owner=i) for text in of[group]] for i, group in enumerate(members)
+        }
+        asides = [text for rows in own.values() for text in rows if text.kl]
+        pieces = [
+            [text for group in some for text in own[group] if not text.kl]
+            for some in _together(own, batch, most, options.suffix)
+        ]
+        plain = [
+            torch.tensor([i for i, text in enumerate(some) if text.plain], device=decoder.device)
+            for some in pieces
+        ]
         try:
             with _fused_activations(decoder):
                 with torch.no_grad():
-                    rows, kl = (
+                    *parts, kl = (
                         _prepare(decoder, some, layer, pad, site, options.suffix) if some else None
-                        for some in (chunk, asides)
+                        for some in (*pieces, asides)
                     )
-                assert rows is not None
-                run = _Batch(decoder, head, rows, kl, plain, len(members), layer, site, options)
+                run = _Batch(
+                    decoder, head, [rows for rows in parts if rows is not None], kl, plain,
+                    len(members), layer, site, options,
+                )  # fmt: skip
                 for number in range(options.steps):
                     if not run.step(number):
                         break
