@@ -30,12 +30,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from cl_fast.checkpoints.checkpoint import Checkpoint
+from cl_fast.checkpoints.patches import hash_stored, stored_name
 from cl_fast.checkpoints.writing import write_whole
 from cl_fast.editing.datasets import load_facts
 from cl_fast.editing.editors import AlphaEdit, Emmet, Memit, Rome, WeightEditor
 from cl_fast.editing.evaluation import Reference, evaluate
 from cl_fast.editing.facts import check_facts
-from cl_fast.editing.patch import Patch
+from cl_fast.editing.patch import Patch, weight_hash
 from cl_fast.editing.presets import preset_of
 from cl_fast.editing.report import Report, compared
 from cl_fast.editing.stats import KeyStats
@@ -45,7 +46,7 @@ from cl_fast.learning.ledger import load_tensors, save_tensors
 from cl_fast.learning.texts import Texts, documents, find_files
 from cl_fast.merging.manifest import relocate
 from cl_fast.merging.patches import apply_patch
-from cl_fast.models.blocks import decoder_of
+from cl_fast.models.blocks import Decoder, decoder_of
 from cl_fast.options import at_least, one_of
 
 __all__ = ["EDITORS", "PHASES", "EditJob", "EditSettings"]
@@ -106,6 +107,12 @@ class EditSettings:
         one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         at_least("tokens", self.tokens, 1)
         at_least("batch", self.batch, 1)
+        unused = {"texts": bool(self.texts) and self.method == "rome", "any_model": self.any_model}
+        for name, given in unused.items():
+            if given and self.stats is None:
+                raise ValueError(
+                    f"{name} has no effect without stats: name a folder of statistics with it"
+                )
 
 
 @dataclass(frozen=True)
@@ -169,6 +176,7 @@ class EditJob:
         group_facts(self.facts, self.tokenizer)  # every fact has tokens where they are needed
         self.texts = find_files(self.settings.texts, "texts") if self.settings.texts else ()
         self._check_device()
+        self._check_stats()
         self.identity = self._identity()
         if self.out.exists() or self.out.is_symlink():
             if not self._published():
@@ -188,6 +196,17 @@ class EditJob:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device {name!r} is not there: {_first_line(error)}") from error
+
+    def _check_stats(self) -> None:
+        """A folder that cannot take statistics is refused before they are collected."""
+        folder = self.settings.stats
+        if folder is None or self._has_stats():
+            return
+        if not folder.exists():
+            return
+        ours = {"factors", "moments.safetensors.part"}  # as KeyStats.save allows
+        if not folder.is_dir() or {p.name for p in folder.iterdir()} - ours:
+            raise OutputError(f"{folder}: is not empty, and holds no statistics of keys")
 
     def _identity(self) -> dict[str, Any]:
         """What must not differ when the job goes on."""
@@ -245,7 +264,7 @@ class EditJob:
             model = AutoModelForCausalLM.from_config(self.config)
         settings = self.settings
         decoder = decoder_of(model)
-        layers = settings.layers or preset_of(decoder, EDITORS[settings.method].method).layers
+        layers = self._layers(decoder)
         groups = len(group_facts(self.facts, self.tokenizer))
         stats = "none needed" if settings.method == "rome" and settings.stats is None else (
             f"{settings.stats} (found)" if self._has_stats() else
@@ -311,6 +330,7 @@ class EditJob:
         scoring = self.settings.evaluate
         before_file = self.work / "before.json"
         if not patch_file.is_file():
+            self._check_weights(model)
             editor = self._editor(model)
             values = self._values(editor)
             patch = editor.fit(self.facts, values=values, progress=self._told())
@@ -326,6 +346,29 @@ class EditJob:
         self._say("scores after", 0, 1)
         with Patch.load(patch_file).bind(model):
             self._scores(model, reference).to_json(self.work / "after.json")
+
+    def _layers(self, decoder: Decoder) -> tuple[int, ...]:
+        settings = self.settings
+        return settings.layers or preset_of(decoder, EDITORS[settings.method].method).layers
+
+    def _check_weights(self, model: nn.Module) -> None:
+        """What is edited must be in memory what it is in the files, on which the patch will go."""
+        decoder = decoder_of(model)
+        layers = self._layers(decoder)
+        for site in decoder.sites([layers[0], layers[-1]] if self.settings.edges else layers):
+            name = stored_name(site.weight_name, self.base.tensors)
+            if name is None:
+                raise CheckpointError(
+                    f"{self.base.path}: holds no tensor {site.weight_name!r}, which is to be "
+                    "edited: save the model anew with save_pretrained"
+                )
+            stored = self.base.tensors[name]
+            if hash_stored(stored) != weight_hash(site.weight):
+                raise ValueError(
+                    f"{site.weight_name} is {site.weight.dtype} in memory and {stored.dtype} in "
+                    f"{stored.path}, with other values: a patch for the one does not go on the "
+                    "other. Leave dtype out, or give one that holds what is stored (float32)"
+                )
 
     def _scores(self, model: nn.Module, reference: Reference | None) -> Report:
         return evaluate(
@@ -369,9 +412,7 @@ class EditJob:
         folder = settings.stats if settings.stats is not None else self.work / "stats"
         if (folder / "moments.safetensors").is_file():
             return KeyStats.load(folder, model, any_model=settings.any_model)
-        layers = (
-            settings.layers or preset_of(decoder_of(model), EDITORS[settings.method].method).layers
-        )
+        layers = self._layers(decoder_of(model))
         texts: Literal["self"] | Iterator[str] = "self"
         if self.texts:
             texts = documents(Texts(self.texts, documents="paragraph"))

@@ -209,6 +209,26 @@ def refused(kind: str, root: Path, tmp: Path) -> None:
             EditJob(base, facts, out, EditSettings(method="magic"))
         case "layers":
             EditJob(base, facts, out, EditSettings(layers=(7,), tokens=50)).run()
+        case "stats":
+            (tmp / "stats").mkdir()
+            (tmp / "stats" / "moments.safetensors.part").touch()  # of a kill: no obstacle
+            EditJob(base, facts, out, EditSettings(stats=tmp / "stats"))
+            (tmp / "stats" / "notes").touch()
+            EditJob(base, facts, out, EditSettings(stats=tmp / "stats"))
+        case "any model":
+            EditJob(base, facts, out, EditSettings(any_model=True))
+        case "texts of rome":
+            EditJob(base, facts, out, EditSettings(method="rome", texts=("text.txt",)))
+        case "dtype":
+            wide = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+            torch.nn.init.normal_(wide.model.layers[1].mlp.down_proj.weight)
+            shutil.copytree(base, tmp / "wide", ignore=shutil.ignore_patterns("*.safetensors*"))
+            wide.save_pretrained(tmp / "wide")
+            settings = EditSettings(layers=(1,), dtype="bfloat16", stats=tmp / "stats")
+            try:
+                EditJob(tmp / "wide", facts, out, settings).run()
+            finally:
+                assert not (tmp / "stats").exists(), "it is refused before anything is collected"
         case "another job":
             work = tmp / ".out.edit"
             work.mkdir()
@@ -230,6 +250,10 @@ def refused(kind: str, root: Path, tmp: Path) -> None:
         ("device", ValueError, "device 'cuda:99' is not there"),
         ("method", ValueError, "method must be one of 'memit'"),
         ("layers", ValueError, r"layers must be in \[0, 2\]"),
+        ("stats", OutputError, "stats: is not empty, and holds no statistics"),
+        ("any model", ValueError, "any_model has no effect without stats"),
+        ("texts of rome", ValueError, "texts has no effect without stats"),
+        ("dtype", ValueError, "down_proj.weight is torch.bfloat16 in memory and F32 in.*dtype out"),
         ("another job", OutputError, "has another steps: 3 there, 4 now.*--restart"),
     ],
 )
