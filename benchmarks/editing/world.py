@@ -1,6 +1,6 @@
 """What the benchmarks of editing write into models: words, prompts, and facts about made-up names.
 
-Prompts of 8 to 17 tokens in the manner of CounterFact and zsRE, with the subject anywhere and 1 to
+Prompts of 8 to 25 tokens in the manner of CounterFact and zsRE, with the subject anywhere and 1 to
 7 words after it; subjects of 2 to 4 tokens, targets of one, now and then two.
 """
 
@@ -25,6 +25,13 @@ TEMPLATES = (
     "{} is a product that was created by",
     "As the papers of that week said , the film {} was first shown in",
     "What sport does {} play ? They play",
+    "After many years of work in the archives of the city , historians agreed that the place where "
+    "{} died is",
+    "When the committee met again in the spring of the following year , it said that the mayor {} "
+    "belongs to",
+    "The guide tells every visitor of the old harbour , and writes in the book , that the bridge "
+    "{} is in",
+    "In a letter to the editor a reader asked which band the drummer {} had joined ; it was",
 )
 
 
