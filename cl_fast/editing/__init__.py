@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from cl_fast.editing.facts import Fact, check_facts, encode, read_facts
     from cl_fast.editing.finetuning import LocFT
     from cl_fast.editing.grace import Grace
-    from cl_fast.editing.mend import Mend
+    from cl_fast.editing.mend import Mend, Trained
     from cl_fast.editing.patch import LayerPatch, Patch, undo_patches, weight_hash
     from cl_fast.editing.presets import Preset, preset_of
     from cl_fast.editing.report import Report, compared
@@ -75,6 +75,7 @@ __all__ = [
     "Serac",
     "Solution",
     "TextEmbedding",
+    "Trained",
     "ValueOptions",
     "Values",
     "WeightEditor",
@@ -122,6 +123,7 @@ _HOMES = {
     "Serac": "serac",
     "Solution": "solver",
     "TextEmbedding": "retrieval",
+    "Trained": "mend",
     "ValueOptions": "values",
     "Values": "values",
     "WeightEditor": "editors",
