@@ -397,6 +397,12 @@ class Decoder:
             if norm is not None:
                 y = found.y
                 direct = norm(y + found.push).float() - norm(y).float()
+        direct = direct.reshape(moved.shape)
+        # Some numbers of the stream may be so large that such a change is lost in their rounding.
+        largest = torch.maximum(seen["h"].abs(), seen["h2"].abs()).float()
+        clear = torch.finfo(seen["h"].dtype).eps * largest <= 0.25 * moved.abs().median()
+        if float(clear.float().mean()) >= 0.5:
+            moved, direct = moved[clear], direct[clear]
         scale = float((moved * direct).sum() / (direct * direct).sum())
         left = float((moved - scale * direct).norm() / moved.norm().clamp_min(1e-30))
         rms = norm is None

@@ -276,3 +276,16 @@ def broken(kind: str) -> Any:
 def test_what_is_not_understood_is_refused(kind: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         broken(kind)
+
+
+def test_a_few_large_numbers_in_the_stream_do_not_hide_what_a_block_does() -> None:
+    """Their rounding in 16 bits is as large as what the MLP adds: attention sinks have such."""
+    for seed in range(8):
+        sizes = {"hidden_size": 512, "intermediate_size": 600, "num_hidden_layers": 2}
+        model = tiny_models.llama(seed, **sizes, initializer_range=0.02)
+        with torch.no_grad():
+            embedding = model.get_input_embeddings().weight.mul_(15)
+            embedding[:, 7], embedding[:, 100] = 300.0, -210.0
+        site = decoder_of(model.half().eval()).site(1)
+        assert site.scale == 1.0
+        assert site.norm is None
