@@ -208,11 +208,11 @@ def unknown_ids(ids: Iterable[str], known: Iterable[str], what: str = "patch") -
     """
     if isinstance(ids, str):
         raise TypeError(f"ids must be a list of ids; got the string {ids!r}")
-    held = list(known)
+    held = dict.fromkeys(known)
     wanted = list(dict.fromkeys(ids))
     for name in wanted:
         if name not in held:
-            close = difflib.get_close_matches(str(name), held, 3)
+            close = difflib.get_close_matches(str(name), list(held), 3)
             raise ValueError(
                 f"the {what} holds no fact with the id {name!r}"
                 + (f"; did you mean {' or '.join(map(repr, close))}?" if close else "")
