@@ -43,6 +43,7 @@ from tqdm import tqdm
 from cl_fast.editing.continuations import continuations, end_tokens, uniforms
 from cl_fast.editing.facts import Encoded, Fact, encode_many
 from cl_fast.editing.report import Report
+from cl_fast.editing.rows import padded_inputs
 from cl_fast.errors import NonFiniteError
 from cl_fast.losses import Hidden, linear_divergence
 from cl_fast.models.blocks import text_config
@@ -330,10 +331,8 @@ def _batches(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]), reverse=True)
     for first in range(0, len(order), batch):
         some = order[first : first + batch]
-        longest = len(rows[some[0]])
-        ids = torch.tensor([[*rows[i], *[pad] * (longest - len(rows[i]))] for i in some])
-        mask = torch.tensor([[1] * len(rows[i]) + [0] * (longest - len(rows[i])) for i in some])
-        yield some, {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        inputs = padded_inputs([rows[i] for i in some], side="right", pad=pad, device=device)
+        yield some, inputs
 
 
 def _ask(run: _Run, asked: list[_Asked], before: Reference | None) -> list[_Found]:

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from cl_fast.editing.applying import patch_on, weight_hash
 from cl_fast.editing.facts import Encoded, Fact, check_facts, encode_many
 from cl_fast.editing.patch import LayerPatch, Patch
-from cl_fast.editing.retrieval import check_length, padded
+from cl_fast.editing.rows import check_length, padded_inputs
 from cl_fast.errors import NonFiniteError
 from cl_fast.models.blocks import Site, decoder_of
 from cl_fast.models.heads import Evaluating, head_of, last_hidden
@@ -134,9 +134,7 @@ class LocFT:
         return rows
 
     def _inputs(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
-        ids, mask = padded([row.ids for row in rows], side="right")
-        device = self.decoder.device
-        return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        return padded_inputs([row.ids for row in rows], side="right", device=self.decoder.device)
 
     def _prefixes(self, rows: Sequence[Encoded]) -> list[Tensor] | None:
         """What the block is given of each fact: [length, d]."""

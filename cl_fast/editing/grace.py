@@ -44,6 +44,7 @@ from torch import Tensor, nn
 
 from cl_fast.editing.facts import Encoded, Fact, check_facts, encode_many, fact_of, unknown_ids
 from cl_fast.editing.memory_files import read_memory, write_memory
+from cl_fast.editing.rows import padded_inputs
 from cl_fast.editing.store import Inputs, inputs_at_end, run_inputs
 from cl_fast.errors import CheckpointError, NonFiniteError
 from cl_fast.losses import token_logprobs
@@ -351,15 +352,11 @@ class Grace(AbstractContextManager["Grace"]):
         """Values, float32 on the CPU, and the loss with each: rows do not see one another."""
         encoded = self._encoded(facts)
         device = self.decoder.device
-        width = max(len(e.ids) for e in encoded) - 1
-        ids = torch.full((len(facts), width), self._pad)
-        mask = torch.zeros_like(ids)
+        read = [e.ids[:-1] for e in encoded]
+        inputs = padded_inputs(read, side="right", pad=self._pad, device=device)
         places: list[tuple[int, int, int, float]] = []
         for i, e in enumerate(encoded):
-            ids[i, : len(e.ids) - 1] = torch.tensor(e.ids[:-1])
-            mask[i, : len(e.ids) - 1] = 1
             places += [(i, at - 1, e.ids[at], 1 / len(e.targets)) for at in e.targets]
-        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
         row, column, target = (
             torch.tensor([p[i] for p in places], device=device) for i in range(3)
         )

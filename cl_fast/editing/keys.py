@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from cl_fast.editing.facts import Lookup, encode_many
-from cl_fast.editing.values import Group, padded_left
+from cl_fast.editing.rows import padded_left
+from cl_fast.editing.values import Group
 from cl_fast.models.blocks import Decoder, batched
 
 __all__ = ["Averaging", "KeyStream", "keys_of"]

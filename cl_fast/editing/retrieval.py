@@ -33,8 +33,9 @@ import torch
 from torch import Tensor, nn
 
 from cl_fast.editing.facts import Fact, check_facts, unknown_ids
+from cl_fast.editing.rows import check_length, padded, padded_inputs
 from cl_fast.errors import NonFiniteError
-from cl_fast.models.blocks import decoder_of, text_config
+from cl_fast.models.blocks import decoder_of
 from cl_fast.models.heads import Evaluating, unwrap
 from cl_fast.options import at_least, integer, one_of
 
@@ -44,8 +45,6 @@ __all__ = [
     "InContext",
     "Pooling",
     "TextEmbedding",
-    "check_length",
-    "padded",
     "prompt_ids",
     "refuse_both",
     "special_ids",
@@ -59,20 +58,6 @@ Kind = Literal["copy", "update", "retain"]
 
 
 # --- tokens ------------------------------------------------------------------------------------
-
-
-def padded(
-    rows: Sequence[Sequence[int]], *, side: Literal["left", "right"], pad: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Rows of token ids as one batch: input_ids and attention_mask, int64 [n, longest]."""
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        at = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        ids[i, at] = torch.as_tensor(row, dtype=torch.long)
-        mask[i, at] = 1
-    return ids, mask
 
 
 def special_ids(tokenizer: Any) -> set[int]:
@@ -92,16 +77,6 @@ def prompt_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
             length -= 1
         rows.append(list(ids[:length]))
     return rows
-
-
-def check_length(model: nn.Module, tokens: int, new: int, what: str) -> None:
-    """Raise where `tokens` and `new` ones after them are more than the model has positions."""
-    most = getattr(text_config(model), "max_position_embeddings", None)
-    if isinstance(most, int) and tokens + new > most:
-        raise ValueError(
-            f"{what} has {tokens} tokens{f', and {new} shall follow' if new else ''}: more than "
-            f"the {most} positions of {type(model).__name__}"
-        )
 
 
 class TextEmbedding:
@@ -525,20 +500,17 @@ class InContext:
             check_length(inner, len(row), max_new_tokens, what)
         written: list[str] = []
         for start in range(0, len(rows), self.batch_size):
-            ids, mask = padded(rows[start : start + self.batch_size], side="left", pad=pad or 0)
+            some = rows[start : start + self.batch_size]
+            inputs = padded_inputs(some, side="left", pad=pad or 0, device=device)
             with torch.no_grad(), Evaluating(inner):
                 out = inner.generate(
-                    input_ids=ids.to(device),
-                    attention_mask=mask.to(device),
-                    max_new_tokens=max_new_tokens,
-                    pad_token_id=pad or 0,
-                    **options,
+                    **inputs, max_new_tokens=max_new_tokens, pad_token_id=pad or 0, **options
                 )
-            if not isinstance(out, Tensor) or out.size(0) != ids.size(0):
+            if not isinstance(out, Tensor) or out.size(0) != len(some):
                 raise ValueError(
                     "generate must return one row of tokens for each text: leave "
                     "return_dict_in_generate and num_return_sequences out"
                 )
-            new = out[:, ids.size(1) :].tolist()
+            new = out[:, inputs["input_ids"].size(1) :].tolist()
             written += self.tokenizer.batch_decode(new, skip_special_tokens=True)
         return written

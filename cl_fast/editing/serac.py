@@ -41,11 +41,10 @@ from cl_fast.editing.retrieval import (
     FactIndex,
     Pooling,
     TextEmbedding,
-    check_length,
-    padded,
     refuse_both,
     special_ids,
 )
+from cl_fast.editing.rows import check_length, padded_inputs
 from cl_fast.errors import CheckpointError, NonFiniteError
 from cl_fast.models.heads import IGNORED, Evaluating
 from cl_fast.options import at_least, function_name, integer, positive, share
@@ -603,10 +602,8 @@ class Serac(nn.Module):  # type: ignore[misc, unused-ignore]
         longer = [self._with_edit(routes[i], row) for i, row in zip(inside, rows, strict=True)]  # type: ignore[arg-type]
         for row in longer:
             check_length(self.counterfactual, len(row), 0, "a prompt in scope, with its edit,")
-        wide, mask = padded(longer, side="right")
-        out = self.counterfactual(
-            input_ids=wide.to(ids.device), attention_mask=mask.to(ids.device), use_cache=False
-        )
+        wide = padded_inputs(longer, side="right", device=ids.device)
+        out = self.counterfactual(**wide, use_cache=False)
         # The last tokens are those of the row; the position before its first word, which is that
         # of a begin token, is where the edit ends.
         own = torch.zeros(len(inside), ids.size(1), out.logits.size(-1)).to(out.logits)
@@ -687,11 +684,9 @@ class Serac(nn.Module):  # type: ignore[misc, unused-ignore]
                 out = self.model.generate(input_ids=ids, attention_mask=mask, **options)
                 found.append((list(range(len(routes))), out[:, width:]))
             if inside:
-                wide, mask = padded(longer, side="left", pad=pad)
-                out = self.counterfactual.generate(
-                    input_ids=wide.to(ids.device), attention_mask=mask.to(ids.device), **options
-                )
-                found.append((inside, out[:, wide.size(1) :]))
+                wide = padded_inputs(longer, side="left", pad=pad, device=ids.device)
+                out = self.counterfactual.generate(**wide, **options)
+                found.append((inside, out[:, wide["input_ids"].size(1) :]))
         new = max(part.size(1) for _, part in found)
         whole = ids.repeat_interleave(copies, 0)
         whole = F.pad(whole, (0, new), value=pad)

@@ -40,6 +40,7 @@ from tqdm import tqdm
 from cl_fast.checkpoints.safetensors import Header, build_header, read_header, strict_json
 from cl_fast.checkpoints.writing import write_whole
 from cl_fast.editing.presets import preset_of
+from cl_fast.editing.rows import padded_inputs
 from cl_fast.editing.solver import CholeskyPrior, NullSpace, Precision, Prior, mirror_upper_
 from cl_fast.errors import CheckpointError, NonFiniteError, OutputError
 from cl_fast.losses.cache import model_fingerprint
@@ -709,9 +710,10 @@ def _sum(
     count = 0
     with tqdm(total=tokens, desc="statistics of keys", unit="token", disable=not progress) as bar:
         for number, batch in enumerate(_batches(pieces, tokens, batch_tokens), 1):
-            ids, mask = _padded(batch, decoder.device)
-            with _adding(sites, sums, mask.reshape(-1).bool()):
-                decoder.run({"input_ids": ids, "attention_mask": mask}, 0, stop)
+            # At the end, where causal attention does not see it.
+            inputs = padded_inputs(batch, side="right", device=decoder.device)
+            with _adding(sites, sums, inputs["attention_mask"].reshape(-1).bool()):
+                decoder.run(inputs, 0, stop)
             _check_finite(sites, sums, number)
             count += sum(map(len, batch))
             bar.update(sum(map(len, batch)))
@@ -743,14 +745,6 @@ def _adding(sites: list[Site], sums: list[Tensor], mask: Tensor) -> Iterator[Non
                 f"{site.name} was called {times} times in a forward pass, not once; its keys "
                 "cannot be told"
             )
-
-
-def _padded(batch: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids padded at the end, where causal attention does not see them, and their mask."""
-    width = max(map(len, batch))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in batch])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch])
-    return ids.to(device), mask.to(device)
 
 
 def _check_finite(sites: list[Site], sums: list[Tensor], number: int) -> None:

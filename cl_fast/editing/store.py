@@ -47,14 +47,8 @@ from cl_fast.editing.contexts import own_contexts
 from cl_fast.editing.facts import Encoded, Fact, check_facts, encode_many, fact_of, unknown_ids
 from cl_fast.editing.memory_files import read_memory, write_memory
 from cl_fast.editing.presets import preset_of
-from cl_fast.editing.values import (
-    Group,
-    ValueOptions,
-    Values,
-    group_facts,
-    optimise_values,
-    padded_left,
-)
+from cl_fast.editing.rows import like_lengths, padded_left
+from cl_fast.editing.values import Group, ValueOptions, Values, group_facts, optimise_values
 from cl_fast.errors import CheckpointError, NonFiniteError
 from cl_fast.losses.cache import model_fingerprint, tokenizer_fingerprint
 from cl_fast.models.blocks import Decoder, decoder_of, text_config
@@ -135,19 +129,6 @@ class Inputs:
         return seen
 
 
-def _batches(rows: Sequence[Sequence[int]], tokens: int) -> Iterator[list[int]]:
-    """Indices of rows of like lengths, about `tokens` tokens at a time."""
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
-    some: list[int] = []
-    for i in order:
-        if some and (len(some) + 1) * len(rows[i]) > tokens:
-            yield some
-            some = []
-        some.append(i)
-    if some:
-        yield some
-
-
 def run_inputs(
     decoder: Decoder, inputs: Inputs, rows: Sequence[Sequence[int]], pad: int, layer: int
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
@@ -155,7 +136,7 @@ def run_inputs(
 
     Rows are padded on the left.
     """
-    for some in _batches(rows, 4096):
+    for some in like_lengths(rows, 4096):
         given = padded_left([rows[i] for i in some], pad, decoder.device)
         handles = inputs.hook()
         try:

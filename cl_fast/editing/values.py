@@ -38,12 +38,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl_fast.editing.facts import Encoded, Fact, Lookup, encode, encode_many
+from cl_fast.editing.rows import padded, padded_left
 from cl_fast.losses import Logits, linear_divergence, token_logprobs
 from cl_fast.models.blocks import Decoder, Site, batched, cache_rows, widths_of
 from cl_fast.models.heads import LinearHead, forward_names, forward_replaced, head_of
 from cl_fast.options import at_least, not_negative, one_of, positive
 
-__all__ = ["Group", "ValueOptions", "Values", "group_facts", "optimise_values", "padded_left"]
+__all__ = ["Group", "ValueOptions", "Values", "group_facts", "optimise_values"]
 
 Where = Literal["stream", "mlp"]
 
@@ -152,30 +153,6 @@ class Values:
             [self.report[i] for i in indices],
             self.layer,
         )
-
-
-def padded_left(rows: Sequence[Sequence[int]], pad: int, device: Any) -> dict[str, Tensor]:
-    """input_ids, attention_mask and position_ids [rows, longest], padded on the left."""
-    longest = max(map(len, rows))
-    ids = torch.full((len(rows), longest), pad, dtype=torch.long)
-    mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    for i, row in enumerate(rows):
-        if len(row):
-            ids[i, longest - len(row) :] = torch.tensor(row)
-            mask[i, longest - len(row) :] = 1
-    positions = (mask.cumsum(1) - 1).clamp_min(0)
-    given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-    return {name: tensor.to(device) for name, tensor in given.items()}
-
-
-def _padded_right(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    longest = max(map(len, rows))
-    ids = torch.full((len(rows), longest), pad, dtype=torch.long)
-    mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
-    return ids, mask
 
 
 @dataclass
@@ -299,7 +276,7 @@ def _prepare(
         prefixes.append(e.ids[:cut])
         suffixes.append(e.ids[cut : text.stop])
         at.append(e.lookup - cut)
-    ids, own = _padded_right(suffixes, pad)
+    ids, own = padded(suffixes, side="right", pad=pad)
     starts = torch.tensor([len(p) for p in prefixes])
     positions = starts[:, None] + (own.cumsum(1) - 1).clamp_min(0)
     cache, mask = None, own
