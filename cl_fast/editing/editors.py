@@ -141,6 +141,8 @@ class WeightEditor:
         integer("seed", seed)
         self.lookup: Lookup = lookup
         self.history, self.batch, self.seed = bool(history), batch, seed
+        if prior_weight != "auto" and self.prior != "covariance":
+            raise ValueError(f"prior_weight has no effect with prior={self.prior!r}")
         self.prior_weight = float(preset.prior_weight if prior_weight == "auto" else prior_weight)
         positive("prior_weight", self.prior_weight)
         self._null_space(threshold, energy, l2, preset.threshold, preset.l2)
@@ -286,7 +288,7 @@ class WeightEditor:
             new, kept = self._split(facts, after)
             groups = group_facts(new, self.tokenizer, self.lookup)
             self._check_weights(new)
-            bench.use(kept)
+            self._use(kept, bench)
             found = self._given(values, groups) or self._optimise(groups, tell)
             layers, priors, told = self._solve(groups, kept, found, bench, tell)
         columns = [] if kept is None else list(kept.columns)
@@ -325,7 +327,7 @@ class WeightEditor:
         """
         with self._progress(progress) as tell, self._working(after) as bench:
             new, kept = self._split(facts, after)
-            bench.use(kept)
+            self._use(kept, bench)
             return self._optimise(group_facts(new, self.tokenizer, self.lookup), tell)
 
     def drop(self, patch: Patch, ids: Iterable[str], *, progress: bool | Progress = False) -> Patch:
@@ -358,6 +360,10 @@ class WeightEditor:
                 bench.restore()
                 for parameter in wanted:
                     parameter.requires_grad_(True)
+
+    def _use(self, kept: Patch | None, bench: _Bench) -> None:
+        _ = self.contexts  # the bare model writes them, so that they are the same after any patch
+        bench.use(kept)
 
     def _check_after(self, after: Patch, bench: _Bench) -> None:
         if not isinstance(after, Patch):

@@ -139,6 +139,8 @@ def same(model: Any, before: dict[str, Tensor]) -> bool:
 def fitted(model: Any, kind: type[WeightEditor] = Memit, **changes: Any) -> WeightEditor:
     layers = [1, 2] if kind in (Memit, AlphaEdit) else [1]
     given = {"layers": layers, **OPTIONS, **changes}
+    if given.get("prior", kind.defaults.get("prior")) in ("nullspace", "identity"):
+        del given["prior_weight"]
     return kind(model, tiny_models.tokenizer(), stats_of(model), **given)
 
 
@@ -244,6 +246,19 @@ def test_rome_reaches_its_value_at_its_key(model: Any) -> None:
     torch.testing.assert_close(
         one.U @ one.V.T, torch.outer(one.targets[:, 0], u) / (one.keys[:, 0] @ u)
     )
+
+
+def test_contexts_are_those_of_the_bare_model() -> None:
+    """A patch that is read from a file is gone on from as the one that was just made."""
+    model = MODELS["llama"]().eval()
+    first = fitted(model, contexts="auto", clamp=50.0, lr=20.0, prior_weight=1e-3)
+    patch = first.fit(FACTS[:2])
+    with patch:
+        other = fitted(model, contexts="auto").contexts
+    assert other != first.contexts, "the model says other things now"
+    second = fitted(model, contexts="auto", prior_weight=1e-3)
+    second.fit(FACTS[2:], after=patch)
+    assert second.contexts == first.contexts
 
 
 def test_emmet_with_ridge_1_is_memit_of_one_layer() -> None:
@@ -431,6 +446,8 @@ def refuse(kind: str, model: Any) -> Any:
             return Memit(model, tokenizer, stats, prior="flat")  # type: ignore[arg-type]
         case "energy":
             return Memit(model, tokenizer, stats, energy=0.9)
+        case "prior_weight":
+            return Memit(model, tokenizer, prior="identity", layers=[1], prior_weight=2.0)
         case "mlp":
             return Memit(model, tokenizer, stats, layers=[1, 2], where="mlp")
         case "contexts":
@@ -476,6 +493,7 @@ def refuse(kind: str, model: Any) -> Any:
         ("descending", ValueError, "layers must ascend"),
         ("prior", ValueError, "prior must be one of 'covariance', 'nullspace', 'identity'"),
         ("energy", ValueError, "energy has no effect with prior='covariance'"),
+        ("prior_weight", ValueError, "prior_weight has no effect with prior='identity'"),
         ("mlp", ValueError, "where='mlp' has values for the output of one MLP"),
         ("contexts", TypeError, "contexts must be a list of texts"),
         ("empty", ValueError, "facts is empty"),
