@@ -738,7 +738,7 @@ def commit() -> str:
 def source_digest() -> str:
     """A digest of what the rows depend on: it tells apart trees of one commit."""
     digest = hashlib.sha256()
-    files = [ROOT / "CMakeLists.txt"]
+    files = [ROOT / "CMakeLists.txt", HERE / "editing" / "world.py"]
     for folder, kinds in {
         "cl_fast": "py", "triton_kernels": "py", "csrc": "cpp cu h cuh", "benchmarks/gpu": "py",
     }.items():  # fmt: skip
