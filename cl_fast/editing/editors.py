@@ -529,15 +529,15 @@ class WeightEditor:
         ahead: Tensor,
         layers_left: int,
     ) -> Tensor:
-        """What W shall add to its output for each group: [groups, d]."""
+        """What W shall add to its output for each group: [groups, d], float32 or float64."""
         z = values.z.to(output.device)
         if self.values_options.where == "mlp":
             return z - site.output(keys.T)  # of the mean key, which shall get z (r-ROME)
         share = {"even": float(layers_left), "sqrt": math.sqrt(layers_left), "ends": 1.0}
         rest = (z - ahead) / share[self.spread]
-        weight = site.weight
-        needed = site.needed(output.to(weight.dtype), rest.to(weight.dtype))
-        return needed.float()
+        # Not in 16 bits, whose rounding of y is as large as some changes of it.
+        wide = torch.promote_types(site.weight.dtype, torch.float32)
+        return site.needed(output.to(wide), rest.to(wide))
 
     def _layer(
         self,

@@ -261,6 +261,25 @@ def test_contexts_are_those_of_the_bare_model() -> None:
     assert second.contexts == first.contexts
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_targets_of_a_model_in_16_bits_are_not_rounded_to_them(name: str) -> None:
+    model = MODELS[name]().bfloat16().eval()
+    editor, tokenizer = fitted(model), tiny_models.tokenizer()
+    values = editor.optimise(FACTS)[0]
+    layer = editor.fit(FACTS, values=[values]).layers[1]
+    # The same, by the formulas in float64, from what the bfloat16 model gives.
+    first = editor.fit(FACTS, values=[values]).layers[0]
+    decoder, exact = decoder_of(model), MODELS[name]().bfloat16().double().eval()
+    weight = decoder.site(1).weight.data
+    weight.copy_((weight.double() + first.U @ first.V.T).float())
+    stream = KeyStream(decoder, tokenizer, group_facts(FACTS, tokenizer), CONTEXTS)
+    _, output, ahead = stream.look(2)
+    want = decoder_of(exact).site(2).needed(output.double(), (values.z - ahead).double())
+    assert layer.targets is not None
+    error = (layer.targets.T - want).norm() / want.norm()
+    assert error < 1e-5
+
+
 def test_emmet_with_ridge_1_is_memit_of_one_layer() -> None:
     model = MODELS["llama"]().double().eval()
     memit = fitted(model, layers=[1]).fit(FACTS)
