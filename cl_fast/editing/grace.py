@@ -33,8 +33,7 @@ changed is gone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -43,13 +42,12 @@ import torch
 from torch import Tensor, nn
 
 from cl_fast.editing.facts import Encoded, Fact, check_facts, encode_many, fact_of, unknown_ids
-from cl_fast.editing.memory_files import read_memory, write_memory
+from cl_fast.editing.memory import BlockMemory, Inputs
+from cl_fast.editing.memory_files import write_memory
 from cl_fast.editing.rows import padded_inputs
-from cl_fast.editing.store import Inputs, inputs_at_end, run_inputs
-from cl_fast.errors import CheckpointError, NonFiniteError
+from cl_fast.errors import NonFiniteError
 from cl_fast.losses import token_logprobs
-from cl_fast.losses.cache import model_fingerprint, tokenizer_fingerprint
-from cl_fast.models.blocks import decoder_of
+from cl_fast.losses.cache import model_fingerprint
 from cl_fast.models.heads import Evaluating, head_of
 from cl_fast.ops import nearest_key
 from cl_fast.options import at_least, integer, one_of, positive
@@ -61,7 +59,6 @@ Action = Literal["add", "split", "cover", "inside"]
 SLACK = 1e-3
 """How much further than the radius counts as within, relative to it."""
 _SPLIT = 1e-5
-_FORMAT = "grace"
 
 
 def rule(
@@ -136,7 +133,7 @@ class _Step:
     distance: float | None
 
 
-class Grace(AbstractContextManager["Grace"]):
+class Grace(BlockMemory):
     """A codebook at one layer of a model, which keeps all of its weights.
 
     Args:
@@ -157,6 +154,8 @@ class Grace(AbstractContextManager["Grace"]):
         TypeError, ValueError: naming the argument; the layer is not understood.
     """
 
+    _noun, _format = "codebook", "grace"
+
     def __init__(
         self,
         model: nn.Module,
@@ -176,8 +175,7 @@ class Grace(AbstractContextManager["Grace"]):
         at_least("batch", batch, 1)
         integer("seed", seed)
         one_of("init", init, ("cold", "warm"))
-        self.decoder = decoder_of(model)
-        self.tokenizer = tokenizer
+        super().__init__(model, tokenizer)
         depth = len(self.decoder)
         usual = max(0, min(depth - 2, 27 * depth // 32))
         self.layer = self.decoder.layer(usual if layer == "auto" else layer, "layer")
@@ -185,30 +183,9 @@ class Grace(AbstractContextManager["Grace"]):
         self.batch, self.seed = batch, seed
         self._inputs = Inputs(self.decoder, self.layer, "mlp")
         self._site = self.decoder.site(self.layer)
-        self._edits: list[_Edit] = []
-        self._steps: list[_Step] = []
-        self._codebook: list[CodebookKey] = []
-        self._fingerprint: str | None = None
-        self._hook: Any = None
-        self._lay_out([], [])
+        self._settle([], [], [], [])
 
     # --- what it holds ---
-
-    def __len__(self) -> int:
-        return len(self._edits)
-
-    def __contains__(self, name: object) -> bool:
-        return any(edit.fact.id == name for edit in self._edits)
-
-    @property
-    def ids(self) -> list[str]:
-        """Of the facts, in the order in which they came."""
-        return [edit.fact.id for edit in self._edits]
-
-    @property
-    def facts(self) -> dict[str, Fact]:
-        """By id, in the order in which they came."""
-        return {edit.fact.id: edit.fact for edit in self._edits}
 
     @property
     def codebook(self) -> list[CodebookKey]:
@@ -240,12 +217,7 @@ class Grace(AbstractContextManager["Grace"]):
             TypeError, ValueError: as `insert`.
         """
         new = list(facts)
-        for i, fact in enumerate(new):
-            if not isinstance(fact, Fact):
-                raise TypeError(f"facts[{i}] must be a Fact; got {type(fact).__name__}")
-        words = {fact.id for fact in new} | {fact.text for fact in new}
-        stay = [e for e in self._edits if e.fact.id not in words and e.fact.text not in words]
-        self._become(stay, new)
+        self._become(self._without(self._replaced(new)), new)
 
     def delete(self, ids: Iterable[str]) -> None:
         """Takes facts out: the codebook becomes what the others make of it.
@@ -255,9 +227,13 @@ class Grace(AbstractContextManager["Grace"]):
         Raises:
             ValueError: an id is not known; then nothing has changed.
         """
-        gone = set(unknown_ids(ids, self.ids, "codebook"))
+        gone = unknown_ids(ids, self._facts, "codebook")
         if gone:
-            self._become([e for e in self._edits if e.fact.id not in gone], None)
+            self._become(self._without(gone), None)
+
+    def _without(self, gone: Iterable[str]) -> list[_Edit]:
+        names = set(gone)
+        return [edit for edit in self._edits if edit.fact.id not in names]
 
     def _become(self, stay: Sequence[_Edit], facts: list[Fact] | None) -> None:
         """The edits that stay, and new ones."""
@@ -272,7 +248,13 @@ class Grace(AbstractContextManager["Grace"]):
         # Nothing below can fail.
         for edit, (value, loss) in zip(missing, found, strict=True):
             edit.value, edit.loss = value, loss
+        self._settle(edits, steps, codebook, made)
+
+    def _settle(
+        self, edits: list[_Edit], steps: list[_Step], codebook: list[CodebookKey], made: list[int]
+    ) -> None:
         self._edits, self._steps, self._codebook = edits, steps, codebook
+        self._facts = {edit.fact.id: edit.fact for edit in edits}
         self._lay_out([edits[i] for i in made], [key.radius for key in codebook])
 
     def _walk(self, edits: Sequence[_Edit]) -> tuple[list[_Step], list[CodebookKey], list[int]]:
@@ -318,10 +300,6 @@ class Grace(AbstractContextManager["Grace"]):
 
     # --- keys and values ---
 
-    @property
-    def _pad(self) -> int:
-        return getattr(self.tokenizer, "pad_token_id", None) or 0
-
     def _encoded(self, facts: Sequence[Fact]) -> list[Encoded]:
         rows = [(fact.text, None, fact.target) for fact in facts]
         return encode_many(self.tokenizer, rows, separator=[fact.separator for fact in facts])
@@ -330,9 +308,7 @@ class Grace(AbstractContextManager["Grace"]):
         if not facts:
             return []
         rows = [e.prompt for e in self._encoded(facts)]
-        with self._pause():
-            seen = inputs_at_end(self.decoder, self._inputs, rows, self._pad, self.layer)
-        keys = seen.float().cpu()
+        keys = self._at_end(rows).float().cpu()
         for fact, key in zip(facts, keys, strict=True):
             if not bool(key.isfinite().all()):
                 raise NonFiniteError(
@@ -413,55 +389,20 @@ class Grace(AbstractContextManager["Grace"]):
 
     # --- in the model ---
 
-    @property
-    def attached(self) -> bool:
-        """Whether the layer looks into the codebook."""
-        return self._hook is not None
-
-    def attach(self) -> Grace:
-        """From now on the layer looks into the codebook, which may be changed while it does.
-
-        Raises:
-            ValueError: it does already.
-        """
-        if self._hook is not None:
-            raise ValueError("this codebook is attached already: detach it first")
-        self._hook = self._site.module.register_forward_hook(self._answer)
-        return self
-
-    def detach(self) -> None:
-        """The model is as it was; without effect where the codebook is not attached."""
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-
-    def __enter__(self) -> Grace:
-        return self.attach()
-
-    def __exit__(self, *_: object) -> None:
-        self.detach()
-
-    @contextmanager
-    def _pause(self) -> Iterator[None]:
-        attached = self.attached
-        self.detach()
-        try:
-            yield
-        finally:
-            if attached:
-                self.attach()
+    def _hooks(self) -> list[Any]:
+        return [self._site.module.register_forward_hook(self._answer)]
 
     def _answer(self, _: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         """The hook of the layer."""
         if not len(self._radii):
             return None
-        within, index, _distance = self._within(args[0].detach())
+        within, index, _distance = self._look_up(args[0].detach())
         if output.device.type == "cpu" and not bool(within.any()):
             return None
         value = self._values[index.clamp_min(0)].to(output.dtype).view_as(output)
         return torch.where(within.view(output.shape[:-1]).unsqueeze(-1), value, output)
 
-    def _within(self, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _look_up(self, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Per token, in one row: whether it is within the radius of its nearest key, which key
         that is, and how far away."""
         if self._keys.device != seen.device:
@@ -482,25 +423,10 @@ class Grace(AbstractContextManager["Grace"]):
 
     def within(self, texts: Sequence[str]) -> list[list[Within]]:
         """Which tokens of each text are answered by the codebook."""
-        if isinstance(texts, str):
-            raise TypeError(f"texts must be a list of texts; got the string {texts!r}")
-        rows = [e.ids for e in encode_many(self.tokenizer, [(text, None, None) for text in texts])]
-        found: list[list[Within]] = [[] for _ in rows]
-        places = [i for i, row in enumerate(rows) if row]
-        if not len(self._radii) or not places:
-            return found
-        filled = [rows[i] for i in places]
-        with self._pause():
-            for some, seen, mask in run_inputs(
-                self.decoder, self._inputs, filled, self._pad, self.layer
-            ):
-                inside, index, distance = (x.view(mask.shape) for x in self._within(seen))
-                for line, at in (inside & mask.bool()).nonzero().tolist():
-                    row = places[some[line]]
-                    ids = self._codebook[int(index[line, at])].ids
-                    position = at - (mask.size(1) - len(rows[row]))
-                    found[row].append(Within(position, ids, float(distance[line, at])))
-        return found
+        return [
+            [Within(position, self._codebook[key].ids, d) for position, key, d in hits]
+            for hits in self._hits(texts)
+        ]
 
     def report(self) -> dict[str, Any]:
         """What the facts did, and what became of the codebook.
@@ -534,27 +460,20 @@ class Grace(AbstractContextManager["Grace"]):
             ValueError: it is empty.
             OutputError: the file cannot be written.
         """
-        if not self._edits or self._fingerprint is None:
-            raise ValueError("the codebook is empty: there is nothing to save")
+        about = self._about()
         valued = [i for i, edit in enumerate(self._edits) if edit.value is not None]
         tensors = {
             "keys": torch.stack([edit.key for edit in self._edits]),
             "values": torch.stack([cast(Tensor, self._edits[i].value) for i in valued]),
         }
-        about = {
-            "model": self._fingerprint,
-            "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            "layer": self.layer,
+        about |= {
             "eps": self.eps,
             "steps": self.steps,
             "lr": self.lr,
             "init": self.init,
-            "batch": self.batch,
-            "seed": self.seed,
-            "facts": [edit.fact.to_dict() for edit in self._edits],
             "valued": [[i, self._edits[i].loss] for i in valued],
         }
-        write_memory(path, _FORMAT, tensors, about)
+        write_memory(path, self._format, tensors, about)
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module, tokenizer: Any) -> Grace:
@@ -569,15 +488,7 @@ class Grace(AbstractContextManager["Grace"]):
             CheckpointError: it is not such a file, is damaged, or is for another model or
                 tokenizer.
         """
-        tensors, about = read_memory(path, _FORMAT)
-        if about.get("model") != model_fingerprint(decoder_of(model).model):
-            raise CheckpointError(
-                f"{path}: was made for other weights, or another dtype of them, than those of this "
-                "model: load the model that it was made with, or make the codebook anew with fit"
-            )
-        if about.get("tokenizer") != tokenizer_fingerprint(tokenizer):
-            raise CheckpointError(f"{path}: was made with another tokenizer")
-        try:
+        with cls._opened(path, model, tokenizer) as (tensors, about):
             options = ("layer", "eps", "steps", "lr", "init", "batch", "seed")
             made = cls(model, tokenizer, **{name: about[name] for name in options})
             facts = [fact_of(given, "facts") for given in about["facts"]]
@@ -590,9 +501,6 @@ class Grace(AbstractContextManager["Grace"]):
             steps, codebook, keys = made._walk(edits)
             if any(edits[i].value is None for i in keys):
                 raise ValueError("a key has no value")
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{path}: does not hold what a codebook has ({error})") from error
-        made._edits, made._steps, made._codebook = edits, steps, codebook
-        made._lay_out([edits[i] for i in keys], [key.radius for key in codebook])
+        made._settle(edits, steps, codebook, keys)
         made._fingerprint = about["model"]
         return made

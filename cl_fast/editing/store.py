@@ -34,8 +34,7 @@ so that at most that many of these tokens fire falsely.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -45,20 +44,19 @@ from torch import Tensor, nn
 
 from cl_fast.editing.contexts import own_contexts
 from cl_fast.editing.facts import Encoded, Fact, check_facts, encode_many, fact_of, unknown_ids
-from cl_fast.editing.memory_files import read_memory, write_memory
+from cl_fast.editing.memory import BlockMemory, Inputs, Keys
+from cl_fast.editing.memory_files import write_memory
 from cl_fast.editing.presets import preset_of
-from cl_fast.editing.rows import like_lengths, padded_left
 from cl_fast.editing.values import Group, ValueOptions, Values, group_facts, optimise_values
-from cl_fast.errors import CheckpointError, NonFiniteError
-from cl_fast.losses.cache import model_fingerprint, tokenizer_fingerprint
-from cl_fast.models.blocks import Decoder, decoder_of, text_config
+from cl_fast.errors import NonFiniteError
+from cl_fast.losses.cache import model_fingerprint
+from cl_fast.models.blocks import text_config
 from cl_fast.models.heads import Evaluating
 from cl_fast.ops import nearest_key
 from cl_fast.options import at_least, integer, one_of, share
 
-__all__ = ["LEAST_GATE", "FactStore", "Fire", "Inputs", "inputs_at_end", "run_inputs"]
+__all__ = ["LEAST_GATE", "FactStore", "Fire"]
 
-Keys = Literal["mlp", "block"]
 _KEYS = ("mlp", "block")
 _LOOKUPS = ("subject_last", "last")
 
@@ -67,101 +65,7 @@ LEAST_GATE = 0.5
 _GRID, _MARGIN = 4096, 0.25
 _BLOCK = 1 << 23
 """Numbers of queries that are widened at a time."""
-_FORMAT = "fact_store"
 _NO_MATRIX = "With keys='block' a FactStore needs no matrix"
-
-
-# --- what a block is given ---------------------------------------------------------------------
-
-
-class Inputs:
-    """What a block (or the matrix that writes its MLP) was given, while hooks are set.
-
-    A block whose forward is replaced by a stand-in does no work, and then there is nothing to take.
-
-    Args:
-        decoder: the model.
-        layer: of the block.
-        keys: "mlp" or "block".
-
-    Raises:
-        ValueError: the matrix is not one that is understood, or another store or codebook changes
-            what the block gives at this moment.
-    """
-
-    def __init__(self, decoder: Decoder, layer: int, keys: Keys) -> None:
-        self.block = decoder.blocks[layer]
-        inner = (hook for m in self.block.modules() for hook in m._forward_hooks.values())
-        if any(hasattr(getattr(hook, "__self__", None), "attach") for hook in inner):
-            raise ValueError(
-                f"another editor is attached to block {layer}: detach it before this one is made "
-                "(both may be attached afterwards)"
-            )
-        self.keys = keys
-        if keys == "mlp":
-            site = decoder.site(layer)
-            self.works: nn.Module = site.module
-            self.size = site.key_size
-        else:
-            # The first layer with weights: it is called where the block really works.
-            inner = (m for m in self.block.modules() if m is not self.block and m._parameters)
-            self.works = next(inner)
-            self.size = decoder.hidden_size
-        self._given: Tensor | None = None
-        self._seen: Tensor | None = None
-
-    def hook(self) -> list[Any]:
-        """Handles of the hooks, to be removed."""
-        handles = [self.works.register_forward_pre_hook(self._worked)]
-        if self.keys == "block":
-            handles.append(self.block.register_forward_pre_hook(self._enters, with_kwargs=True))
-        return handles
-
-    def _enters(self, _: nn.Module, args: Any, kwargs: Any) -> None:
-        self._given = (args[0] if args else kwargs["hidden_states"]).detach()
-
-    def _worked(self, _: nn.Module, args: Any) -> None:
-        self._seen = args[0].detach() if self.keys == "mlp" else self._given
-
-    def take(self) -> Tensor | None:
-        """Of the last call of the block: [..., size]; None where it did not work."""
-        seen, self._seen, self._given = self._seen, None, None
-        return seen
-
-
-def run_inputs(
-    decoder: Decoder, inputs: Inputs, rows: Sequence[Sequence[int]], pad: int, layer: int
-) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """What the rows give at `layer`: indices, [rows, length, size], attention mask [rows, length].
-
-    Rows are padded on the left.
-    """
-    for some in like_lengths(rows, 4096):
-        given = padded_left([rows[i] for i in some], pad, decoder.device)
-        handles = inputs.hook()
-        try:
-            with torch.no_grad(), Evaluating(decoder.model):
-                hidden = decoder.run(given, 0, layer + 1)
-        finally:
-            for handle in handles:
-                handle.remove()
-        seen = inputs.take()
-        assert seen is not None, "the block has run"
-        seen = seen.reshape(*hidden.shape[:-1], inputs.size)
-        yield some, seen, given["attention_mask"]
-
-
-def inputs_at_end(
-    decoder: Decoder, inputs: Inputs, rows: Sequence[Sequence[int]], pad: int, layer: int
-) -> Tensor:
-    """What the last token of each row gives at `layer`: [rows, size], on the model's device."""
-    found: Tensor | None = None
-    for some, seen, _ in run_inputs(decoder, inputs, rows, pad, layer):
-        if found is None:
-            found = seen.new_empty(len(rows), inputs.size)
-        found[some] = seen[:, -1]
-    assert found is not None, "there are rows"
-    return found
 
 
 # --- what the store holds ----------------------------------------------------------------------
@@ -302,7 +206,7 @@ class _Texts:
         return ((nearest * _GRID + _MARGIN).ceil() / _GRID).clamp_min(LEAST_GATE)
 
 
-class FactStore(AbstractContextManager["FactStore"]):
+class FactStore(BlockMemory):
     """Facts at one block of a model, which keeps all of its weights.
 
     Args:
@@ -337,6 +241,8 @@ class FactStore(AbstractContextManager["FactStore"]):
         TypeError, ValueError: naming the argument; the block is not understood.
     """
 
+    _noun, _format = "store", "fact_store"
+
     def __init__(
         self,
         model: nn.Module,
@@ -369,8 +275,7 @@ class FactStore(AbstractContextManager["FactStore"]):
                 "options must have where='stream': a store adds to the output of a block; got "
                 f"where={options.where!r}"
             )
-        self.decoder = decoder_of(model)
-        self.tokenizer = tokenizer
+        super().__init__(model, tokenizer)
         usual, values = self._usual(keys) if layer == "auto" or options is None else (0, None)
         self.layer = self.decoder.layer(usual if layer == "auto" else layer, "layer")
         if self.layer == len(self.decoder) - 1 and lookup != "last":
@@ -384,11 +289,8 @@ class FactStore(AbstractContextManager["FactStore"]):
         self.options = options or values or ValueOptions()
         self.batch, self.seed = batch, seed
         self._inputs = self._given_at(keys)
-        self._handles: list[Any] = []
         self._rows = self._no_rows()
         self._entries: list[_Entry] = []
-        self._facts: dict[str, Fact] = {}
-        self._fingerprint: str | None = None
         self._texts: _Texts | None = None
         self.gate: float | Literal["calibrated"] = "calibrated"
         if isinstance(gate, str):
@@ -442,22 +344,6 @@ class FactStore(AbstractContextManager["FactStore"]):
 
     # --- what it holds ---
 
-    def __len__(self) -> int:
-        return len(self._facts)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._facts
-
-    @property
-    def ids(self) -> list[str]:
-        """Of the facts, in the order in which they came."""
-        return list(self._facts)
-
-    @property
-    def facts(self) -> dict[str, Fact]:
-        """By id, in the order in which they came."""
-        return dict(self._facts)
-
     @property
     def thresholds(self) -> dict[str, float]:
         """The cosine above which each fact is looked up, by id."""
@@ -504,12 +390,7 @@ class FactStore(AbstractContextManager["FactStore"]):
             TypeError, ValueError: as `insert`.
         """
         new = list(facts)
-        for i, fact in enumerate(new):
-            if not isinstance(fact, Fact):
-                raise TypeError(f"facts[{i}] must be a Fact; got {type(fact).__name__}")
-        texts = {fact.text for fact in new} | {fact.id for fact in new}
-        gone = [i for i, fact in self._facts.items() if i in texts or fact.text in texts]
-        self._change(gone, new, None)
+        self._change(self._replaced(new), new, None)
 
     def delete(self, ids: Iterable[str]) -> None:
         """Takes facts out: the model answers as if they had never been there.
@@ -637,8 +518,7 @@ class FactStore(AbstractContextManager["FactStore"]):
             self.tokenizer, texts, separator=spaces, lookup=self.lookup
         )
         rows = [e.ids[: e.lookup + 1] for e in encoded]
-        with self._pause():
-            seen = inputs_at_end(self.decoder, self._inputs, rows, self._pad, self.layer)
+        seen = self._at_end(rows)
         wide = torch.float64 if seen.dtype == torch.float64 else torch.float32
         seen = seen.to(wide).view(len(groups), 1 + len(self.contexts), -1)
         keys = seen[:, 0]
@@ -653,10 +533,6 @@ class FactStore(AbstractContextManager["FactStore"]):
                 "look at the weights of the model"
             )
         return _normalised(keys, self._rows.keys.dtype)
-
-    @property
-    def _pad(self) -> int:
-        return getattr(self.tokenizer, "pad_token_id", None) or 0
 
     # --- the threshold ---
 
@@ -694,13 +570,10 @@ class FactStore(AbstractContextManager["FactStore"]):
         starts = [0]
         for row in rows:
             starts.append(starts[-1] + len(row))
-        with self._pause():
-            for some, seen, mask in run_inputs(
-                self.decoder, self._inputs, rows, self._pad, self.layer
-            ):
-                for line, i in enumerate(some):
-                    found = seen[line][mask[line].bool()]
-                    queries[starts[i] : starts[i + 1]] = found.to(queries)
+        for some, seen, mask in self._run(rows):
+            for line, i in enumerate(some):
+                found = seen[line][mask[line].bool()]
+                queries[starts[i] : starts[i + 1]] = found.to(queries)
         lengths = queries.float().norm(dim=1)
         if not bool(lengths.isfinite().all()):
             raise NonFiniteError(
@@ -765,50 +638,8 @@ class FactStore(AbstractContextManager["FactStore"]):
 
     # --- in the model ---
 
-    @property
-    def attached(self) -> bool:
-        """Whether the model looks facts up."""
-        return bool(self._handles)
-
-    def attach(self) -> FactStore:
-        """From now on the model looks facts up; the store may be changed while it does.
-
-        Raises:
-            ValueError: it does already.
-        """
-        if self._handles:
-            raise ValueError("this store is attached already: detach it first")
-        self._handles = [
-            *self._inputs.hook(),
-            self._inputs.block.register_forward_hook(self._add),
-        ]
-        return self
-
-    def detach(self) -> None:
-        """The model is as it was; without effect where the store is not attached."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        self._inputs.take()
-
-    def __enter__(self) -> FactStore:
-        return self.attach()
-
-    def __exit__(self, *_: object) -> None:
-        self.detach()
-
-    @contextmanager
-    def _pause(self) -> Iterator[None]:
-        """The model as if nothing were attached, while this lasts."""
-        handles, self._handles = self._handles, []
-        for handle in handles:
-            handle.remove()
-        try:
-            yield
-        finally:
-            self._inputs.take()
-            if handles:
-                self.attach()
+    def _hooks(self) -> list[Any]:
+        return [*self._inputs.hook(), self._inputs.block.register_forward_hook(self._add)]
 
     def _add(self, _: nn.Module, args: Any, output: Any) -> Any:
         """The hook of the block."""
@@ -826,8 +657,12 @@ class FactStore(AbstractContextManager["FactStore"]):
         changed = torch.where(fires.view(hidden.shape[:-1]).unsqueeze(-1), moved, hidden)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-    def _looked_up(self, seen: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _look_up(self, seen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Per position, in one row: whether a fact fires, which, and the cosine."""
+        return self._looked_up(seen, seen)
+
+    def _looked_up(self, seen: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `_look_up`, where the block gives `hidden`."""
         rows = self._rows
         if rows.keys.device != seen.device:
             rows.to(seen.device)
@@ -847,27 +682,10 @@ class FactStore(AbstractContextManager["FactStore"]):
 
         Special tokens that the tokenizer puts at the end are left out.
         """
-        if isinstance(texts, str):
-            raise TypeError(f"texts must be a list of texts; got the string {texts!r}")
-        rows = [e.ids for e in encode_many(self.tokenizer, [(text, None, None) for text in texts])]
-        found: list[list[Fire]] = [[] for _ in rows]
-        filled = [row for row in rows if row]
-        if not self._rows.count or not filled:
-            return found
-        places = [i for i, row in enumerate(rows) if row]
-        with self._pause():
-            for some, seen, mask in run_inputs(
-                self.decoder, self._inputs, filled, self._pad, self.layer
-            ):
-                fire, index, cosine = self._looked_up(seen, seen)
-                fire = fire.view(mask.shape) & mask.bool()
-                index, cosine = index.view(mask.shape), cosine.view(mask.shape)
-                for line, at in fire.nonzero().tolist():
-                    row = places[some[line]]
-                    before = mask.size(1) - len(rows[row])
-                    ids = self._entries[int(index[line, at])].ids
-                    found[row].append(Fire(at - before, ids, float(cosine[line, at])))
-        return found
+        return [
+            [Fire(position, self._entries[key].ids, cosine) for position, key, cosine in hits]
+            for hits in self._hits(texts)
+        ]
 
     def report(self) -> dict[str, Any]:
         """What the store holds and how it answers; prompts and paraphrases are run.
@@ -938,8 +756,7 @@ class FactStore(AbstractContextManager["FactStore"]):
             ValueError: it is empty.
             OutputError: the file cannot be written.
         """
-        if not self._entries or self._fingerprint is None:
-            raise ValueError("the store is empty: there is nothing to save")
+        about = self._about()
         earlier = [
             (value, [i, sorted(fact.id for fact in facts), report])
             for i, entry in enumerate(self._entries)
@@ -951,10 +768,7 @@ class FactStore(AbstractContextManager["FactStore"]):
         if earlier:
             tensors["earlier"] = torch.stack([value for value, _ in earlier])
         options = {f.name: getattr(self.options, f.name) for f in fields(self.options)}
-        about = {
-            "model": self._fingerprint,
-            "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            "layer": self.layer,
+        about |= {
             "keys": self.keys,
             "lookup": self.lookup,
             "gate": self.gate,
@@ -962,13 +776,10 @@ class FactStore(AbstractContextManager["FactStore"]):
             "false_fires": self.false_fires,
             "contexts": list(self.contexts),
             "options": options,
-            "batch": self.batch,
-            "seed": self.seed,
-            "facts": [fact.to_dict() for fact in self._facts.values()],
             "entries": [[list(e.key), list(e.ids), e.report] for e in self._entries],
             "earlier": [told for _, told in earlier],
         }
-        write_memory(path, _FORMAT, tensors, about)
+        write_memory(path, self._format, tensors, about)
 
     @classmethod
     def load(
@@ -992,18 +803,8 @@ class FactStore(AbstractContextManager["FactStore"]):
             CheckpointError: it is not such a file, is damaged, or is for another model or
                 tokenizer.
         """
-        tensors, about = read_memory(path, _FORMAT)
-        if about.get("model") != model_fingerprint(decoder_of(model).model):
-            raise CheckpointError(
-                f"{path}: was made for other weights, or another dtype of them, than those of this "
-                "model: load the model that it was made with, or make the store anew with fit"
-            )
-        if about.get("tokenizer") != tokenizer_fingerprint(tokenizer):
-            raise CheckpointError(f"{path}: was made with another tokenizer")
-        try:
+        with cls._opened(path, model, tokenizer) as (tensors, about):
             return cls._read(tensors, about, model, tokenizer, stats_texts)
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{path}: does not hold what a store has ({error})") from error
 
     @classmethod
     def _read(

@@ -174,7 +174,7 @@ def test_any_order_of_facts_and_deletions(data: st.DataObject) -> None:
         # and who answers along the line
         line = torch.zeros(101, 256)
         line[:, 3] = torch.linspace(-4.013, 4.017, 101)
-        within, index, distance = codebook._within(line)
+        within, index, distance = codebook._look_up(line)
         for place, inside, at, d in zip(
             line[:, 3].tolist(), within.tolist(), index.tolist(), distance.tolist(), strict=True
         ):
@@ -199,7 +199,7 @@ def test_distances_between_large_vectors(
     assert len(codebook.codebook) == 20
     queries = torch.zeros(20, 256)
     queries[:, 3] = torch.arange(20) / 16 + 1000 + 1 / 256
-    within, index, distance = codebook._within(queries)
+    within, index, distance = codebook._look_up(queries)
     assert index.tolist() == list(range(20))
     assert bool(within.all())
     torch.testing.assert_close(distance, torch.full((20,), 1 / 256), rtol=1e-3, atol=0)
