@@ -119,6 +119,12 @@ class WeightEditor:
     ) -> None:
         self.decoder: Decoder = decoder_of(model)
         self.model, self.tokenizer, self.stats = model, tokenizer, stats
+        devices = sorted({str(p.device) for p in model.parameters()})
+        if len(devices) > 1:
+            raise ValueError(
+                f"the model is spread over {', '.join(devices)}: put it on one device to edit it; "
+                "the patch can be applied to it as it is"
+            )
         preset = preset_of(self.decoder, self.method)
         own = self.defaults
 

@@ -107,6 +107,12 @@ class EditSettings:
         one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         at_least("tokens", self.tokens, 1)
         at_least("batch", self.batch, 1)
+        free = self.method == "alphaedit" or (self.method == "rome" and self.stats is None)
+        if free and self.prior_weight is not None:
+            raise ValueError(
+                f"prior_weight has no effect with method={self.method!r}"
+                + (" without stats" if self.method == "rome" else "")
+            )
         unused = {"texts": bool(self.texts) and self.method == "rome", "any_model": self.any_model}
         for name, given in unused.items():
             if given and self.stats is None:

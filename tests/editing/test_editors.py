@@ -465,6 +465,10 @@ def refuse(kind: str, model: Any) -> Any:
             return Memit(model, tokenizer, stats, prior="flat")  # type: ignore[arg-type]
         case "energy":
             return Memit(model, tokenizer, stats, energy=0.9)
+        case "devices":
+            spread = MODELS["llama"]()
+            spread.lm_head.to("meta")
+            return Memit(spread, tokenizer, stats, layers=[1])
         case "prior_weight":
             return Memit(model, tokenizer, prior="identity", layers=[1], prior_weight=2.0)
         case "mlp":
@@ -512,6 +516,7 @@ def refuse(kind: str, model: Any) -> Any:
         ("descending", ValueError, "layers must ascend"),
         ("prior", ValueError, "prior must be one of 'covariance', 'nullspace', 'identity'"),
         ("energy", ValueError, "energy has no effect with prior='covariance'"),
+        ("devices", ValueError, "the model is spread over cpu, meta: put it on one device"),
         ("prior_weight", ValueError, "prior_weight has no effect with prior='identity'"),
         ("mlp", ValueError, "where='mlp' has values for the output of one MLP"),
         ("contexts", TypeError, "contexts must be a list of texts"),

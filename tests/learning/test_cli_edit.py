@@ -217,6 +217,8 @@ def refused(kind: str, root: Path, tmp: Path) -> None:
             EditJob(base, facts, out, EditSettings(stats=tmp / "stats"))
         case "any model":
             EditJob(base, facts, out, EditSettings(any_model=True))
+        case "prior weight":
+            EditJob(base, facts, out, EditSettings(method="alphaedit", prior_weight=2.0))
         case "texts of rome":
             EditJob(base, facts, out, EditSettings(method="rome", texts=("text.txt",)))
         case "dtype":
@@ -252,6 +254,7 @@ def refused(kind: str, root: Path, tmp: Path) -> None:
         ("layers", ValueError, r"layers must be in \[0, 2\]"),
         ("stats", OutputError, "stats: is not empty, and holds no statistics"),
         ("any model", ValueError, "any_model has no effect without stats"),
+        ("prior weight", ValueError, "prior_weight has no effect with method='alphaedit'"),
         ("texts of rome", ValueError, "texts has no effect without stats"),
         ("dtype", ValueError, "down_proj.weight is torch.bfloat16 in memory and F32 in.*dtype out"),
         ("another job", OutputError, "has another steps: 3 there, 4 now.*--restart"),
