@@ -12,6 +12,7 @@ import fact_models
 import numpy as np
 import pytest
 import torch
+from memory_cases import asked, check_decoding, check_padding, hooks, logits, same
 from torch import Tensor, nn
 
 from cl_fast.editing import store as module
@@ -54,29 +55,6 @@ def random_values(store: FactStore, facts: list[Fact], scale: float = 0.5) -> Va
     delta = scale * torch.randn(len(groups), store.decoder.hidden_size, generator=generator)
     report: list[dict[str, Any]] = [{"loss": 0.0} for _ in groups]
     return Values(groups, delta, torch.zeros_like(delta), report, store.layer)
-
-
-@torch.no_grad()
-def logits(made: Any, prompts: list[str], side: str = "left") -> list[Tensor]:
-    """Of the tokens of each prompt, run as one padded batch."""
-    rows = [made.tokenizer(text)["input_ids"] for text in prompts]
-    width = max(map(len, rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        at = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        ids[i, at], mask[i, at] = torch.tensor(row), 1
-    positions = (mask.cumsum(1) - 1).clamp_min(0)
-    out = made.model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
-    return [out[i][mask[i].bool()] for i in range(len(rows))]
-
-
-def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def asked(facts: list[Fact]) -> list[str]:
-    return [fact.text for fact in facts]
 
 
 # --- what is added, and where ------------------------------------------------------------------
@@ -202,12 +180,7 @@ def test_edits_hold_and_unrelated_prompts_keep_their_bits(seed: int) -> None:
 def test_padding_on_either_side_is_the_prompt_alone(
     made: fact_models.FactModel, facts: list[Fact]
 ) -> None:
-    prompts = [facts[0].text, "The cat sat near the door .", "yesterday " + facts[1].text]
-    with new(made).fit(facts[:3]):
-        alone = [logits(made, [prompt])[0] for prompt in prompts]
-        for side in ("left", "right"):
-            for a, b in zip(logits(made, prompts, side), alone, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    check_padding(made, new(made).fit(facts[:3]), facts)
 
 
 def test_decoding_with_a_cache_is_the_whole_text(
@@ -215,21 +188,10 @@ def test_decoding_with_a_cache_is_the_whole_text(
 ) -> None:
     """A fact may be met in the prompt, and in what is written."""
     text = f"{facts[0].statement} . {facts[1].statement} . The cat sat ."
-    ids = torch.tensor([made.tokenizer(text)["input_ids"]] * 2)
-    with new(made, gate=0.7).fit(facts[:3]) as store, torch.no_grad():
+    store = new(made, gate=0.7).fit(facts[:3])
+    with store:
         assert len(store.fires([text])[0]) >= 2
-        whole = made.model(input_ids=ids).logits
-        cache, steps = None, []
-        for start, stop in [(0, 3), *((i, i + 1) for i in range(3, ids.size(1)))]:
-            out = made.model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            steps.append(out.logits)
-        torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-4)
-        written = [
-            made.model.generate(ids[:, :7], max_new_tokens=6, do_sample=False, use_cache=cached)
-            for cached in (True, False)
-        ]
-    assert torch.equal(*written)
+    check_decoding(made, store, text, 7)
 
 
 def test_quiet_prompts_keep_their_bits_in_a_batch_with_others(
@@ -462,10 +424,6 @@ def test_the_last_token_is_looked_up(made: fact_models.FactModel, facts: list[Fa
 
 
 # --- in the model ------------------------------------------------------------------------------
-
-
-def hooks(model: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 def test_attached_and_detached(made: fact_models.FactModel, facts: list[Fact]) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory_cases import asked, check_decoding, check_padding, hooks, logits, same
 from torch import Tensor, nn
 
 from cl_fast.editing import grace as module
@@ -41,29 +42,6 @@ def facts(made: fact_models.FactModel) -> list[Fact]:
 
 def new(made: Any, **options: Any) -> Grace:
     return Grace(made.model, made.tokenizer, **({"layer": 2, "eps": 1.0, "steps": 30} | options))
-
-
-@torch.no_grad()
-def logits(made: Any, prompts: list[str], side: str = "left") -> list[Tensor]:
-    """Of the tokens of each prompt, run as one padded batch."""
-    rows = [made.tokenizer(text)["input_ids"] for text in prompts]
-    width = max(map(len, rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        at = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        ids[i, at], mask[i, at] = torch.tensor(row), 1
-    positions = (mask.cumsum(1) - 1).clamp_min(0)
-    out = made.model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
-    return [out[i][mask[i].bool()] for i in range(len(rows))]
-
-
-def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def asked(facts: list[Fact]) -> list[str]:
-    return [fact.text for fact in facts]
 
 
 # --- the rule ----------------------------------------------------------------------------------
@@ -308,34 +286,20 @@ def test_what_is_replaced(family: Any, dtype: torch.dtype) -> None:
 def test_padding_on_either_side_is_the_prompt_alone(
     made: fact_models.FactModel, facts: list[Fact]
 ) -> None:
-    prompts = [facts[0].text, "The cat sat near the door .", "yesterday " + facts[1].text]
-    with new(made).fit(facts[:3]):
-        alone = [logits(made, [prompt])[0] for prompt in prompts]
-        for side in ("left", "right"):
-            for a, b in zip(logits(made, prompts, side), alone, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    check_padding(made, new(made).fit(facts[:3]), facts)
 
 
 def test_decoding_with_a_cache_is_the_whole_text(
     made: fact_models.FactModel, facts: list[Fact]
 ) -> None:
     """Also where a prompt is completed only by what is written."""
-    ids = torch.tensor([made.tokenizer(facts[0].statement)["input_ids"]] * 2)
-    with new(made).fit(facts[:3]) as codebook, torch.no_grad():
-        (hits,) = codebook.within([facts[0].statement])
-        assert ids.size(1) - 2 in [hit.position for hit in hits]
-        whole = made.model(input_ids=ids).logits
-        cache, steps = None, []
-        for start, stop in [(0, 3), *((i, i + 1) for i in range(3, ids.size(1)))]:
-            out = made.model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            steps.append(out.logits)
-        torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-4)
-        written = [
-            made.model.generate(ids[:, :-1], max_new_tokens=5, do_sample=False, use_cache=cached)
-            for cached in (True, False)
-        ]
-    assert torch.equal(*written)
+    text = facts[0].statement
+    codebook = new(made).fit(facts[:3])
+    tokens = len(made.tokenizer(text)["input_ids"])
+    with codebook:
+        (hits,) = codebook.within([text])
+    assert tokens - 2 in [hit.position for hit in hits]
+    check_decoding(made, codebook, text, tokens - 1)
 
 
 # --- facts come and go -------------------------------------------------------------------------
@@ -387,10 +351,6 @@ def test_upsert(made: fact_models.FactModel, facts: list[Fact]) -> None:
 
 
 # --- in the model, files -----------------------------------------------------------------------
-
-
-def hooks(model: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 def test_attached_and_detached(made: fact_models.FactModel, facts: list[Fact]) -> None:
