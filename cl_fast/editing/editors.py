@@ -571,7 +571,8 @@ class WeightEditor:
         all_targets = torch.cat([old_t, targets], 1)
         if self.history:
             ridges = torch.cat([kept.ridge.to(keys.device), ridge])
-            solution = solve(prior, all_keys, all_targets, ridges, known_v=old_v)
+            known = old_v if kept.joint else None  # batches of another prior may be among them
+            solution = solve(prior, all_keys, all_targets, ridges, known_v=known)
             u, v = solution.U, solution.V
         else:
             solution = solve(prior, keys, rest, ridge)

@@ -280,6 +280,21 @@ def test_targets_of_a_model_in_16_bits_are_not_rounded_to_them(name: str) -> Non
     assert error < 1e-5
 
 
+def test_history_after_batches_of_several_priors_has_one() -> None:
+    model = MODELS["llama"]().double().eval()
+    patch = fitted(model, history=False, layers=[1], prior_weight=2.0).fit(FACTS[:2])
+    other = fitted(model, history=False, layers=[1], prior_weight=5.0)
+    patch = other.fit(FACTS[2:4], after=patch)
+    patch = fitted(model, layers=[1], prior_weight=5.0).fit(FACTS[4:], after=patch)
+    (layer,) = patch.layers
+    delta = layer.U @ layer.V.T
+    assert layer.keys is not None
+    assert layer.targets is not None
+    missed = (delta @ layer.keys - layer.targets) / patch.ridge
+    gradient = delta @ (5.0 * KnownMoments(model).moments(1)) + missed @ layer.keys.T
+    assert gradient.norm() < 1e-10 * (layer.targets @ layer.keys.T).norm()
+
+
 def test_emmet_with_ridge_1_is_memit_of_one_layer() -> None:
     model = MODELS["llama"]().double().eval()
     memit = fitted(model, layers=[1]).fit(FACTS)
