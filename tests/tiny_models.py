@@ -15,6 +15,10 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -57,6 +61,23 @@ def gemma2(seed: int = 0) -> Gemma2ForCausalLM:
         attn_implementation="eager",
     )
     return Gemma2ForCausalLM(config)
+
+
+def gemma3(seed: int = 0, **changes: Any) -> Gemma3ForCausalLM:
+    torch.manual_seed(seed)
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=8, initializer_range=0.5, **changes,
+        )
+    )  # fmt: skip
+
+
+def gpt2(seed: int = 0, **changes: Any) -> GPT2LMHeadModel:
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    special = {"bos_token_id": 1, "eos_token_id": 2}
+    return GPT2LMHeadModel(GPT2Config(**{"initializer_range": 0.3, **sizes, **special, **changes}))
 
 
 def cohere(seed: int = 0) -> CohereForCausalLM:

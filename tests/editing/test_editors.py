@@ -9,7 +9,6 @@ import pytest
 import tiny_models
 import torch
 from torch import Tensor
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel
 
 from cl_fast.editing.editors import AlphaEdit, Emmet, Memit, Rome, WeightEditor
 from cl_fast.editing.facts import Fact, encode
@@ -34,29 +33,10 @@ CONTEXTS = ["a dog sat on a mat. ", "under tree and mat. "]
 OPTIONS = {"steps": 4, "lr": 0.4, "clamp": 2.0, "contexts": CONTEXTS, "prior_weight": 2.0}
 
 
-def gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(3)
-    sizes = {"n_embd": 16, "n_layer": 4, "n_head": 2, "n_positions": 64, "vocab_size": 67}
-    return GPT2LMHeadModel(
-        GPT2Config(**sizes, initializer_range=0.3, bos_token_id=1, eos_token_id=2)
-    )
-
-
-def gemma3() -> Gemma3ForCausalLM:
-    torch.manual_seed(5)
-    sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    return Gemma3ForCausalLM(
-        Gemma3TextConfig(
-            vocab_size=67, hidden_size=16, intermediate_size=32, num_hidden_layers=4, **sizes,
-            initializer_range=0.5,
-        )
-    )  # fmt: skip
-
-
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: tiny_models.llama(num_hidden_layers=4),
-    "gpt2": gpt2,
-    "gemma3": gemma3,
+    "gpt2": lambda: tiny_models.gpt2(3, n_layer=4),
+    "gemma3": lambda: tiny_models.gemma3(5, num_hidden_layers=4),
 }
 
 
@@ -461,8 +441,8 @@ def test_presets_follow_the_family_and_its_depth() -> None:
     assert preset.layers == (4, 5, 6, 7, 8)
     assert preset_of(decoder_of(deep), "rome").layers == (5,)
     assert preset.prior_weight == 15000.0
-    assert preset_of(decoder_of(gpt2()), "emmet").prior_weight == 1000.0 * 64 / 6400
-    assert preset_of(decoder_of(gemma3()), "memit").family == "gemma2"
+    assert preset_of(decoder_of(MODELS["gpt2"]()), "emmet").prior_weight == 1000.0 * 64 / 6400
+    assert preset_of(decoder_of(MODELS["gemma3"]()), "memit").family == "gemma2"
     assert not preset_of(decoder_of(tiny_models.granite()), "memit").exact
 
 

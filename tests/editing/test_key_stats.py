@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from cl_fast.editing import stats as module
 from cl_fast.editing.solver import CholeskyPrior, NullSpace, solve
@@ -43,14 +43,8 @@ class WithBosAndEos(WithBos):
         return {"input_ids": [*super().__call__(text)["input_ids"], 2]}
 
 
-def gpt2(seed: int = 0) -> GPT2LMHeadModel:
-    torch.manual_seed(seed)
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=67, n_positions=64, n_embd=16, n_inner=32, n_layer=3, n_head=2,
-            bos_token_id=1, eos_token_id=2, initializer_range=0.4,
-        )
-    )  # fmt: skip
+def gpt2() -> Any:
+    return tiny_models.gpt2(n_inner=32, n_layer=3, initializer_range=0.4)
 
 
 def texts(count: int = 40, seed: int = 0, longest: int = 20) -> list[str]:

@@ -11,7 +11,6 @@ import tiny_models
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from cl_fast.editing.evaluation import evaluate
 from cl_fast.editing.facts import Fact
@@ -39,9 +38,7 @@ def llama() -> Any:
 
 
 def gpt2() -> Any:
-    torch.manual_seed(1)
-    sizes = {"vocab_size": 67, "n_embd": 16, "n_inner": 24, "n_layer": 2, "n_head": 2}
-    return GPT2LMHeadModel(GPT2Config(**sizes, n_positions=32, initializer_range=0.3)).eval()
+    return tiny_models.gpt2(1, n_inner=24, n_positions=32).eval()
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+from transformers import OPTConfig, OPTForCausalLM
 
 from cl_fast.editing.factored import frozen_call, matrices_of, recorded, updated
 from cl_fast.editing.facts import Fact
@@ -44,12 +44,8 @@ def llama(dtype: torch.dtype = torch.float64) -> nn.Module:
 
 
 def gpt2(dtype: torch.dtype = torch.float64) -> nn.Module:
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=23, n_embd=D, n_inner=F_, n_layer=2, n_head=2, n_positions=64,
-        initializer_range=0.4, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    return GPT2LMHeadModel(config).to(dtype).eval()
+    model = tiny_models.gpt2(vocab_size=23, n_inner=F_, initializer_range=0.4, pad_token_id=0)
+    return model.to(dtype).eval()
 
 
 MODELS = {"llama": llama, "gpt2": gpt2}
@@ -510,9 +506,7 @@ def test_the_gradient_of_training_is_that_of_plain_autograd(
         name = f"{matrix.name}.weight"
         weights[name] = matrix.weight.detach() + (change.T if matrix.transposed else change)
     want_edit = sum(nll(model, tokenizer, f.text, f.target, weights) for f in FACTS)
-    want_edit = want_edit + nll(
-        model, tokenizer, FACTS[1].paraphrases[0], FACTS[1].target, weights
-    )
+    want_edit = want_edit + nll(model, tokenizer, FACTS[1].paraphrases[0], FACTS[1].target, weights)
     count = sum(len(ids_of(tokenizer, text)) for text in TEXTS)
     want_kl = sum(kl_sum(model, tokenizer, text, weights) for text in TEXTS) / count
     assert isinstance(want_kl, Tensor)
@@ -535,9 +529,7 @@ OPTIONS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("aggregate", ["sum", "least_squares"])
-def test_training_goes_on_with_equal_bits(
-    aggregate: str, tokenizer: Any, tmp_path: Path
-) -> None:
+def test_training_goes_on_with_equal_bits(aggregate: str, tokenizer: Any, tmp_path: Path) -> None:
     model = llama(torch.float32)
     whole = Mend(model, tokenizer, rank=4, aggregate=aggregate)
     report = whole.train(FACTS, steps=6, **OPTIONS)

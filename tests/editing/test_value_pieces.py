@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from cl_fast.editing import values
 from cl_fast.editing.facts import Fact
@@ -24,13 +24,6 @@ FACTS = [
 ]
 CONTEXTS = ["a dog sat on a mat and ", "then the cat ran under "]
 OPTIONS = ValueOptions(steps=7, lr=0.3, clamp=0.4, stop_loss=4.2, weight_decay=0.1)
-
-
-def gpt2() -> Any:
-    torch.manual_seed(3)
-    sizes = {"n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 64, "vocab_size": 67}
-    config = GPT2Config(**sizes, initializer_range=0.3, bos_token_id=1, eos_token_id=2)
-    return GPT2LMHeadModel(config)
 
 
 def found(model: Any, **more: Any) -> Values:
@@ -105,7 +98,7 @@ def test_a_window_is_not_stretched_by_padding() -> None:
 
 
 def test_the_last_mlp_works_where_the_head_looks() -> None:
-    for model in (tiny_models.llama().eval(), gpt2().eval()):
+    for model in (tiny_models.llama().eval(), tiny_models.gpt2(3, n_layer=3).eval()):
         decoder = decoder_of(model)
         mlp = values._last_mlp(decoder)
         assert mlp is decoder.blocks[-1].mlp
@@ -125,7 +118,7 @@ def test_the_last_mlp_works_where_the_head_looks() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_written_out_gelu_is_fused_but_in_16_bits(dtype: torch.dtype) -> None:
-    model = gpt2().to(dtype).eval()
+    model = tiny_models.gpt2(3, n_layer=3).to(dtype).eval()
     act = model.transformer.h[0].mlp.act
     x = torch.randn(50, dtype=dtype)
     want = act(x)

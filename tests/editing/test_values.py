@@ -9,10 +9,6 @@ import tiny_models
 import torch
 from torch import Tensor
 from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
     MptConfig,
@@ -33,25 +29,6 @@ FACTS = [
     Fact("{} and", "dog", "dog"),
 ]
 CONTEXTS = ["a dog sat on a mat and "]
-
-
-def gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(3)
-    sizes = {"n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 64, "vocab_size": 67}
-    return GPT2LMHeadModel(
-        GPT2Config(**sizes, initializer_range=0.3, bos_token_id=1, eos_token_id=2)
-    )
-
-
-def gemma3() -> Gemma3ForCausalLM:
-    torch.manual_seed(5)
-    sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    return Gemma3ForCausalLM(
-        Gemma3TextConfig(
-            vocab_size=67, hidden_size=16, intermediate_size=32, num_hidden_layers=3, **sizes,
-            initializer_range=0.5,
-        )
-    )  # fmt: skip
 
 
 def granite() -> GraniteForCausalLM:
@@ -77,8 +54,8 @@ def opt() -> OPTForCausalLM:
 
 MODELS = {
     "llama": lambda: tiny_models.llama(num_hidden_layers=3),
-    "gpt2": gpt2,
-    "gemma3": gemma3,
+    "gpt2": lambda: tiny_models.gpt2(3, n_layer=3),
+    "gemma3": lambda: tiny_models.gemma3(5, num_hidden_layers=3),
     "granite": granite,
     "opt": opt,
 }
