@@ -32,11 +32,12 @@ from transformers.utils import logging
 from cl_fast.checkpoints.checkpoint import Checkpoint
 from cl_fast.checkpoints.patches import hash_stored, stored_name
 from cl_fast.checkpoints.writing import write_whole
+from cl_fast.editing.applying import check_bases, find_layers, weight_hash, write_factors
 from cl_fast.editing.datasets import load_facts
 from cl_fast.editing.editors import AlphaEdit, Emmet, Memit, Rome, WeightEditor
 from cl_fast.editing.evaluation import Reference, evaluate
 from cl_fast.editing.facts import check_facts
-from cl_fast.editing.patch import Patch, weight_hash
+from cl_fast.editing.patch import Patch
 from cl_fast.editing.presets import preset_of
 from cl_fast.editing.report import Report, compared
 from cl_fast.editing.stats import KeyStats
@@ -44,6 +45,7 @@ from cl_fast.editing.values import Group, Values, group_facts
 from cl_fast.errors import CheckpointError, OutputError
 from cl_fast.learning.ledger import load_tensors, save_tensors
 from cl_fast.learning.texts import Texts, documents, find_files
+from cl_fast.merging.executors import torch_dtype
 from cl_fast.merging.manifest import relocate
 from cl_fast.merging.patches import apply_patch
 from cl_fast.models.blocks import Decoder, decoder_of
@@ -350,7 +352,7 @@ class EditJob:
         if not before_file.is_file():
             self._scores(model, reference).to_json(before_file)
         self._say("scores after", 0, 1)
-        with Patch.load(patch_file).bind(model):
+        with self._as_written(model, Patch.load(patch_file)):
             self._scores(model, reference).to_json(self.work / "after.json")
 
     def _layers(self, decoder: Decoder) -> tuple[int, ...]:
@@ -375,6 +377,25 @@ class EditJob:
                     f"{stored.path}, with other values: a patch for the one does not go on the "
                     "other. Leave dtype out, or give one that holds what is stored (float32)"
                 )
+
+    @contextmanager
+    def _as_written(self, model: nn.Module, patch: Patch) -> Iterator[None]:
+        """The edited weights as they will be in OUT: rounded to the dtype of the checkpoint, which
+        may be another than that of the model in memory."""
+        weights = [module.weight.detach() for module in find_layers(model, patch.layers)]
+        check_bases(patch.layers, weights)
+        bases = [weight.clone() for weight in weights]
+        try:
+            for layer, weight, base in zip(patch.layers, weights, bases, strict=True):
+                name = stored_name(layer.weight_name, self.base.tensors) or layer.weight_name
+                stored = base.to(torch_dtype(self.base.tensors[name].dtype))
+                edited = torch.empty_like(stored)
+                write_factors(edited, stored, layer)
+                weight.copy_(edited)
+            yield
+        finally:
+            for weight, base in zip(weights, bases, strict=True):
+                weight.copy_(base)
 
     def _scores(self, model: nn.Module, reference: Reference | None) -> Report:
         return evaluate(

@@ -18,6 +18,7 @@ from cl_fast.cli import main
 from cl_fast.editing import patch as patch_module
 from cl_fast.editing import report as report_module
 from cl_fast.editing import stats as stats_module
+from cl_fast.editing.evaluation import evaluate
 from cl_fast.editing.facts import Fact
 from cl_fast.editing.patch import Patch
 from cl_fast.errors import CheckpointError, OutputError
@@ -86,6 +87,14 @@ def test_the_whole_way(root: Path, done: Path, capsys: pytest.CaptureFixture[str
     assert "| after |" in (done / "edits.md").read_text()
     assert main(["verify", str(done), "--sample", "all"]) == 0
     assert "model.layers.1.mlp.down_proj.weight" in capsys.readouterr().out
+
+
+def test_scores_are_those_of_what_was_written(done: Path) -> None:
+    """... whose weights are rounded to bfloat16, while the model was edited in float32."""
+    model = AutoModelForCausalLM.from_pretrained(done, dtype=torch.float32)
+    told = json.loads((done / "edits.json").read_text())["after"]
+    for row, want in zip(told["rows"], evaluate(model, tokenizer(), FACTS).rows, strict=True):
+        assert row["em"] == pytest.approx(want["em"], rel=1e-5)
 
 
 def test_a_saved_patch_is_applied_without_the_model(
