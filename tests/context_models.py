@@ -17,9 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, processors
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tiny_models import word_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cl_fast.editing.facts import Fact
@@ -29,7 +27,6 @@ Val Wim Zoe"""
 _DRINKS = "tea milk beer wine cola mead rum gin sake cider"
 PEOPLE, DRINKS = _PEOPLE.split(), _DRINKS.split()
 WORDINGS = ("{} likes", "the drink of {} is")
-SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 
 
 @dataclass(frozen=True)
@@ -62,18 +59,8 @@ class Reader:
 
 def tokenizer() -> PreTrainedTokenizerFast:
     words = sorted({w for text in WORDINGS for w in text.split() if w != "{}"})
-    words = [*SPECIAL, "New", "Fact", "Prompt", ":", *words, *PEOPLE, *DRINKS]
-    made = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    made.pre_tokenizer = Whitespace()
-    made.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", special_tokens=[("<bos>", 1)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
+    return word_tokenizer(
+        ["New", "Fact", "Prompt", ":", *words, *PEOPLE, *DRINKS], True, side="right"
     )
 
 

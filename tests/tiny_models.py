@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -28,6 +30,8 @@ from transformers import (
 
 VOCABULARY = 67  # odd, and unlike every other size
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree", "and", "then"]
+MADE_UP = [a + b for a in ("ka", "lo", "mi", "nu", "pe", "ri", "so") for b in "bdfgklmnr"]
+SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 
 _SIZES = {
     "vocab_size": VOCABULARY,
@@ -103,19 +107,30 @@ def batch(seed: int = 0, size: int = 3, length: int = 9) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    special = ["<pad>", "<bos>", "<eos>", "<unk>"]
-    vocabulary = {word: index for index, word in enumerate([*special, *WORDS])}
+def word_tokenizer(
+    words: Iterable[str], bos: bool = False, eos: bool = False, side: str = "left"
+) -> PreTrainedTokenizerFast:
+    """One token a word, after the special ones; with `bos` and `eos` these around every text."""
+    vocabulary = {word: index for index, word in enumerate([*SPECIAL, *words])}
     made = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     made.pre_tokenizer = Whitespace()
-    fast = PreTrainedTokenizerFast(
+    if bos or eos:
+        made.post_processor = TemplateProcessing(
+            single=("<bos> " if bos else "") + "$A" + (" <eos>" if eos else ""),
+            special_tokens=[("<bos>", 1), ("<eos>", 2)],
+        )
+    return PreTrainedTokenizerFast(
         tokenizer_object=made,
         pad_token="<pad>",
         bos_token="<bos>",
         eos_token="<eos>",
         unk_token="<unk>",
-        padding_side="left",
+        padding_side=side,
     )
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    fast = word_tokenizer(WORDS)
     fast.chat_template = (
         "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
         "{% if add_generation_prompt %}then {% endif %}"

@@ -9,18 +9,20 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import VOCABULARY, NoLogits, gemma2, llama
-from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
-from tokenizers.models import BPE, WordLevel
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from tiny_models import MADE_UP, VOCABULARY, NoLogits, gemma2, llama, word_tokenizer
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from cl_fast.editing.continuations import continuations, uniforms
 from cl_fast.editing.evaluation import (
@@ -35,26 +37,12 @@ from cl_fast.editing.facts import Fact
 from cl_fast.editing.report import Report, compared
 from cl_fast.errors import CheckpointError, NonFiniteError
 
-SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
-WORDS = [a + b for a in ("ka", "lo", "mi", "nu", "pe", "ri", "so") for b in "bdfgklmnr"]
 EVERYTHING = tuple(SUITE)
 ROUNDED = 1e-7
 """RMS norms round to float32 in a float64 model, too: one unit moves a probability by this much."""
 
 
-def words(bos: bool = False, side: str = "right", eos: bool = False) -> PreTrainedTokenizerFast:
-    """One token a word, with a beginning of sequence or not; perhaps with an end, too."""
-    made = Tokenizer(WordLevel({w: i for i, w in enumerate([*SPECIAL, *WORDS])}, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if bos or eos:
-        made.post_processor = processors.TemplateProcessing(
-            single=("<bos> " if bos else "") + "$A" + (" <eos>" if eos else ""),
-            special_tokens=[("<bos>", 1), ("<eos>", 2)],
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
-        unk_token="<unk>", padding_side=side,
-    )  # fmt: skip
+words = partial(word_tokenizer, MADE_UP, side="right")
 
 
 def letters() -> PreTrainedTokenizerFast:
@@ -66,13 +54,10 @@ def letters() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>")
 
 
-def gpt2(seed: int = 0, vocabulary: int = VOCABULARY, positions: int = 160) -> GPT2LMHeadModel:
-    torch.manual_seed(seed)
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=vocabulary, n_embd=16, n_layer=2, n_head=2, n_positions=positions,
-            initializer_range=0.4, bos_token_id=None, eos_token_id=None,
-        )
+def gpt2(seed: int = 0, vocabulary: int = VOCABULARY) -> Any:
+    return tiny_models.gpt2(
+        seed, vocab_size=vocabulary, n_positions=160, initializer_range=0.4,
+        bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
 
 
@@ -100,11 +85,11 @@ def some_facts(model: Any, tokenizer: Any, count: int, seed: int = 0) -> list[Fa
     chance = np.random.default_rng(seed)
 
     def draw(n: int) -> str:
-        return " ".join(chance.choice(WORDS, n))
+        return " ".join(chance.choice(MADE_UP, n))
 
     def known(prompt: str, n: int) -> str:
         said = says(model, tokenizer, prompt, n)
-        clean = all(word in WORDS for word in said.split()) and said.split()
+        clean = all(word in MADE_UP for word in said.split()) and said.split()
         return said if clean and chance.random() < 0.6 else draw(n)
 
     facts = []
@@ -368,7 +353,8 @@ def test_the_model_is_left_as_it_was(facts: list[Fact]) -> None:
 def test_no_logits_of_all_positions(pair: tuple[Any, Any], facts: list[Fact]) -> None:
     """Of a batch only the positions before targets meet the head."""
     long = [
-        dataclasses.replace(f, paraphrases=(" ".join(WORDS[:40]),), neighbourhood=()) for f in facts
+        dataclasses.replace(f, paraphrases=(" ".join(MADE_UP[:40]),), neighbourhood=())
+        for f in facts
     ]
     with NoLogits(rows=2 * 40):
         evaluate(pair[0], words(), long, ("ps", "acc"))
@@ -641,7 +627,7 @@ def test_other_bad_input(pair: tuple[Any, Any], facts: list[Fact]) -> None:
         evaluate(model, words(), facts, reference=before)
     with pytest.raises(ValueError, match="no fact has a neighbourhood"):
         Reference.take(base, words(), [Fact("{}", "kab", "kad")])
-    long = Fact(" ".join(["{}", *WORDS, "kab"]), "kad", "kaf")
+    long = Fact(" ".join(["{}", *MADE_UP, "kab"]), "kad", "kaf")
     with pytest.raises(ValueError, match=r"kad kab .* takes 65 tokens, but the model has 64"):
         evaluate(model, words(), [long], ("acc",))
     slow = words()

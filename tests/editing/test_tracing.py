@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
-from tiny_models import gemma2, llama
-from tokenizers import Tokenizer, pre_tokenizers, processors
-from tokenizers.models import WordLevel
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from tiny_models import MADE_UP, gemma2, llama, word_tokenizer
+from transformers import GPT2LMHeadModel
 
 from cl_fast.editing.facts import Fact
 from cl_fast.editing.tracing import (
@@ -24,35 +24,17 @@ from cl_fast.editing.tracing import (
 )
 from cl_fast.errors import NonFiniteError
 
-SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
-WORDS = [a + b for a in ("ka", "lo", "mi", "nu", "pe", "ri", "so") for b in "bdfgklmnr"]
 TEXT, SUBJECT = "kab lod mif nug pek", "lod mif"
 ROUNDED = 1e-5
 """RMS norms round to float32 in a float64 model, too: of a probability, this part at most."""
 
 
-def tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
-    vocabulary = {w: i for i, w in enumerate([*SPECIAL, *WORDS])}
-    made = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if bos:
-        made.post_processor = processors.TemplateProcessing(
-            single="<bos> $A", special_tokens=[("<bos>", 1)]
-        )
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>", bos_token="<bos>")
-
-
-def gpt2(layers: int = 3) -> GPT2LMHeadModel:
-    torch.manual_seed(1)
-    config = GPT2Config(
-        vocab_size=67, n_embd=16, n_layer=layers, n_head=2, n_positions=32, initializer_range=0.4
-    )
-    return GPT2LMHeadModel(config)
+tokenizer = partial(word_tokenizer, MADE_UP)
 
 
 MODELS = {
     "llama": lambda: llama(2, num_hidden_layers=3),
-    "gpt2": gpt2,
+    "gpt2": lambda: tiny_models.gpt2(1, n_layer=3, n_positions=32, initializer_range=0.4),
     "gemma2": gemma2,
 }
 
