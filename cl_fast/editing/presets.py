@@ -1,11 +1,11 @@
 """Where and how published work edits which models; other depths of a family in proportion.
 
-The layers and numbers are those of the code of ROME (also GPT-NeoX) and MEMIT (GPT-2 XL, GPT-J),
-AlphaEdit (Llama 3), EasyEdit (Llama 2, Mistral, Qwen 2.5) and HalluEditBench (Gemma 2); MEMIT's
-layers of GPT-NeoX are in proportion to those of GPT-J. Families are told by the model's config. A
-model of a family at another depth, and of a family without an entry, gets the blocks at the same
-share of its depth, and lambda in proportion to the width of its keys: a starting point, to be
-checked on held-out facts.
+The layers and numbers are those of the code of ROME (also GPT-NeoX), MEMIT (GPT-2 XL, GPT-J), EMMET
+(those and Llama 2), AlphaEdit (Llama 3), EasyEdit (Llama 2, Mistral, Qwen 2.5) and HalluEditBench
+(Gemma 2); MEMIT's layers of GPT-NeoX are in proportion to those of GPT-J. Families are told by the
+model's config. A model of a family at another depth, and of a family without an entry, gets the
+blocks at the same share of its depth, and lambda in proportion to the width of its keys: a starting
+point, to be checked on held-out facts.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _GPT2 = {"steps": 20, "lr": 0.5, "weight_decay": 0.5, "clamp": 0.75}
 
 _FAMILIES = {
     "gpt2": _Family(48, 6400, 17, (13, 17), _FIRST, _GPT2, 20000.0, 1000.0, 2e-2),
-    "gptj": _Family(28, 16384, 5, (3, 8), _FIRST, _GPTJ, threshold=2e-2),
+    "gptj": _Family(28, 16384, 5, (3, 8), _FIRST, _GPTJ, emmet_weight=10000.0, threshold=2e-2),
     "gpt_neox": _Family(44, 24576, 15, (5, 12), _FIRST, _GPTJ),
     "llama2": _Family(32, 11008, 5, (4, 8), _EASY, _EASY),
     "llama3": _Family(32, 14336, 5, (4, 8), _EASY, _LLAMA3, threshold=2e-2),

@@ -9,6 +9,7 @@ import pytest
 import tiny_models
 import torch
 from torch import Tensor
+from transformers import GPTJConfig, GPTJForCausalLM
 
 from cl_fast.editing.editors import AlphaEdit, Emmet, Memit, Rome, WeightEditor
 from cl_fast.editing.facts import Fact, encode
@@ -444,6 +445,11 @@ def test_presets_follow_the_family_and_its_depth() -> None:
     assert preset_of(decoder_of(MODELS["gpt2"]()), "emmet").prior_weight == 1000.0 * 64 / 6400
     assert preset_of(decoder_of(MODELS["gemma3"]()), "memit").family == "gemma2"
     assert not preset_of(decoder_of(tiny_models.granite()), "memit").exact
+    config = GPTJConfig(vocab_size=9, n_embd=8, n_head=2, n_layer=28, rotary_dim=4, n_inner=16)
+    with torch.device("meta"):
+        gptj = decoder_of(GPTJForCausalLM(config))
+    assert preset_of(gptj, "memit").prior_weight == 15000.0
+    assert preset_of(gptj, "emmet").prior_weight == 10000.0
 
 
 def refuse(kind: str, model: Any) -> Any:
