@@ -23,12 +23,15 @@ from torch import Tensor
 
 from cl_fast.editing.facts import Lookup, encode_many
 from cl_fast.editing.rows import padded_left
-from cl_fast.editing.values import Group
+from cl_fast.editing.values import Group, fused_activations
 from cl_fast.models.blocks import Decoder, batched
 
 __all__ = ["Averaging", "KeyStream", "keys_of"]
 
 Averaging = Literal["kinds", "all"]
+
+_CPU_TOKENS = 1024
+"""Of a forward pass on the CPU: what is between its matrix products stays in caches."""
 
 
 @dataclass
@@ -57,7 +60,7 @@ class KeyStream:
         contexts: texts before the prompts; the plain prompt is always there.
         lookup: which token is looked up.
         averaging: "kinds" or "all", see the module.
-        batch: rows per forward pass.
+        batch: rows per forward pass; on the CPU fewer, where they are more than its caches hold.
         waiting: the device on which hidden states wait between blocks; by default the model's.
     """
 
@@ -96,8 +99,8 @@ class KeyStream:
         order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
         device = decoder.device
         self._chunks = []
-        for first in range(0, len(order), batch):
-            some = order[first : first + batch]
+        on_cpu = device.type == "cpu"
+        for some in _pieces(order, [len(row) for row in rows], batch, on_cpu):
             self._chunks.append(
                 _Chunk(
                     padded_left([rows[i] for i in some], pad, device),
@@ -113,7 +116,7 @@ class KeyStream:
         if layer == self.at:
             return
         for chunk in self._chunks:
-            with torch.no_grad():
+            with torch.no_grad(), fused_activations(self.decoder):
                 hidden = self.decoder.run(
                     chunk.inputs, self.at, layer, hidden=self._of(chunk, chunk.inputs)
                 )
@@ -137,7 +140,7 @@ class KeyStream:
             device of the model.
         """
         self.advance(layer)
-        with torch.no_grad():
+        with torch.no_grad(), fused_activations(self.decoder):
             return self._look(layer, layer if until is None else until)
 
     def _look(self, layer: int, until: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,6 +178,17 @@ class KeyStream:
                 hidden = self.decoder.run(inputs, layer + 1, until + 1, hidden=hidden)
             ahead[owner[plain]] = hidden[:, -1].float()
         return keys.T.contiguous(), output, ahead
+
+
+def _pieces(order: list[int], lengths: list[int], batch: int, on_cpu: bool) -> list[list[int]]:
+    """Rows that go together, of ascending lengths."""
+    found: list[list[int]] = []
+    for row in order:
+        full = not found or len(found[-1]) == batch
+        if full or (on_cpu and (len(found[-1]) + 1) * lengths[row] > _CPU_TOKENS):
+            found.append([])
+        found[-1].append(row)
+    return found
 
 
 def keys_of(

@@ -44,7 +44,7 @@ from cl_fast.models.blocks import Decoder, Site, batched, cache_rows, widths_of
 from cl_fast.models.heads import LinearHead, forward_names, forward_replaced, head_of
 from cl_fast.options import at_least, not_negative, one_of, positive
 
-__all__ = ["Group", "ValueOptions", "Values", "group_facts", "optimise_values"]
+__all__ = ["Group", "ValueOptions", "Values", "fused_activations", "group_facts", "optimise_values"]
 
 Where = Literal["stream", "mlp"]
 
@@ -417,7 +417,7 @@ def _only_at(mlp: nn.Module | None, row: Tensor, column: Tensor) -> Iterator[Non
 
 
 @contextlib.contextmanager
-def _fused_activations(decoder: Decoder) -> Iterator[None]:
+def fused_activations(decoder: Decoder) -> Iterator[None]:
     """The GELU of GPT-2 and GPT-J, which transformers writes out in eight steps, in one kernel.
 
     Not in 16 bits, where each of the eight is rounded: the model has learnt with that.
@@ -675,7 +675,7 @@ def optimise_values(
             for some in pieces
         ]
         try:
-            with _fused_activations(decoder):
+            with fused_activations(decoder):
                 with torch.no_grad():
                     *parts, kl = (
                         _prepare(decoder, some, layer, pad, site, options.suffix) if some else None

@@ -122,7 +122,7 @@ def test_a_written_out_gelu_is_fused_but_in_16_bits(dtype: torch.dtype) -> None:
     act = model.transformer.h[0].mlp.act
     x = torch.randn(50, dtype=dtype)
     want = act(x)
-    with values._fused_activations(decoder_of(model)):
+    with values.fused_activations(decoder_of(model)):
         replaced = "forward" in act.__dict__
         got = act(x)
     assert replaced == (dtype != torch.bfloat16)
