@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cl_fast.editing.continuations import continuations, end_tokens, uniforms
-from cl_fast.editing.facts import Encoded, Fact, encode_many
+from cl_fast.editing.facts import Encoded, Fact, encode_many, listed_facts
 from cl_fast.editing.report import Report
 from cl_fast.editing.rows import padded_inputs
 from cl_fast.errors import NonFiniteError
@@ -118,7 +118,7 @@ def evaluate(
         TypeError: the tokenizer gives no offsets; an argument is of another kind.
         NonFiniteError: the model gives NaN.
     """
-    listed = _checked_facts(facts)
+    listed = listed_facts(facts)
     for name, value in (
         ("batch", batch), ("cohorts", cohorts), ("generation_length", generation_length),
         ("fluency_every", fluency_every), ("top_k", top_k),
@@ -175,16 +175,6 @@ _COLUMNS = {
     "fluency": ("fluency",),
 }
 _MAIN = {name: columns[0] for name, columns in _COLUMNS.items()}
-
-
-def _checked_facts(facts: Iterable[Fact]) -> list[Fact]:
-    listed = list(facts)
-    if not listed:
-        raise ValueError("facts is empty: give at least one Fact")
-    for i, fact in enumerate(listed):
-        if not isinstance(fact, Fact):
-            raise TypeError(f"facts[{i}] must be a Fact; got {type(fact).__name__}")
-    return listed
 
 
 def _wanted(suite: Sequence[str] | None) -> tuple[str, ...]:
@@ -537,7 +527,7 @@ class Reference:
             NonFiniteError: the model gives NaN.
         """
         at_least("batch", batch, 1)
-        prompts = list(dict.fromkeys(p for f in _checked_facts(facts) for p in f.neighbourhood))
+        prompts = list(dict.fromkeys(p for f in listed_facts(facts) for p in f.neighbourhood))
         if not prompts:
             raise ValueError("no fact has a neighbourhood, at whose prompts a reference is taken")
         encoded = encode_many(tokenizer, [(prompt.rstrip(), None, None) for prompt in prompts])

@@ -29,6 +29,7 @@ __all__ = [
     "encode",
     "encode_many",
     "fact_of",
+    "listed_facts",
     "read_facts",
     "unknown_ids",
 ]
@@ -156,6 +157,22 @@ class Fact:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
 
 
+def listed_facts(facts: Iterable[Fact], name: str = "facts") -> list[Fact]:
+    """The facts as a list; two may be alike, see `check_facts`.
+
+    Raises:
+        TypeError: one is not a Fact.
+        ValueError: there is none.
+    """
+    listed = list(facts)
+    if not listed:
+        raise ValueError(f"{name} is empty: give at least one Fact")
+    for i, fact in enumerate(listed):
+        if not isinstance(fact, Fact):
+            raise TypeError(f"{name}[{i}] must be a Fact; got {type(fact).__name__}")
+    return listed
+
+
 def check_facts(facts: Iterable[Fact], *, known: Mapping[str, Fact] | None = None) -> list[Fact]:
     """The facts as a list, once nothing among them is twice or contradicts itself.
 
@@ -168,12 +185,7 @@ def check_facts(facts: Iterable[Fact], *, known: Mapping[str, Fact] | None = Non
         ValueError: there is none; an id or a fact is there twice; two facts give one prompt
             different targets.
     """
-    listed = list(facts)
-    if not listed:
-        raise ValueError("facts is empty: give at least one Fact")
-    for i, fact in enumerate(listed):
-        if not isinstance(fact, Fact):
-            raise TypeError(f"facts[{i}] must be a Fact; got {type(fact).__name__}")
+    listed = listed_facts(facts)
     texts: dict[str, Fact] = {fact.text: fact for fact in (known or {}).values()}
     ids: dict[str, Fact] = dict(known or {})
     for fact in listed:

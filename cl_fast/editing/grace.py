@@ -216,8 +216,8 @@ class Grace(BlockMemory):
         Raises:
             TypeError, ValueError: as `insert`.
         """
-        new = list(facts)
-        self._become(self._without(self._replaced(new)), new)
+        new, gone = self._replacing(facts)
+        self._become(self._without(gone), new)
 
     def delete(self, ids: Iterable[str]) -> None:
         """Takes facts out: the codebook becomes what the others make of it.

@@ -8,7 +8,7 @@ attached, and its file.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from cl_fast.editing.facts import Fact, encode_many
+from cl_fast.editing.facts import Fact, encode_many, listed_facts
 from cl_fast.editing.memory_files import read_memory
 from cl_fast.editing.rows import like_lengths, padded_left
 from cl_fast.errors import CheckpointError
@@ -128,13 +128,11 @@ class BlockMemory(AbstractContextManager["BlockMemory"]):
         """By id, in the order in which they came."""
         return dict(self._facts)
 
-    def _replaced(self, new: Sequence[Fact]) -> list[str]:
-        """The ids of facts with the id, or the same prompt and subject, of a new one."""
-        for i, fact in enumerate(new):
-            if not isinstance(fact, Fact):
-                raise TypeError(f"facts[{i}] must be a Fact; got {type(fact).__name__}")
+    def _replacing(self, facts: Iterable[Fact]) -> tuple[list[Fact], list[str]]:
+        """New facts, and the ids of those with the same id, or the same prompt and subject."""
+        new = listed_facts(facts)
         words = {fact.id for fact in new} | {fact.text for fact in new}
-        return [name for name, fact in self._facts.items() if {name, fact.text} & words]
+        return new, [name for name, f in self._facts.items() if {name, f.text} & words]
 
     # --- in the model ---
 

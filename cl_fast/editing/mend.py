@@ -37,9 +37,10 @@ from torch import Tensor, nn
 
 from cl_fast.checkpoints.writing import write_whole
 from cl_fast.editing.factored import Matrix, frozen_call, matrices_of, recorded, updated
-from cl_fast.editing.facts import Encoded, Fact, check_facts, encode_many
+from cl_fast.editing.facts import Encoded, Fact, check_facts, encode_many, listed_facts
 from cl_fast.editing.hypernetwork import GradientTransform
 from cl_fast.editing.patch import LayerPatch, Patch, weight_hash
+from cl_fast.editing.rows import padded
 from cl_fast.editing.solver import ScaledIdentity, solve
 from cl_fast.errors import CheckpointError, NonFiniteError
 from cl_fast.losses import linear_divergence, token_logprobs
@@ -277,12 +278,9 @@ class Mend:
     def _rows(self, encoded: Sequence[Encoded]) -> _Rows:
         """Without the last token of a target, after which nothing is predicted."""
         given = [e.ids[:-1] if len(e.targets) else e.ids for e in encoded]
-        shape = len(given), max(map(len, given))
-        ids = torch.zeros(shape, dtype=torch.long)
-        mask, labels = torch.zeros_like(ids), torch.full(shape, IGNORED)
-        for row, (tokens, e) in enumerate(zip(given, encoded, strict=True)):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            mask[row, : len(tokens)] = 1
+        ids, mask = padded(given, side="right")
+        labels = torch.full_like(ids, IGNORED)
+        for row, e in enumerate(encoded):
             for at in e.targets:
                 labels[row, at - 1] = e.ids[at]
         place = self.model.get_input_embeddings().weight.device
@@ -345,9 +343,7 @@ class Mend:
             return [len(e.targets) for e in encoded]
         return [len(e.ids) - 1 for e in encoded]
 
-    def _pairs(
-        self, batches: Sequence[_Rows], names: Sequence[str]
-    ) -> tuple[list[_Pairs], Tensor]:
+    def _pairs(self, batches: Sequence[_Rows], names: Sequence[str]) -> tuple[list[_Pairs], Tensor]:
         """x and delta of every matrix at the tokens of these facts, in their order; and the losses.
 
         The loss is a sum over facts, so that no fact's pair depends on the others.
@@ -568,8 +564,8 @@ class Mend:
         def chosen(value: float | None, name: str) -> float:
             return float(defaults[name] if value is None else value)
 
-        facts = _facts("facts", facts)
-        held = [] if val_facts is None else _facts("val_facts", val_facts)
+        facts = listed_facts(facts)
+        held = [] if val_facts is None else listed_facts(val_facts, "val_facts")
         at_least("steps", steps, 1)
         for name, number in (
             ("val_every", val_every), ("patience", patience), ("max_tokens", max_tokens),
@@ -971,17 +967,6 @@ class Mend:
         return editor
 
 
-def _facts(name: str, facts: Iterable[Fact]) -> list[Fact]:
-    """As a list; two may be alike, since each batch edits the untouched model."""
-    listed = list(facts)
-    if not listed:
-        raise ValueError(f"{name} is empty: give at least one Fact")
-    for i, fact in enumerate(listed):
-        if not isinstance(fact, Fact):
-            raise TypeError(f"{name}[{i}] must be a Fact; got {type(fact).__name__}")
-    return listed
-
-
 def _check_finite(losses: Tensor, names: Sequence[str], what: str) -> None:
     finite = torch.isfinite(losses.detach())
     if bool(finite.all()):
@@ -996,9 +981,7 @@ def _check_finite(losses: Tensor, names: Sequence[str], what: str) -> None:
 
 def _one_each(rows: Sequence[Sequence[Encoded]], generator: torch.Generator) -> list[Encoded]:
     """One of each list that is not empty."""
-    return [
-        some[int(torch.randint(len(some), (), generator=generator))] for some in rows if some
-    ]
+    return [some[int(torch.randint(len(some), (), generator=generator))] for some in rows if some]
 
 
 def _generator(seed: int, number: int, salt: int) -> torch.Generator:

@@ -389,8 +389,8 @@ class FactStore(BlockMemory):
         Raises:
             TypeError, ValueError: as `insert`.
         """
-        new = list(facts)
-        self._change(self._replaced(new), new, None)
+        new, gone = self._replacing(facts)
+        self._change(gone, new, None)
 
     def delete(self, ids: Iterable[str]) -> None:
         """Takes facts out: the model answers as if they had never been there.
