@@ -380,7 +380,8 @@ class Decoder:
         hooks.append(block.register_forward_hook(twice, with_kwargs=True))
         found: _Found | None = None
         try:
-            with torch.no_grad(), Evaluating(self.model):
+            plain = torch.autocast(self.device.type, enabled=False)
+            with torch.no_grad(), Evaluating(self.model), plain:
                 inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
                 self._forward(inputs, 0, layer + 1, None, None)
         except _Found as stop:

@@ -289,3 +289,8 @@ def test_a_few_large_numbers_in_the_stream_do_not_hide_what_a_block_does() -> No
         site = decoder_of(model.half().eval()).site(1)
         assert site.scale == 1.0
         assert site.norm is None
+
+
+def test_a_block_is_measured_without_autocast() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert decoder_of(tiny_models.llama()).site(1).scale == 1.0
