@@ -27,7 +27,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -43,10 +43,10 @@ __all__ = [
     "Embed",
     "FactIndex",
     "InContext",
+    "IndexedFacts",
     "Pooling",
     "TextEmbedding",
     "prompt_ids",
-    "refuse_both",
     "special_ids",
 ]
 
@@ -152,14 +152,6 @@ class TextEmbedding:
                 share /= share.sum(1, keepdim=True)
                 out[some] = torch.einsum("nt,ntd->nd", share, hidden)
         return out
-
-
-def refuse_both(embed: Embed | None, layer: Any, pooling: str) -> None:
-    """Raise where options of the default embedding are given beside another one."""
-    if embed is not None and (layer != "auto" or pooling != "last"):
-        raise ValueError(
-            "layer and pooling are of the default embedding: leave them out where embed is given"
-        )
 
 
 # --- the index ---------------------------------------------------------------------------------
@@ -278,6 +270,64 @@ class FactIndex:
         return [Ranking(facts, o, c) for o, c in zip(order, cosines, strict=True)]
 
 
+class IndexedFacts:
+    """An editor whose facts lie in a `FactIndex`: they come and go, and nothing is trained.
+
+    Attributes:
+        embed: gives the embeddings.
+    """
+
+    embed: Embed
+    _index: FactIndex
+
+    def _embed_by(
+        self, embed: Embed | None, model: nn.Module, tokenizer: Any, batch_size: int,
+        layer: int | Literal["auto"], pooling: Pooling,
+    ) -> None:  # fmt: skip
+        """An empty index; without `embed` the embeddings are hidden states of the model."""
+        if embed is not None and (layer != "auto" or pooling != "last"):
+            raise ValueError(
+                "layer and pooling are of the default embedding: leave them out where embed is "
+                "given"
+            )
+        self.embed = embed or TextEmbedding(
+            model, tokenizer, layer=layer, pooling=pooling, batch_size=batch_size
+        )
+        self._index = FactIndex(self.embed)
+
+    @property
+    def facts(self) -> dict[str, Fact]:
+        """The facts of the store, by id."""
+        return dict(self._index.facts)
+
+    def fit(self, facts: Iterable[Fact]) -> Self:
+        """Makes the store anew, of these facts.
+
+        Raises:
+            TypeError, ValueError: a fact is wrong; see `cl_fast.editing.facts.check_facts`.
+        """
+        index = FactIndex(self.embed)
+        index.insert(facts)
+        self._index = index
+        return self
+
+    def insert(self, facts: Iterable[Fact]) -> None:
+        """Adds facts to the store; their texts are embedded now, and not again.
+
+        Raises:
+            TypeError, ValueError: one is there already, or contradicts another.
+        """
+        self._index.insert(facts)
+
+    def delete(self, ids: Iterable[str]) -> None:
+        """Takes facts out of the store: it is as if they had never been there.
+
+        Raises:
+            ValueError: an id is not known.
+        """
+        self._index.delete(ids)
+
+
 def _check_texts(texts: Sequence[str]) -> list[str]:
     if isinstance(texts, str):
         raise TypeError(f"texts must be a list of strings; got the string {texts!r}")
@@ -301,7 +351,7 @@ def _kinds(fact: Fact) -> set[Kind]:
     return kinds
 
 
-class InContext:
+class InContext(IndexedFacts):
     """In-context knowledge editing by retrieval (IKE, arXiv 2305.12740).
 
     Args:
@@ -349,11 +399,8 @@ class InContext:
             isinstance(threshold, int | float) and math.isfinite(threshold) and abs(threshold) <= 1
         ):
             raise ValueError(f"threshold must be a cosine in [-1, 1], or None; got {threshold!r}")
-        refuse_both(embed, layer, pooling)
+        self._embed_by(embed, model, tokenizer, batch_size, layer, pooling)
         self.model, self.tokenizer = model, tokenizer
-        self.embed = embed or TextEmbedding(
-            model, tokenizer, layer=layer, pooling=pooling, batch_size=batch_size
-        )
         self.retrieved, self.threshold = retrieved, threshold
         self.seed, self.batch_size = seed, batch_size
         copies, updates = round(demonstrations / 8), round(3 * demonstrations / 8)
@@ -362,43 +409,10 @@ class InContext:
         }  # fmt: skip
         self.kinds: list[Kind] = [kind for kind, count in counts.items() for _ in range(count)]
         random.Random(f"{seed} kinds").shuffle(self.kinds)
-        self._index = FactIndex(self.embed)
         self._corpus: FactIndex | None = None
         if corpus is not None:
             self._corpus = FactIndex(self.embed)
             self._corpus.insert(corpus)
-
-    @property
-    def facts(self) -> dict[str, Fact]:
-        """The facts of the store, by id."""
-        return dict(self._index.facts)
-
-    def fit(self, facts: Iterable[Fact]) -> InContext:
-        """Makes the store anew, of these facts.
-
-        Raises:
-            TypeError, ValueError: a fact is wrong; see `cl_fast.editing.facts.check_facts`.
-        """
-        index = FactIndex(self.embed)
-        index.insert(facts)
-        self._index = index
-        return self
-
-    def insert(self, facts: Iterable[Fact]) -> None:
-        """Adds facts to the store.
-
-        Raises:
-            TypeError, ValueError: one is there already, or contradicts another.
-        """
-        self._index.insert(facts)
-
-    def delete(self, ids: Iterable[str]) -> None:
-        """Takes facts out of the store: prompts are as if they had never been there.
-
-        Raises:
-            ValueError: an id is not known.
-        """
-        self._index.delete(ids)
 
     # --- prompts ---
 

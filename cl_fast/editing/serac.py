@@ -38,10 +38,9 @@ from cl_fast.editing.facts import Fact, check_facts, fact_of
 from cl_fast.editing.memory_files import read_memory, write_memory
 from cl_fast.editing.retrieval import (
     Embed,
-    FactIndex,
+    IndexedFacts,
     Pooling,
     TextEmbedding,
-    refuse_both,
     special_ids,
 )
 from cl_fast.editing.rows import check_length, padded_inputs
@@ -174,7 +173,7 @@ def _all_texts(fact: Fact) -> list[str]:
     return [text.rstrip() for text in (fact.text, *fact.paraphrases, *fact.neighbourhood)]
 
 
-class Serac(nn.Module):  # type: ignore[misc, unused-ignore]
+class Serac(IndexedFacts, nn.Module):  # type: ignore[misc, unused-ignore]
     """A model with edits in a store beside it (SERAC, arXiv 2206.06520).
 
     It is called, and generates, like the model within; no weight of that is changed.
@@ -226,8 +225,8 @@ class Serac(nn.Module):  # type: ignore[misc, unused-ignore]
         if threshold != "auto":
             share("threshold", threshold, whole=False)
             positive("threshold", threshold)
-        refuse_both(embed, layer, pooling)
         super().__init__()
+        self._embed_by(embed, model, tokenizer, batch_size, layer, pooling)
         if counterfactual is not None:
             rows = [int(m.get_input_embeddings().weight.size(0)) for m in (model, counterfactual)]
             if rows[0] != rows[1]:
@@ -238,16 +237,12 @@ class Serac(nn.Module):  # type: ignore[misc, unused-ignore]
         self.model: Any = model
         self.counterfactual: Any = model if counterfactual is None else counterfactual
         self.tokenizer = tokenizer
-        self.embed = embed or TextEmbedding(
-            model, tokenizer, layer=layer, pooling=pooling, batch_size=batch_size
-        )
         self.rank, self.scale, self.seed = rank, scale, seed
         self.automatic = threshold == "auto"
         self.threshold = 0.5 if threshold == "auto" else threshold
         self.context = context
         self.scope: ScopeClassifier | None = None
-        self._index = FactIndex(self.embed)
-        self._projected: Tensor | None = None
+        self._projected: tuple[Tensor, Tensor] | None = None
         self._probe: tuple[str, Tensor] | None = None
 
     # --- what a model is asked ---
@@ -263,41 +258,6 @@ class Serac(nn.Module):  # type: ignore[misc, unused-ignore]
     @property
     def device(self) -> torch.device:
         return next(iter(self.model.parameters())).device
-
-    # --- the store ---
-
-    @property
-    def facts(self) -> dict[str, Fact]:
-        return dict(self._index.facts)
-
-    def fit(self, facts: Iterable[Fact]) -> Serac:
-        """Makes the store anew, of these facts.
-
-        Raises:
-            TypeError, ValueError: a fact is wrong; see `cl_fast.editing.facts.check_facts`.
-        """
-        index = FactIndex(self.embed)
-        index.insert(facts)
-        self._index, self._projected = index, None
-        return self
-
-    def insert(self, facts: Iterable[Fact]) -> None:
-        """Adds facts to the store; their texts are embedded now, and not again.
-
-        Raises:
-            TypeError, ValueError: one is there already, or contradicts another.
-        """
-        self._index.insert(facts)
-        self._projected = None
-
-    def delete(self, ids: Iterable[str]) -> None:
-        """Takes facts out of the store: the model is as if they had never been there.
-
-        Raises:
-            ValueError: an id is not known.
-        """
-        self._index.delete(ids)
-        self._projected = None
 
     # --- the scope ---
 
@@ -454,14 +414,15 @@ class Serac(nn.Module):  # type: ignore[misc, unused-ignore]
 
     def _routed(self, embeddings: Tensor) -> list[tuple[Fact | None, float]]:
         """Of embeddings [q, d] the fact in whose scope they are, and the largest similarity."""
-        if self._index.embeddings is None:
+        edits = self._index.embeddings
+        if edits is None:
             return [(None, 0.0)] * embeddings.size(0)
         scope = self._classifier(embeddings.size(1))
         with torch.no_grad():
-            if self._projected is None:
-                self._projected = scope(self._index.embeddings.to(scope.projection.device))
+            if self._projected is None or self._projected[0] is not edits:
+                self._projected = edits, scope(edits.to(scope.projection.device))
             queries = scope(embeddings.to(scope.projection.device))
-            nearest = scope.exponents(queries, self._projected).min(1)
+            nearest = scope.exponents(queries, self._projected[1]).min(1)
         facts = list(self._index.facts.values())
         return [
             (facts[i] if sim > self.threshold else None, sim)
