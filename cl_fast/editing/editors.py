@@ -357,7 +357,7 @@ class WeightEditor:
         if after is not None:
             self._check_after(after, bench)
         wanted = [p for p in self.model.parameters() if p.requires_grad]
-        with Evaluating(self.model):
+        with torch.inference_mode(False), Evaluating(self.model):  # values need gradients
             try:
                 for parameter in wanted:
                     parameter.requires_grad_(False)

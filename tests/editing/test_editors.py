@@ -276,6 +276,15 @@ def test_history_after_batches_of_several_priors_has_one() -> None:
     assert gradient.norm() < 1e-10 * (layer.targets @ layer.keys.T).norm()
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_grad_mode_of_the_caller_makes_no_difference(mode: Any) -> None:
+    model = MODELS["llama"]().eval()
+    want = fitted(model).fit(FACTS).layers[1]
+    with mode():
+        got = fitted(model).fit(FACTS).layers[1]
+    assert torch.equal(got.U, want.U)
+
+
 def test_emmet_with_ridge_1_is_memit_of_one_layer() -> None:
     model = MODELS["llama"]().double().eval()
     memit = fitted(model, layers=[1]).fit(FACTS)
