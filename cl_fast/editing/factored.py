@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from cl_fast.models.blocks import Decoder, widths_of
-from cl_fast.models.heads import forward_replaced
+from cl_fast.models.heads import function_inside
 
 __all__ = ["Matrix", "Record", "frozen_call", "matrices_of", "recorded", "updated"]
 
@@ -184,9 +184,7 @@ def recorded(matrices: Sequence[Matrix]) -> Iterator[list[Record]]:
 
 
 @contextlib.contextmanager
-def updated(
-    matrices: Sequence[Matrix], updates: Sequence[tuple[Tensor, Tensor]]
-) -> Iterator[None]:
+def updated(matrices: Sequence[Matrix], updates: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
     """y = W x + U (V^T x) while this lasts: the product in the dtype of U, one rounding to y's.
 
     Args:
@@ -218,16 +216,6 @@ def frozen_call(inner: nn.Module, function: Callable[..., Any], **inputs: Any) -
 
     Gradients reach what hooks add, and nothing of the model.
     """
-    own = inner.__dict__.get("forward")
     weights = {name: parameter.detach() for name, parameter in inner.named_parameters()}
-
-    def forward(**given: Any) -> Any:
-        # The function wants the real one.
-        if own is None:
-            inner.__dict__.pop("forward", None)
-        else:
-            inner.__dict__["forward"] = own
-        return function(inner, **given)
-
-    with forward_replaced(inner, forward):
+    with function_inside(inner, function):
         return functional_call(inner, weights, (), inputs)

@@ -35,6 +35,7 @@ __all__ = [
     "capture",
     "forward_names",
     "forward_replaced",
+    "function_inside",
     "head_of",
     "hidden_states",
     "last_hidden",
@@ -204,13 +205,9 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             module.__dict__["forward"] = own
 
 
-def run_inside(model: nn.Module, function: Callable[..., Any], **inputs: Any) -> Any:
-    """`function(unwrap(model), **inputs)` as the forward pass of `model`.
-
-    DDP prepares its reduction and FSDP gathers parameters around it, so a head may be used within
-    that is not called. `inputs` pass through the wrapper, which may move or cast them.
-    """
-    inner = unwrap(model)
+@contextlib.contextmanager
+def function_inside(inner: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """The next `inner(**inputs)` is `function(inner, **inputs)`; hooks run as ever."""
     own = inner.__dict__.get("forward")
 
     def forward(**given: Any) -> Any:
@@ -222,6 +219,16 @@ def run_inside(model: nn.Module, function: Callable[..., Any], **inputs: Any) ->
         return function(inner, **given)
 
     with forward_replaced(inner, forward):
+        yield
+
+
+def run_inside(model: nn.Module, function: Callable[..., Any], **inputs: Any) -> Any:
+    """`function(unwrap(model), **inputs)` as the forward pass of `model`.
+
+    DDP prepares its reduction and FSDP gathers parameters around it, so a head may be used within
+    that is not called. `inputs` pass through the wrapper, which may move or cast them.
+    """
+    with function_inside(unwrap(model), function):
         result = model(**inputs)
     if not torch.is_grad_enabled():
         reshard(model)
