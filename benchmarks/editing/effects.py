@@ -291,6 +291,7 @@ def main() -> None:
     chosen = [method for method in METHODS if options.only in method.name]
     if not chosen:
         parser.error(f"--only {options.only!r}: there are {[m.name for m in METHODS]}")
+    made_of = commit()  # now, while what is imported is what lies there
     runs = [Run(seed) for seed in range(options.seeds)]
     results = []
     for method in chosen:
@@ -305,13 +306,13 @@ def main() -> None:
     machine = f"{platform.machine()}, {os.cpu_count()} cores, one thread used"
     head = (
         f"Mean [lowest, highest] of {options.seeds} seeds; seconds of CPU, statistics and models "
-        f"not counted. {machine}, torch {torch.__version__}, commit {commit()}."
+        f"not counted. {machine}, torch {torch.__version__}, commit {made_of}."
     )
     written = f"{head}\n\n{table(results, 'together')}\n\n{table(results, 'in_all')}\n"
     print("\n" + written)
     if options.out:
         content = {
-            "machine": machine, "torch": torch.__version__, "commit": commit(), "results": results
+            "machine": machine, "torch": torch.__version__, "commit": made_of, "results": results
         }  # fmt: skip
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "editing_effects.json").write_text(json.dumps(content, indent=1) + "\n")
