@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from cl_fast.editing.facts import Lookup, encode_many
-from cl_fast.editing.rows import padded_left
+from cl_fast.editing.rows import like_lengths, padded_left
 from cl_fast.editing.values import Group, fused_activations
 from cl_fast.models.blocks import Decoder, batched
 
-__all__ = ["Averaging", "KeyStream", "keys_of"]
+__all__ = ["Averaging", "KeyStream", "key_rows", "keys_of"]
 
 Averaging = Literal["kinds", "all"]
 
@@ -42,6 +42,25 @@ class _Chunk:
     owner: Tensor
     plain: Tensor
     hidden: Tensor | None = None
+
+
+def key_rows(
+    tokenizer: Any, groups: Sequence[Group], contexts: Sequence[str], lookup: Lookup
+) -> list[list[int]]:
+    """Tokens up to the lookup, of each group: of the plain prompt, then of it behind each context.
+
+    Facts of a group have these tokens in common.
+    """
+    texts: list[tuple[str, tuple[int, int] | None, str | None]] = []
+    spaces = []
+    for group in groups:
+        fact = group.facts[0]
+        for context in ("", *contexts):
+            start, stop = (x + len(context) for x in fact.subject_span)
+            texts.append((context + fact.text, (start, stop), fact.target))
+            spaces.append(fact.separator)
+    encoded = encode_many(tokenizer, texts, separator=spaces, lookup=lookup)
+    return [e.ids[: e.lookup + 1] for e in encoded]
 
 
 class KeyStream:
@@ -84,30 +103,15 @@ class KeyStream:
             self._weights = (0.5, 0.5 / len(contexts))
         else:
             self._weights = (1.0 / count, 1.0 / count)
-        texts, owners, plain = [], [], []
-        for owner, group in enumerate(self.groups):
-            fact = group.facts[0]
-            for i, context in enumerate(("", *contexts)):
-                start, stop = (x + len(context) for x in fact.subject_span)
-                texts.append((context + fact.text, (start, stop), fact.target))
-                owners.append(owner)
-                plain.append(i == 0)
-        spaces = [self.groups[owner].facts[0].separator for owner in owners]
-        encoded = encode_many(tokenizer, texts, separator=spaces, lookup=lookup)
-        rows = [e.ids[: e.lookup + 1] for e in encoded]
+        rows = key_rows(tokenizer, self.groups, contexts, lookup)
         pad = getattr(tokenizer, "pad_token_id", None) or 0
-        order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
         device = decoder.device
         self._chunks = []
-        on_cpu = device.type == "cpu"
-        for some in _pieces(order, [len(row) for row in rows], batch, on_cpu):
-            self._chunks.append(
-                _Chunk(
-                    padded_left([rows[i] for i in some], pad, device),
-                    torch.tensor([owners[i] for i in some]),
-                    torch.tensor([plain[i] for i in some]),
-                )
-            )
+        tokens = _CPU_TOKENS if device.type == "cpu" else None
+        for some in like_lengths(rows, tokens=tokens, most=batch):
+            given = padded_left([rows[i] for i in some], pad, device)
+            at = torch.tensor(some)
+            self._chunks.append(_Chunk(given, at // count, at % count == 0))
 
     def advance(self, layer: int) -> None:
         """Brings all prompts before block `layer`, with the weights as they are now."""
@@ -178,17 +182,6 @@ class KeyStream:
                 hidden = self.decoder.run(inputs, layer + 1, until + 1, hidden=hidden)
             ahead[owner[plain]] = hidden[:, -1].float()
         return keys.T.contiguous(), output, ahead
-
-
-def _pieces(order: list[int], lengths: list[int], batch: int, on_cpu: bool) -> list[list[int]]:
-    """Rows that go together, of ascending lengths."""
-    found: list[list[int]] = []
-    for row in order:
-        full = not found or len(found[-1]) == batch
-        if full or (on_cpu and (len(found[-1]) + 1) * lengths[row] > _CPU_TOKENS):
-            found.append([])
-        found[-1].append(row)
-    return found
 
 
 def keys_of(

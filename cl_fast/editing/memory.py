@@ -24,7 +24,7 @@ from cl_fast.losses.cache import model_fingerprint, tokenizer_fingerprint
 from cl_fast.models.blocks import Decoder, decoder_of
 from cl_fast.models.heads import Evaluating
 
-__all__ = ["BlockMemory", "Inputs", "Keys"]
+__all__ = ["BlockMemory", "Inputs", "Keys", "refuse_attached"]
 
 Keys = Literal["mlp", "block"]
 
@@ -82,6 +82,23 @@ class Inputs:
         """Of the last call of the block: [..., size]; None where it did not work."""
         seen, self._seen, self._given = self._seen, None, None
         return seen
+
+
+def refuse_attached(decoder: Decoder) -> None:
+    """Raise where a memory is attached to the model: what it adds would be taken for the model's.
+
+    Raises:
+        ValueError: naming the block.
+    """
+    for number, block in enumerate(decoder.blocks):
+        hooks = (hook for m in block.modules() for hook in m._forward_hooks.values())
+        owners = (getattr(hook, "__self__", None) for hook in hooks)
+        for owner in owners:
+            if isinstance(owner, BlockMemory):
+                raise ValueError(
+                    f"a {type(owner).__name__} is attached to block {number} of the model: detach "
+                    "it first, and attach it again afterwards"
+                )
 
 
 class BlockMemory(AbstractContextManager["BlockMemory"]):
@@ -192,7 +209,7 @@ class BlockMemory(AbstractContextManager["BlockMemory"]):
 
         Rows are padded on the left.
         """
-        for some in like_lengths(rows, 4096):
+        for some in like_lengths(rows, tokens=4096):
             given = padded_left([rows[i] for i in some], self._pad, self.decoder.device)
             with self._pause(), torch.no_grad(), Evaluating(self.decoder.model):
                 handles = self._inputs.hook()

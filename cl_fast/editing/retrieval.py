@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_fast.editing.facts import Fact, check_facts, unknown_ids
-from cl_fast.editing.rows import check_length, padded, padded_inputs
+from cl_fast.editing.rows import check_length, like_lengths, padded, padded_inputs
 from cl_fast.errors import NonFiniteError
 from cl_fast.models.blocks import decoder_of
 from cl_fast.models.heads import Evaluating, unwrap
@@ -132,10 +132,8 @@ class TextEmbedding:
                 text = self.tokenizer.decode(list(row))
                 raise ValueError(f"text {i}, {text!r}, has no token to embed but special ones")
         out = torch.empty(len(rows), self.decoder.hidden_size, device=self.decoder.device)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         with torch.no_grad(), Evaluating(self.decoder.model):
-            for start in range(0, len(rows), self.batch_size):
-                some = order[start : start + self.batch_size]
+            for some in like_lengths(rows, most=self.batch_size):
                 ids, mask = padded([rows[i] for i in some], side="right")
                 counts = torch.tensor(
                     [[t not in special for t in row] for row in ids.tolist()]

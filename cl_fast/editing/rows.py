@@ -43,12 +43,16 @@ def padded_left(rows: Sequence[Sequence[int]], pad: int, device: Any) -> dict[st
     return {name: tensor.to(device) for name, tensor in given.items()}
 
 
-def like_lengths(rows: Sequence[Sequence[int]], tokens: int) -> Iterator[list[int]]:
-    """Indices of rows of like lengths, about `tokens` tokens at a time."""
+def like_lengths(
+    rows: Sequence[Sequence[int]], *, tokens: int | None = None, most: int | None = None
+) -> Iterator[list[int]]:
+    """Indices of rows of like lengths, the shortest first: about `tokens` tokens, padding counted,
+    and at most `most` rows at a time."""
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
     some: list[int] = []
     for i in order:
-        if some and (len(some) + 1) * len(rows[i]) > tokens:
+        over = tokens is not None and (len(some) + 1) * len(rows[i]) > tokens
+        if some and (over or len(some) == most):
             yield some
             some = []
         some.append(i)

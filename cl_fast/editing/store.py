@@ -43,7 +43,8 @@ import torch
 from torch import Tensor, nn
 
 from cl_fast.editing.contexts import own_contexts
-from cl_fast.editing.facts import Encoded, Fact, check_facts, encode_many, fact_of, unknown_ids
+from cl_fast.editing.facts import Fact, check_facts, fact_of, unknown_ids
+from cl_fast.editing.keys import key_rows
 from cl_fast.editing.memory import BlockMemory, Inputs, Keys
 from cl_fast.editing.memory_files import write_memory
 from cl_fast.editing.presets import preset_of
@@ -506,18 +507,7 @@ class FactStore(BlockMemory):
         """[groups, size], of length 1, in the dtype of the rows."""
         if not groups:
             return self._rows.keys[:0]
-        texts: list[tuple[str, tuple[int, int] | None, str | None]] = []
-        spaces = []
-        for group in groups:
-            fact = group.facts[0]
-            for context in ("", *self.contexts):
-                start, stop = (x + len(context) for x in fact.subject_span)
-                texts.append((context + fact.text, (start, stop), fact.target))
-                spaces.append(fact.separator)
-        encoded: list[Encoded] = encode_many(
-            self.tokenizer, texts, separator=spaces, lookup=self.lookup
-        )
-        rows = [e.ids[: e.lookup + 1] for e in encoded]
+        rows = key_rows(self.tokenizer, groups, self.contexts, self.lookup)
         seen = self._at_end(rows)
         wide = torch.float64 if seen.dtype == torch.float64 else torch.float32
         seen = seen.to(wide).view(len(groups), 1 + len(self.contexts), -1)
