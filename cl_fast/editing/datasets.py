@@ -24,7 +24,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cl_fast.editing.facts import Fact, fact_of
+from cl_fast.editing.facts import Fact, decoded, fact_of
 from cl_fast.options import at_least, one_of
 
 __all__ = ["load_facts", "without_conflicts"]
@@ -129,7 +129,7 @@ class _Apart:
 def _records(path: Path) -> Iterator[tuple[int, str, Any]]:
     """Number from 0, "file, record n" (or "line n"), and content of each record."""
     if path.suffix in _LINES:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             count = 0
             for number, line in enumerate(file, 1):
                 if not line.strip():
@@ -138,7 +138,8 @@ def _records(path: Path) -> Iterator[tuple[int, str, Any]]:
                 yield count, where, _parsed(line, where)
                 count += 1
         return
-    content = _parsed(path.read_text(encoding="utf-8"), str(path))
+    with path.open(encoding="utf-8-sig") as file:
+        content = _parsed("".join(decoded(file, path)), str(path))
     if not isinstance(content, list):
         raise ValueError(
             f"{path}: must hold a list of records; got {_kind(content)}. A file with one record "

@@ -24,6 +24,7 @@ forgets those before it, as MEMIT's own code does.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -36,6 +37,7 @@ from cl_fast.editing.applying import patch_on, weight_hash, write_factors
 from cl_fast.editing.contexts import STARTS, own_contexts
 from cl_fast.editing.facts import LOOKUPS, Fact, Lookup, check_facts, unknown_ids
 from cl_fast.editing.keys import Averaging, KeyStream
+from cl_fast.editing.memory import refuse_attached
 from cl_fast.editing.patch import LayerPatch, Patch
 from cl_fast.editing.presets import Method, preset_of
 from cl_fast.editing.solver import Prior, ScaledIdentity, solve
@@ -173,9 +175,9 @@ class WeightEditor:
                 raise TypeError(f"contexts must be a list of texts or 'auto'; got {contexts!r}")
             contexts = tuple(c if not c or c[-1].isspace() else c + " " for c in contexts)
         self._contexts: tuple[str, ...] | Literal["auto"] = contexts
-        self._check_stats()
         for layer in self.layers:
             self.decoder.site(layer)
+        self._check_stats()
 
     # --- options ---
 
@@ -214,6 +216,11 @@ class WeightEditor:
         self.l2 = preset_l2 if l2 is None else float(l2)
 
     def _check_stats(self) -> None:
+        if self.stats is not None and not hasattr(self.stats, "prior"):
+            raise TypeError(
+                f"stats must be KeyStats; got {type(self.stats).__name__}. "
+                "KeyStats.load(folder, model) reads saved ones"
+            )
         if self.stats is None:
             if self.prior != "identity":
                 raise ValueError(
@@ -260,7 +267,12 @@ class WeightEditor:
         return own_contexts(self.model, self.tokenizer, STARTS, length=10, seed=self.seed)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(layers={list(self.layers)}, prior={self.prior!r})"
+        shown: dict[str, Any] = {"layers": list(self.layers), "prior": self.prior}
+        if self.prior == "covariance":
+            shown["prior_weight"] = round(self.prior_weight, 3)
+        o = self.values_options
+        shown |= {"lr": o.lr, "steps": o.steps, "clamp": o.clamp, "history": self.history}
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in shown.items())})"
 
     # --- fitting ---
 
@@ -317,6 +329,7 @@ class WeightEditor:
         )
         if kept is not None and len(kept) and not kept.joint:
             patch = replace(patch, joint=False)
+        _warn_of_doubts(patch, [fact.id for fact in new], self.values_options)
         return patch.bind(self.model, self)
 
     def optimise(
@@ -353,6 +366,7 @@ class WeightEditor:
     @contextmanager
     def _working(self, after: Patch | None) -> Iterator[_Bench]:
         """The model in eval mode, without gradients of its own; all of it put back at the end."""
+        refuse_attached(self.decoder)
         bench = _Bench([self.decoder.site(layer) for layer in self.layers])
         if after is not None:
             self._check_after(after, bench)
@@ -518,8 +532,8 @@ class WeightEditor:
             )
             bench.write(site, made[-1])
             told[site.name] = {
-                "left": _rms(change), "delta_norm": _delta_norm(made[-1]),
-                "weight_norm": float(site.weight.detach().float().norm()),
+                "asked": _rms(change), "delta_norm": _delta_norm(made[-1]),
+                "weight_norm": bench.base_norm(site),
             }  # fmt: skip
             stream.advance(min(site.layer + 1, len(self.decoder) - 1))
             tell("layers", number + 1, len(bench.sites))
@@ -649,6 +663,9 @@ class _Bench:
             self._hashes[site.name] = weight_hash(weight)
         return self._hashes[site.name]
 
+    def base_norm(self, site: Site) -> float:
+        return float(self._bases.get(site.name, site.weight.detach()).float().norm())
+
     def hashes(self) -> list[str]:
         return [self.base_hash(site) for site in self.sites]
 
@@ -678,6 +695,38 @@ def _dict(patch: Patch | None, name: str) -> dict[str, Any]:
         return {}
     given = patch.report.get(name, {})
     return {k: v for k, v in given.items() if name != "facts" or k in patch.facts}
+
+
+def _warn_of_doubts(patch: Patch, ids: Sequence[str], options: ValueOptions) -> None:
+    """Says so where a fit has hardly edited anything, or has changed weights beyond recognition."""
+    rows = [patch.report["facts"][i] for i in ids]
+    missed = [i for i, row in zip(ids, rows, strict=True) if row["nll"] > 1.0]
+    clamped = sum(bool(row["clamped"]) for row in rows)
+    if 2 * len(missed) > len(rows):
+        warnings.warn(
+            f"the values of {len(missed)} of {len(rows)} facts leave their targets unlikely (nll "
+            f"above 1; {clamped} are at the clamp): try an earlier layer, a larger clamp than "
+            f"{options.clamp:g}, or more steps with a smaller lr than {options.lr:g}",
+            stacklevel=3,
+        )
+    else:
+        far = sum(row["left"] > 0.5 for row in rows)
+        if 2 * far > len(rows):
+            warnings.warn(
+                f"the edited weights reach less than half of the change that {far} of {len(rows)} "
+                "facts ask for (`left` in the report): the prior holds them back. Try a smaller "
+                "prior_weight (AlphaEdit: a larger threshold or smaller energy)",
+                stacklevel=3,
+            )
+    for name, row in patch.report["layers"].items():
+        if row["delta_norm"] > row["weight_norm"]:
+            warnings.warn(
+                f"the change of {name} is larger than the weight itself ({row['delta_norm']:.3g} "
+                f"against {row['weight_norm']:.3g}): other answers will suffer. Evaluate the "
+                "neighbourhood, and try a smaller lr or clamp, or a larger prior_weight",
+                stacklevel=3,
+            )
+            break
 
 
 def _rms(rows: Tensor) -> float:

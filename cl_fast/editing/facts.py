@@ -13,7 +13,8 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ __all__ = [
     "Fact",
     "Lookup",
     "check_facts",
+    "decoded",
     "encode",
     "encode_many",
     "fact_of",
@@ -82,6 +84,12 @@ class Fact:
             if isinstance(value, str) or not all(isinstance(text, str) for text in value):
                 raise TypeError(f"{name} of a fact must be a list of strings; got {value!r}")
             object.__setattr__(self, name, tuple(value))
+            holed = [text for text in value if "{}" in text]
+            if holed:
+                raise ValueError(
+                    f"{name} of a fact are whole texts: write the subject out instead of {{}} in "
+                    f"{holed[0]!r}"
+                )
         if not self.subject.strip():
             raise ValueError(f"the subject of the fact {self.prompt!r} is empty; name it")
         object.__setattr__(self, "subject", self.subject.strip())
@@ -113,12 +121,15 @@ class Fact:
     def from_text(cls, text: str, subject: str, target: str, **others: Any) -> Fact:
         """From a prompt in which the subject is written out; its last occurrence counts.
 
+        "Ann" does not occur in "Anna": a subject in letters that have upper and lower case must not
+        stand within a longer word.
+
         Raises:
             ValueError: the subject does not occur in the text.
         """
         if isinstance(subject, str):  # the spaces around it stay in the prompt
             subject = subject.strip()
-        at = text.rfind(subject) if subject else -1
+        at = _last_place(text, subject) if subject else -1
         if at < 0:
             raise ValueError(
                 f"the subject {subject!r} does not occur in the prompt {text!r}; write it as it "
@@ -157,6 +168,22 @@ class Fact:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
 
 
+def _last_place(text: str, subject: str) -> int:
+    """Where the subject last stands in the text as words of its own; -1 where it does not."""
+
+    def joins(a: str, b: str) -> bool:
+        return all(c.isdigit() or c.lower() != c.upper() for c in (a, b))
+
+    at = text.rfind(subject)
+    while at >= 0:
+        stop = at + len(subject)
+        before, after = text[at - 1 : at] if at else "", text[stop : stop + 1]
+        if not (before and joins(before, subject[0])) and not (after and joins(subject[-1], after)):
+            return at
+        at = text.rfind(subject, 0, stop - 1)
+    return -1
+
+
 def listed_facts(facts: Iterable[Fact], name: str = "facts") -> list[Fact]:
     """The facts as a list; two may be alike, see `check_facts`.
 
@@ -164,6 +191,13 @@ def listed_facts(facts: Iterable[Fact], name: str = "facts") -> list[Fact]:
         TypeError: one is not a Fact.
         ValueError: there is none.
     """
+    if isinstance(facts, Fact):
+        raise TypeError(f"{name} must be a list of Facts; put the one into a list")
+    if isinstance(facts, str | Path):
+        raise TypeError(
+            f"{name} must be a list of Facts; got {os.fspath(facts)!r}. load_facts(path) reads a "
+            "file"
+        )
     listed = list(facts)
     if not listed:
         raise ValueError(f"{name} is empty: give at least one Fact")
@@ -213,7 +247,7 @@ def check_facts(facts: Iterable[Fact], *, known: Mapping[str, Fact] | None = Non
 
 
 def unknown_ids(ids: Iterable[str], known: Iterable[str], what: str = "patch") -> list[str]:
-    """`ids` as a list without repetition, once all of them are known.
+    """`ids` as a list without repetition, once all of them are known; facts count as their ids.
 
     Raises:
         ValueError: an id is not known; the message lists those that look like it.
@@ -221,7 +255,7 @@ def unknown_ids(ids: Iterable[str], known: Iterable[str], what: str = "patch") -
     if isinstance(ids, str):
         raise TypeError(f"ids must be a list of ids; got the string {ids!r}")
     held = dict.fromkeys(known)
-    wanted = list(dict.fromkeys(ids))
+    wanted = list(dict.fromkeys(i.id if isinstance(i, Fact) else i for i in ids))
     for name in wanted:
         if name not in held:
             close = difflib.get_close_matches(str(name), list(held), 3)
@@ -273,8 +307,8 @@ def read_facts(path: str | Path, limit: int | None = None) -> list[Fact]:
         OSError: the file cannot be read.
     """
     facts: list[Fact] = []
-    with Path(path).open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
+    with Path(path).open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(decoded(file, path), 1):
             if not line.strip():
                 continue
             if limit is not None and len(facts) >= limit:
@@ -288,6 +322,18 @@ def read_facts(path: str | Path, limit: int | None = None) -> list[Fact]:
     if not facts:
         raise ValueError(f"{path}: holds no fact")
     return facts
+
+
+def decoded(lines: Iterable[str], path: str | Path) -> Iterator[str]:
+    """The lines of a file in UTF-8.
+
+    Raises:
+        ValueError: it is in another encoding.
+    """
+    try:
+        yield from lines
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 ({error.reason}); save it in UTF-8") from None
 
 
 # --- tokens ------------------------------------------------------------------------------------

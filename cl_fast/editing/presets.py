@@ -4,17 +4,20 @@ The layers and numbers are those of the code of ROME (also GPT-NeoX), MEMIT (GPT
 (those and Llama 2), AlphaEdit (Llama 3), EasyEdit (Llama 2, Mistral, Qwen 2.5) and HalluEditBench
 (Gemma 2); MEMIT's layers of GPT-NeoX are in proportion to those of GPT-J. Families are told by the
 model's config. A model of a family at another depth, and of a family without an entry, gets the
-blocks at the same share of its depth, and lambda in proportion to the width of its keys: a starting
-point, to be checked on held-out facts.
+blocks at the same share of its depth, lambda in proportion to the width of its keys, and smaller
+steps (lr 0.1, clamp 1.5): a starting point, to be checked on held-out facts.
 """
 
 from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from cl_fast.models.blocks import Decoder
+from torch import nn
+
+from cl_fast.models.blocks import Decoder, decoder_of
+from cl_fast.options import one_of
 
 __all__ = ["Method", "Preset", "preset_of"]
 
@@ -88,8 +91,14 @@ def _scaled(layer: int, depth: int, of: int) -> int:
     return min(depth - 1, round(layer * depth / of))
 
 
-def preset_of(decoder: Decoder, method: Method) -> Preset:
-    """The preset of a model; see the module."""
+def preset_of(model: nn.Module | Decoder, method: Method) -> Preset:
+    """The preset of a model, or of its decoder; see the module.
+
+    Raises:
+        ValueError: `method` is none of them, or the model is no decoder.
+    """
+    one_of("method", method, get_args(Method))
+    decoder = model if isinstance(model, Decoder) else decoder_of(model)
     name, known = _family(decoder.config)
     family, depth = _FAMILIES[name], len(decoder)
     exact = known and depth == family.depth
@@ -100,11 +109,14 @@ def preset_of(decoder: Decoder, method: Method) -> Preset:
         layers = tuple(
             dict.fromkeys(_scaled(i, depth, family.depth) for i in range(first, last + 1))
         )
-    values = family.rome_values if method == "rome" else family.memit_values
+    values = dict(family.rome_values if method == "rome" else family.memit_values)
+    if not exact:
+        # Adam moves every element by lr: in a narrow stream 0.5 is at the clamp at once.
+        values |= {"lr": 0.1} if method == "rome" else {"lr": 0.1, "clamp": 1.5}
     weight = family.emmet_weight if method == "emmet" else family.prior_weight
     if not exact:
         # k^T C^-1 k is f for an average key, so that lambda means the same where it is in
         # proportion to f.
         with suppress(ValueError):  # a mixture of experts, which editors of weights refuse
             weight *= decoder.key_size(layers[-1]) / family.keys
-    return Preset(name, exact, layers, dict(values), weight, family.threshold, 10.0)
+    return Preset(name, exact, layers, values, weight, family.threshold, 10.0)

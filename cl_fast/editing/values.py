@@ -246,6 +246,7 @@ def _texts(
         texts, encode_many(tokenizer, rows, separator=spaces, lookup=lookup), strict=True
     ):
         text.encoded = e
+    _refuse_unknown(groups, tokenizer, texts)
     for owner, group in enumerate(groups):
         subject = group.facts[0].subject
         start = kl_prompt.index("{}")
@@ -257,6 +258,39 @@ def _texts(
         )
         texts.append(_Text(owner, e, kl=True))
     return texts
+
+
+def _refuse_unknown(groups: Sequence[Group], tokenizer: Any, texts: Sequence[_Text]) -> None:
+    """A subject or target that is <unk> would be edited for all unknown words at once."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is None:
+        return
+    for text in texts:
+        e, fact = text.encoded, groups[text.owner].facts[0]
+        for what, ids in (("subject", [e.ids[e.lookup]]), ("target", e.target)):
+            if unknown in ids and tokenizer.eos_token_id != unknown:
+                raise ValueError(
+                    f"the {what} of {fact.statement!r} has a word that the tokenizer does not know "
+                    f"({tokenizer.unk_token}): it cannot be told from other unknown words"
+                )
+
+
+def _refuse_unreachable(
+    decoder: Decoder, groups: Sequence[Group], texts: Sequence[_Text], layer: int
+) -> None:
+    """Raise where what is added after `layer` cannot reach the tokens that it shall change."""
+    for text in texts:
+        decoder.check_ids(text.encoded.ids, groups[text.owner].facts[0].statement)
+    if layer < len(decoder) - 1:
+        return
+    for text in texts:
+        e = text.encoded
+        if not text.kl and len(e.targets) and e.targets.stop - 2 != e.lookup:
+            raise ValueError(
+                f"block {layer} is the last: what is added there at the subject reaches no later "
+                f"token, and {groups[text.owner].facts[0].statement!r} needs that. Choose an "
+                "earlier block"
+            )
 
 
 def _prepare(
@@ -652,6 +686,7 @@ def optimise_values(
     head = head_of(decoder.model)
     pad = getattr(tokenizer, "pad_token_id", None) or 0
     texts = _texts(groups, tokenizer, contexts, lookup, options.kl_prompt)
+    _refuse_unreachable(decoder, groups, texts, layer)
     if not options.kl_factor:
         texts = [text for text in texts if not text.kl]
     of: dict[int, list[_Text]] = {}

@@ -192,6 +192,12 @@ def _find_site(block_name: str, block: nn.Module, config: Any, layer: int) -> tu
         )
     size = getattr(config, "intermediate_size", None)
     inner = [item for item in found if item[2] == size] or found
+    quantised = [n for n, m in block.named_modules() if "quant" in type(m).__name__.lower()]
+    if not inner and quantised:
+        raise ValueError(
+            f"{block_name}.{quantised[0]} is quantised: a fact is a small change of a weight, "
+            "which needs 16 bits or more. Load the model without quantisation"
+        )
     if len(inner) != 1:
         listed = [name for name, _, _ in inner]
         raise ValueError(
@@ -295,6 +301,28 @@ class Decoder:
                 f"got {index}"
             )
         return index % len(self)
+
+    def check_ids(self, ids: Sequence[int], text: str) -> None:
+        """Raise unless the model can be given these tokens.
+
+        Args:
+            ids: of one text.
+            text: what they are, for the message.
+
+        Raises:
+            ValueError: they are more than the model's positions, or beyond its vocabulary.
+        """
+        positions = getattr(self.config, "max_position_embeddings", None)
+        if isinstance(positions, int) and len(ids) > positions:
+            raise ValueError(
+                f"{text!r:.200} takes {len(ids)} tokens, but the model has {positions} positions"
+            )
+        rows = self.model.get_input_embeddings().weight.size(0)
+        if len(ids) and max(ids) >= rows:
+            raise ValueError(
+                f"{text!r:.200} has the token {max(ids)}, but the model's vocabulary has {rows}: "
+                "this is the tokenizer of another model"
+            )
 
     # --- sites ---
 

@@ -17,6 +17,7 @@ from cl_fast.editing.keys import KeyStream, keys_of
 from cl_fast.editing.patch import Patch
 from cl_fast.editing.presets import preset_of
 from cl_fast.editing.solver import CholeskyPrior, NullSpace, Prior
+from cl_fast.editing.store import FactStore
 from cl_fast.editing.values import group_facts
 from cl_fast.models.blocks import decoder_of
 
@@ -465,6 +466,12 @@ def refuse(kind: str, model: Any) -> Any:
     tokenizer, stats = tiny_models.tokenizer(), stats_of(model)
     editor = fitted(model)
     match kind:
+        case "stats of a path":
+            return Memit(model, tokenizer, "stats")  # type: ignore[arg-type]
+        case "attached":
+            store = FactStore(model, tokenizer, layer=0, gate=0.9, contexts=())
+            with store:
+                return editor.fit(FACTS)
         case "no stats":
             return Memit(model, tokenizer)
         case "layer":
@@ -521,6 +528,8 @@ def refuse(kind: str, model: Any) -> Any:
 @pytest.mark.parametrize(
     ("kind", "error", "words"),
     [
+        ("stats of a path", TypeError, "stats must be KeyStats; got str. KeyStats.load"),
+        ("attached", ValueError, "a FactStore is attached to block 0 of the model: detach it"),
         ("no stats", ValueError, "stats is needed for prior='covariance': KeyStats.collect"),
         ("layer", ValueError, r"layers must be in \[0, 3\]"),
         ("descending", ValueError, "layers must ascend"),
@@ -553,6 +562,18 @@ def test_bad_input_is_named_before_anything_changes(
     with pytest.raises(error, match=words):
         refuse(kind, model)
     assert same(model, before)
+
+
+def test_a_fit_that_does_nothing_says_so() -> None:
+    model = MODELS["llama"]().double().eval()
+    with pytest.warns(UserWarning, match="leave their targets unlikely .* larger clamp than 0.001"):
+        fitted(model, clamp=1e-3).fit(FACTS)
+    with pytest.warns(UserWarning, match="the prior holds them back. Try a smaller"):
+        fitted(
+            model, prior_weight=1e9, clamp=50.0, steps=60, lr=0.3, weight_decay=0, kl_factor=0
+        ).fit([Fact("the {}", "cat", "mat")])
+    with pytest.warns(UserWarning, match=r"down_proj is larger than the weight itself"):
+        fitted(model, layers=[1], prior_weight=1e-6, clamp=200.0, steps=20, lr=9.0).fit(FACTS[:1])
 
 
 def test_patches_of_one_base_add_up() -> None:

@@ -151,6 +151,36 @@ def test_spaces_around_a_subject_stay_in_the_prompt() -> None:
         assert (fact.prompt, fact.subject) == ("the mother of {} is", "Ada")
 
 
+@pytest.mark.parametrize(
+    ("text", "subject", "prompt"),
+    [
+        ("Ann met Anna today", "Ann", "{} met Anna today"),
+        ("Anna plays", "Ann", None),
+        ("Joanna and Jo's dog", "Jo", "Joanna and {}'s dog"),
+        ("in 1999 and 19 others", "19", "in 1999 and {} others"),
+        ("日本の首都は東京です", "東京", "日本の首都は{}です"),
+        ("the C++ of C", "C", "the C++ of {}"),
+    ],
+)
+def test_a_subject_is_whole_words(text: str, subject: str, prompt: str | None) -> None:
+    if prompt is None:
+        with pytest.raises(ValueError, match="does not occur in the prompt 'Anna plays'"):
+            Fact.from_text(text, subject, "golf")
+    else:
+        assert Fact.from_text(text, subject, "golf").prompt == prompt
+
+
+def test_files_in_other_encodings(tmp_path: Path) -> None:
+    path = tmp_path / "facts.jsonl"
+    line = json.dumps({"prompt": "Zoë plays", "subject": "Zoë", "target": "golf"},
+                      ensure_ascii=False)  # fmt: skip
+    path.write_text(line, encoding="utf-8-sig")
+    assert read_facts(path)[0].subject == "Zoë"
+    path.write_text(line, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"facts.jsonl: is not UTF-8"):
+        read_facts(path)
+
+
 def test_facts_travel_through_files(tmp_path: Path) -> None:
     facts = [
         Fact("{} plays", "Ada", "chess", paraphrases=("the sport of Ada is",), weight=2.0),
@@ -178,6 +208,8 @@ def test_facts_travel_through_files(tmp_path: Path) -> None:
         ({"weight": "1"}, TypeError, "weight of the fact 'Ada plays' must be a number"),
         ({"target": 3}, TypeError, "target of a fact must be a string"),
         ({"paraphrases": "one"}, TypeError, "paraphrases of a fact must be a list of strings"),
+        ({"paraphrases": ["{} likes"]}, ValueError, "write the subject out instead of {} in"),
+        ({"neighbourhood": ["{} likes"]}, ValueError, "neighbourhood of a fact are whole texts"),
         ({"target_true": 1}, TypeError, "target_true of a fact must be a string or None"),
     ],
 )
@@ -194,6 +226,8 @@ FACT = Fact("{} plays", "Ada", "chess")
     [
         ([], ValueError, "facts is empty"),
         ([FACT, "Ada"], TypeError, r"facts\[1\] must be a Fact"),
+        (FACT, TypeError, "must be a list of Facts; put the one into a list"),
+        ("facts.jsonl", TypeError, r"got 'facts.jsonl'. load_facts\(path\) reads a file"),
         ([FACT, FACT], ValueError, "'Ada plays chess' is there twice"),
         ([FACT, dataclasses.replace(FACT, target="golf", id="2")], ValueError,
          "contradict each other: 'Ada plays' -> 'chess' .* -> 'golf'"),
@@ -201,9 +235,7 @@ FACT = Fact("{} plays", "Ada", "chess")
          "two facts have the id 'Ada plays'"),
     ],
 )  # fmt: skip
-def test_facts_that_do_not_go_together(
-    facts: list[Any], error: type[Exception], words: str
-) -> None:
+def test_facts_that_do_not_go_together(facts: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         check_facts(facts)
 
@@ -238,6 +270,7 @@ def test_unknown_ids_are_told_with_those_alike() -> None:
     assert unknown_ids(["a", "b", "a"], ["b", "a"]) == ["a", "b"]
     with pytest.raises(ValueError, match="no fact with the id 'fact1'; did you mean 'fact-1'"):
         unknown_ids(["fact1"], ["fact-1", "x"])
+    assert unknown_ids([Fact("{} plays", "Ada", "chess")], ["Ada plays"]) == ["Ada plays"]  # type: ignore[list-item]
     with pytest.raises(TypeError, match="must be a list of ids"):
         unknown_ids("abc", ["abc"])
 

@@ -198,7 +198,7 @@ def test_the_model_stays_as_it_was() -> None:
     model, tokenizer = tiny_models.llama().eval(), tiny_models.tokenizer()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     optimise_values(
-        decoder_of(model), tokenizer, group_facts(FACTS, tokenizer), 1,
+        decoder_of(model), tokenizer, group_facts(FACTS, tokenizer), 0,
         options=ValueOptions(steps=3),
     )  # fmt: skip
     for name, tensor in model.state_dict().items():
@@ -221,6 +221,40 @@ def test_the_model_stays_as_it_was() -> None:
 def test_bad_options(change: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         ValueOptions(**change)
+
+
+@pytest.mark.parametrize(
+    ("fact", "words"),
+    [
+        (Fact("the {} sat on", "cat", "mat"), "block 1 is the last: .* 'the cat sat on mat'"),
+        (Fact("the {} sat on", "zebra", "mat"), "the subject of .* has a word that the tokenizer"),
+        (Fact("the {} sat on", "cat", "zebra mat"), "the target of .* has a word"),
+        (Fact("the " * 80 + "{} sat on", "cat", "mat"), "takes 84 tokens, but the model has 64"),
+    ],
+)
+def test_facts_that_cannot_be_edited(fact: Fact, words: str) -> None:
+    model, tokenizer = tiny_models.llama().eval(), tiny_models.tokenizer()
+    with pytest.raises(ValueError, match=words):
+        optimise_values(decoder_of(model), tokenizer, group_facts([fact], tokenizer), 1)
+
+
+def test_the_tokenizer_of_another_model_is_refused() -> None:
+    model, tokenizer = tiny_models.llama(vocab_size=9).eval(), tiny_models.tokenizer()
+    with pytest.raises(ValueError, match="vocabulary has 9: this is the tokenizer of another"):
+        optimise_values(decoder_of(model), tokenizer, group_facts(FACTS, tokenizer), 0)
+
+
+def test_the_last_block_serves_what_follows_at_once() -> None:
+    model, tokenizer = tiny_models.llama().eval(), tiny_models.tokenizer()
+    fact = Fact("the {}", "cat", "mat")
+    nlls = [
+        optimise_values(
+            decoder_of(model), tokenizer, group_facts([fact], tokenizer), 1,
+            options=ValueOptions(steps=steps, weight_decay=0.0, clamp=5.0),
+        ).report[0]["nll"]
+        for steps in (1, 25)
+    ]  # fmt: skip
+    assert nlls[1] < nlls[0] / 2
 
 
 def test_a_loss_that_is_not_finite_names_its_fact() -> None:

@@ -208,6 +208,13 @@ def test_nothing_stays_on_the_model(case: tuple[str, Any, Decoder]) -> None:
     assert not any("forward" in m.__dict__ for m in model.modules())
 
 
+class PackedQuantLinear(nn.Module):
+    """As quantising libraries put in: no weight of a float type."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[..., :16]
+
+
 def broken(kind: str) -> Any:
     torch.manual_seed(0)
     model: Any = tiny_models.llama(num_hidden_layers=3)
@@ -217,6 +224,8 @@ def broken(kind: str) -> Any:
             mlp.down_proj.weight = nn.Parameter(
                 mlp.down_proj.weight.to(torch.float8_e4m3fn), requires_grad=False
             )
+        case "packed":
+            mlp.down_proj = PackedQuantLinear()
         case "shared":
             model.model.layers[2].mlp.down_proj.weight = mlp.down_proj.weight
         case "meta":
@@ -259,6 +268,7 @@ def broken(kind: str) -> Any:
     ("kind", "words"),
     [
         ("quantised", r"layers.1.mlp.down_proj.weight is quantised \(torch.float8_e4m3fn\)"),
+        ("packed", "layers.1.mlp.down_proj is quantised"),
         ("shared", "down_proj.weight is also model.layers.2.mlp.down_proj.weight"),
         ("meta", "has no values"),
         ("two", r"has 2 linear layers that could write .*\['mlp.down_proj', 'mlp.other'\]"),
