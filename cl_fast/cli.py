@@ -222,7 +222,9 @@ def _edit_parser(commands: Any) -> None:
     edit.add_argument("--prior-weight", type=float, metavar="X", help="of what the model knows")
     edit.add_argument("--steps", type=_positive, metavar="N", help="of a value's optimisation")
     edit.add_argument("--lr", type=float, metavar="X", help="of a value's optimisation")
-    edit.add_argument("--clamp", type=float, metavar="X", help="largest change of a value")
+    edit.add_argument(
+        "--clamp", type=float, metavar="X", help="largest change of a value, in norms of the state"
+    )
     edit.add_argument(
         "--stats", type=Path, metavar="FOLDER", help="of the keys: used if there, else made there"
     )
@@ -254,7 +256,7 @@ def _edit_parser(commands: Any) -> None:
         "--restart", action="store_true", help="throw an unfinished job away and begin again"
     )
     _talk(edit)
-    edit.set_defaults(run=_edit)
+    edit.set_defaults(defaults=edit.parse_args(["", "", ""]), run=_edit)
 
 
 def _execution(parser: argparse.ArgumentParser) -> None:
@@ -341,7 +343,10 @@ def _layers(text: str) -> tuple[int, ...]:
         match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
         if match is None:
             raise argparse.ArgumentTypeError(f"{text!r} is no list of blocks; write 4,5,6 or 4-8")
-        layers += range(int(match[1]), int(match[2] or match[1]) + 1)
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise argparse.ArgumentTypeError(f"{text!r} goes down; write {last}-{first}")
+        layers += range(first, last + 1)
     return tuple(layers)
 
 
@@ -501,6 +506,9 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+_OF_A_PATCH = ("model", "facts", "output", "dry_run", "restart", "quiet", "verbose")
+
+
 def _edit(arguments: argparse.Namespace) -> int:
     from cl_fast.checkpoints.patches import is_patch
 
@@ -550,9 +558,15 @@ def _edit(arguments: argparse.Namespace) -> int:
             raise
     if not arguments.quiet:
         if result.before is not None and result.report is not None:
-            from cl_fast.editing.report import compared
+            from cl_fast.learning.edits import not_said, side_by_side
 
-            print(compared({"before": result.before, "after": result.report}).rstrip())
+            print(side_by_side(result.before, result.report).rstrip())
+            missed = len(not_said(result.report))
+            if missed:
+                print(
+                    f"{missed} of {result.facts} facts are not what the model writes; edits.md "
+                    "lists them, docs/editing.md says how to look for better settings"
+                )
         print(
             f"{result.output}: {result.facts} facts in {result.seconds:.1f} s; edits.safetensors "
             "is the patch, edits.md the report"
@@ -561,6 +575,16 @@ def _edit(arguments: argparse.Namespace) -> int:
 
 
 def _apply_patch(arguments: argparse.Namespace) -> int:
+    from cl_fast.errors import OutputError
+
+    for name, default in vars(arguments.defaults).items():
+        if name not in _OF_A_PATCH and getattr(arguments, name) != default:
+            raise ClFastError(
+                f"--{name.replace('_', '-')} has no effect where a saved patch is applied; it was "
+                "decided when the facts were fitted"
+            )
+    if arguments.output.exists():
+        raise OutputError(f"{arguments.output}: exists already; choose another folder")
     from cl_fast.merging.engine import check_output
     from cl_fast.merging.patches import apply_patch, plan_patch
     from cl_fast.merging.plan import describe

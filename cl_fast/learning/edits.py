@@ -46,12 +46,13 @@ from cl_fast.errors import CheckpointError, OutputError
 from cl_fast.learning.ledger import load_tensors, save_tensors
 from cl_fast.learning.texts import Texts, documents, find_files
 from cl_fast.merging.executors import torch_dtype
+from cl_fast.merging.journal import WorkLock
 from cl_fast.merging.manifest import relocate
 from cl_fast.merging.patches import apply_patch
 from cl_fast.models.blocks import Decoder, decoder_of
 from cl_fast.options import at_least, one_of
 
-__all__ = ["EDITORS", "PHASES", "EditJob", "EditSettings"]
+__all__ = ["EDITORS", "PHASES", "EditJob", "EditSettings", "not_said", "side_by_side"]
 
 EDITORS: dict[str, type[WeightEditor]] = {
     "memit": Memit,
@@ -182,6 +183,7 @@ class EditJob:
                 f"{self.folder}: config or tokenizer cannot be read: {_first_line(error)}"
             ) from error
         group_facts(self.facts, self.tokenizer)  # every fact has tokens where they are needed
+        self._check_layers()
         self.texts = find_files(self.settings.texts, "texts") if self.settings.texts else ()
         self._check_device()
         self._check_stats()
@@ -204,6 +206,15 @@ class EditJob:
             torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device {name!r} is not there: {_first_line(error)}") from error
+
+    def _check_layers(self) -> None:
+        depth = int(getattr(self.config.get_text_config(), "num_hidden_layers", 0))
+        wrong = [i for i in self.settings.layers or () if depth and i >= depth]
+        if wrong:
+            raise ValueError(
+                f"layers: the model has the blocks 0 to {depth - 1}, and none with the number "
+                f"{wrong[0]}"
+            )
 
     def _check_stats(self) -> None:
         """A folder that cannot take statistics is refused before they are collected."""
@@ -249,12 +260,16 @@ class EditJob:
             assert isinstance(found, dict)
         except (ValueError, AssertionError):
             found = {}
+        if {p.name for p in self.work.iterdir()} <= {"job.json", "lock"}:
+            return  # cut off, or refused, before anything was done: nothing is lost
         for key, value in self.identity.items():
             if found.get(key) != value:
+                what = "facts" if key == "facts" else (
+                    f"{key}: {_short(found.get(key))} there, {_short(value)} now"
+                )  # fmt: skip
                 raise OutputError(
-                    f"{self.out}: an unfinished job for it has another {key}: "
-                    f"{_short(found.get(key))} there, {_short(value)} now. Give what it was given, "
-                    "or --restart to throw it away"
+                    f"{self.out}: an unfinished job for it has other {what}. Give what it was "
+                    "given, or --restart to throw it away"
                 )
 
     def _published(self) -> bool:
@@ -315,6 +330,14 @@ class EditJob:
             self.work.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"{self.work}: cannot be made ({error.strerror})") from error
+        lock = WorkLock(self.work, self.out)
+        lock.acquire()
+        try:
+            return self._run(started)
+        finally:
+            lock.release()
+
+    def _run(self, started: float) -> Result:
         write_whole(self.work / "job.json", [json.dumps(self.identity, indent=1).encode()])
         patch_file = self.work / "edits.safetensors"
         scored = self.work / "after.json"
@@ -438,7 +461,13 @@ class EditJob:
             return None
         folder = settings.stats if settings.stats is not None else self.work / "stats"
         if (folder / "moments.safetensors").is_file():
-            return KeyStats.load(folder, model, any_model=settings.any_model)
+            try:
+                return KeyStats.load(folder, model, any_model=settings.any_model)
+            except ValueError as error:
+                if settings.stats is None:
+                    raise
+                error.add_note("on the command line: --any-model, or another --stats folder")
+                raise
         layers = self._layers(decoder_of(model))
         texts: Literal["self"] | Iterator[str] = "self"
         if self.texts:
@@ -514,17 +543,25 @@ class EditJob:
             "",
         ]
         if before is not None and after is not None:
-            lines += [compared({"before": before, "after": after}, form="markdown"), ""]
+            lines += [side_by_side(before, after, form="markdown"), ""]
         if after is not None:
-            missed = [row for row in after.rows if row.get("es", 1.0) < 1.0]
+            missed = not_said(after)
             if missed:
                 lines += [
-                    f"{len(missed)} facts whose old answer is still the likelier one:",
+                    f"{len(missed)} of {len(after.rows)} facts are not what the model writes:",
                     "",
-                    *(f"- {row['prompt']} -> {row['target']}" for row in missed[:50]),
+                    *(
+                        f"- {row['prompt']} **{row['target']}**; it writes: {row['greedy_text']}"
+                        for row in missed[:50]
+                    ),
                     *(["- ..."] if len(missed) > 50 else []),
                     "",
                 ]
+        shown = {k: patch.options[k] for k in _SHOWN if k in patch.options}
+        lines += [
+            "Settings: " + ", ".join(f"{k} {v}" for k, v in shown.items() if v is not None) + ".",
+            "",
+        ]
         return "\n".join(lines)
 
     # --- telling ---
@@ -537,6 +574,26 @@ class EditJob:
         if self.progress is None:
             return None if name is not None else False
         return lambda what, done, total: self._say(name or what, done, total)
+
+
+# --- scores ------------------------------------------------------------------------------------
+
+_COLUMNS = ("score", "es", "ps", "ns", "es_acc", "ps_acc", "ns_acc", "ns_plus", "nkl", "greedy")
+_SHOWN = ("layers", "prior", "prior_weight", "energy", "threshold", "l2", "ridge", "spread",
+          "lr", "steps", "clamp", "kl_factor", "weight_decay")  # fmt: skip
+
+
+def side_by_side(before: Report, after: Report, form: str = "text") -> str:
+    """The scores of the unedited and the edited model: successes and what is really answered."""
+    known = {*before.names, *after.names}
+    return compared(
+        {"before": before, "after": after}, [name for name in _COLUMNS if name in known], form
+    )
+
+
+def not_said(report: Report) -> list[dict[str, Any]]:
+    """The rows of facts whose targets are not what the model writes."""
+    return [row for row in report.rows if row.get("greedy", 1.0) < 1.0]
 
 
 # --- files -------------------------------------------------------------------------------------

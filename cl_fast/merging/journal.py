@@ -139,7 +139,7 @@ class WorkLock:
         except ImportError:  # not a POSIX system: no flock, so no protection from a second merge
             return
         busy = OutputError(
-            f"{self._output}: another merge is writing this output now; wait for it to finish or "
+            f"{self._output}: another run is writing this output now; wait for it to finish or "
             "give another output folder"
         )
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)

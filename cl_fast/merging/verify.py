@@ -108,6 +108,8 @@ def verify(
     folder = Path(folder)
     manifest = manifests.read(folder)
     records = manifests.records(manifest)
+    for entry in manifest["inputs"]:
+        entry["path"] = str(_place(entry, folder))
     report = Report(folder)
     workers = threads or native.threads()
     try:
@@ -362,6 +364,15 @@ def _recompute(
                 f"byte {where} on"
             )
         report.recomputed.append(tensor.name)
+
+
+def _place(entry: dict[str, Any], folder: Path) -> Path:
+    """Where an input is: where it was, or, of a patch that was moved with the output, there."""
+    path = Path(entry["path"])
+    beside = folder / path.name
+    if entry["role"] == "patch" and not path.exists() and beside.is_file():
+        return beside
+    return path
 
 
 def _rebuild(manifest: dict[str, Any], folder: Path) -> Plan:

@@ -24,6 +24,7 @@ from cl_fast.editing.patch import Patch
 from cl_fast.errors import CheckpointError, OutputError
 from cl_fast.learning import edits
 from cl_fast.learning.edits import EditJob, EditSettings
+from cl_fast.merging.journal import WorkLock
 
 FACTS = [
     Fact("the {} sat on", "cat", "mat", target_true="dog", paraphrases=("a cat sat on",)),
@@ -177,10 +178,11 @@ def test_other_methods(root: Path, tmp_path: Path, method: str) -> None:
 
 
 def test_the_edges_are_edited(root: Path, tmp_path: Path) -> None:
-    settings = EditSettings(layers=(0, 1, 2), edges=True, tokens=300, steps=3, evaluate=False)
+    settings = EditSettings(layers=(0, 1), edges=True, tokens=300, steps=3, evaluate=False)
     result = EditJob(root / "base", root / "facts.jsonl", tmp_path / "out", settings).run()
     patch = Patch.load(result.output / "edits.safetensors")
-    assert [layer.name[:14] for layer in patch.layers] == ["model.layers.0", "model.layers.2"]
+    assert [layer.name[:14] for layer in patch.layers] == ["model.layers.0", "model.layers.1"]
+    assert patch.options["spread"] == "ends"
 
 
 def test_dry_run_writes_nothing(
@@ -245,6 +247,7 @@ def refused(kind: str, root: Path, tmp: Path) -> None:
             work.mkdir()
             job = EditJob(base, facts, out, EditSettings(steps=3))
             (work / "job.json").write_text(json.dumps(job.identity))
+            (work / "values").mkdir()
             EditJob(base, facts, out, EditSettings(steps=4))
     EditJob(base, facts, out)
 
@@ -260,13 +263,13 @@ def refused(kind: str, root: Path, tmp: Path) -> None:
         ("texts", ValueError, "there is no file nothing.txt"),
         ("device", ValueError, "device 'cuda:99' is not there"),
         ("method", ValueError, "method must be one of 'memit'"),
-        ("layers", ValueError, r"layers must be in \[0, 2\]"),
+        ("layers", ValueError, "the model has the blocks 0 to 2, and none with the number 7"),
         ("stats", OutputError, "stats: is not empty, and holds no statistics"),
         ("any model", ValueError, "any_model has no effect without stats"),
         ("prior weight", ValueError, "prior_weight has no effect with method='alphaedit'"),
         ("texts of rome", ValueError, "texts has no effect without stats"),
         ("dtype", ValueError, "down_proj.weight is torch.bfloat16 in memory and F32 in.*dtype out"),
-        ("another job", OutputError, "has another steps: 3 there, 4 now.*--restart"),
+        ("another job", OutputError, "has other steps: 3 there, 4 now.*--restart"),
     ],
 )
 def test_bad_input(
@@ -277,10 +280,62 @@ def test_bad_input(
     assert not list((tmp_path / "out").glob("*"))
 
 
+def test_a_job_that_did_nothing_stands_in_no_way(root: Path, tmp_path: Path) -> None:
+    given = (root / "base", root / "facts.jsonl", tmp_path / "out")
+    work = tmp_path / ".out.edit"
+    work.mkdir()
+    (work / "job.json").write_text(json.dumps({"steps": 7}))
+    assert EditJob(*given).work == work
+
+
+def test_two_jobs_at_once_are_refused(root: Path, tmp_path: Path) -> None:
+    settings = EditSettings(layers=(1,), tokens=300, steps=2, evaluate=False)
+    job = EditJob(root / "base", root / "facts.jsonl", tmp_path / "out", settings)
+    job.work.mkdir()
+    lock = WorkLock(job.work, job.out)
+    lock.acquire()
+    with pytest.raises(OutputError, match="is writing this output now"):
+        job.run()
+    lock.release()
+    assert job.run().facts == 4
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--layers", "1"], "--layers has no effect where a saved patch is applied"),
+        (["--method", "rome"], "--method has no effect"),
+        (["--stats", "nothing"], "--stats has no effect"),
+    ],
+)
+def test_options_without_effect_on_a_patch_are_refused(
+    root: Path, done: Path, tmp_path: Path, more: list[str], words: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    given = [str(root / "base"), str(done / "edits.safetensors"), str(tmp_path / "out")]
+    assert main(["edit", *given, *more]) == 1
+    assert words in capsys.readouterr().err
+    assert main(["edit", *given[:2], str(root)]) == 1
+    assert "exists already; choose another folder" in capsys.readouterr().err
+
+
+def test_a_moved_folder_is_verified_with_the_patch_in_it(
+    root: Path, done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(done, tmp_path / "moved")
+    record = tmp_path / "moved" / "cl_fast_merge.json"
+    record.write_text(record.read_text().replace(str(done), "/nowhere"))
+    assert main(["verify", str(tmp_path / "moved"), "--sample", "all"]) == 0
+    told = capsys.readouterr().out
+    assert "inputs compared: 2" in told
+    assert "model.layers.1.mlp.down_proj.weight" in told
+
+
 def test_restart_throws_an_unfinished_job_away(root: Path, tmp_path: Path) -> None:
     work = tmp_path / ".out.edit"
     work.mkdir()
     (work / "job.json").write_text("{}")
+    (work / "stats").mkdir()
     settings = EditSettings(layers=(1,), tokens=300, steps=2, evaluate=False)
     given = (root / "base", root / "facts.jsonl", tmp_path / "out", settings)
     with pytest.raises(OutputError, match="--restart"):

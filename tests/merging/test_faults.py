@@ -625,7 +625,7 @@ def test_two_merges_into_one_folder(root: Path, tmp_path: Path, backend: str) ->
     def second(phase: str, done: int, total: int) -> None:
         if not errors:
             for options in ({}, {"resume": True}, {"restart": True}, {"overwrite": True}):
-                with pytest.raises(OutputError, match="another merge is writing") as caught:
+                with pytest.raises(OutputError, match="another run is writing") as caught:
                     run(root, out, backend=backend, **options)
                 errors.append(caught.value)
 
@@ -648,7 +648,7 @@ def test_two_processes_into_one_folder(root: Path, tmp_path: Path) -> None:
     assert sorted(process.returncode for process in started) == [0, 1, 1]
     for process, words in zip(started, told, strict=True):
         if process.returncode:
-            assert "another merge is writing" in words or "exists and is not empty" in words
+            assert "another run is writing" in words or "exists and is not empty" in words
     execute(cases.plan(root, tmp_path / "b" / "out", shard=100_000))
     assert cases.contents(tmp_path / "out") == cases.contents(tmp_path / "b" / "out")
 
