@@ -163,7 +163,8 @@ def check_bases(layers: Sequence[Factors], weights: Sequence[Tensor]) -> None:
             raise ValueError(
                 f"the patch is for another base: the weight of layer {layer.name!r} is not the "
                 f"one that it was fitted on (hash {found}, the patch says {layer.base_hash}). Load "
-                "that base, in float64 if the patch was fitted in float64, or fit the facts on "
+                "that base in the dtype in which it was fitted (a cast to fewer bits is another "
+                "base; float32 of a 16-bit checkpoint is the same), or fit the facts on "
                 "this model"
             )
 

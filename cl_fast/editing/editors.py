@@ -80,6 +80,9 @@ class WeightEditor:
         steps, lr, weight_decay, clamp, kl_factor, stop_loss, kl_prompt, where, suffix: of the
             values, see `ValueOptions`; None: the preset's.
         batch: facts whose values are optimised at a time.
+        low_memory: prompts wait for their layers in main memory, and the factors of `stats` are let
+            go layer by layer, so that one at a time is on the device: 8 f^2 bytes instead of that
+            for each layer, computed again in the next fit.
         seed: of the contexts.
 
     Raises:
@@ -117,6 +120,7 @@ class WeightEditor:
         where: Literal["stream", "mlp"] | None = None,
         suffix: bool = True,
         batch: int = 64,
+        low_memory: bool = False,
         seed: int = 0,
     ) -> None:
         self.decoder: Decoder = decoder_of(model)
@@ -149,6 +153,7 @@ class WeightEditor:
         integer("seed", seed)
         self.lookup: Lookup = lookup
         self.history, self.batch, self.seed = bool(history), batch, seed
+        self.low_memory = bool(low_memory)
         if prior_weight != "auto" and self.prior != "covariance":
             raise ValueError(f"prior_weight has no effect with prior={self.prior!r}")
         self.prior_weight = float(preset.prior_weight if prior_weight == "auto" else prior_weight)
@@ -505,6 +510,7 @@ class WeightEditor:
         stream = KeyStream(
             self.decoder, self.tokenizer, groups, self.contexts, lookup=self.lookup,
             averaging=self.averaging, batch=max(8, 4 * self.batch),
+            waiting="cpu" if self.low_memory else None,
         )  # fmt: skip
         new_ridge = self._ridges(groups).to(self.decoder.device)
         made: list[LayerPatch] = []
@@ -530,6 +536,9 @@ class WeightEditor:
             made.append(
                 self._layer(site, prior, held, new_k, new_t, new_ridge, kept, bench.base_hash(site))
             )
+            del prior
+            if self.low_memory and self.stats is not None:
+                self.stats.forget()
             bench.write(site, made[-1])
             told[site.name] = {
                 "asked": _rms(change), "delta_norm": _delta_norm(made[-1]),

@@ -116,6 +116,8 @@ class EditSettings:
                 f"prior_weight has no effect with method={self.method!r}"
                 + (" without stats" if self.method == "rome" else "")
             )
+        if self.edges and self.method in ("rome", "emmet"):
+            raise ValueError(f"edges has no effect with method={self.method!r}: it edits one block")
         unused = {"texts": bool(self.texts) and self.method == "rome", "any_model": self.any_model}
         for name, given in unused.items():
             if given and self.stats is None:
@@ -380,13 +382,13 @@ class EditJob:
 
     def _layers(self, decoder: Decoder) -> tuple[int, ...]:
         settings = self.settings
-        return settings.layers or preset_of(decoder, EDITORS[settings.method].method).layers
+        layers = settings.layers or preset_of(decoder, EDITORS[settings.method].method).layers
+        return tuple(dict.fromkeys((layers[0], layers[-1]))) if settings.edges else layers
 
     def _check_weights(self, model: nn.Module) -> None:
         """What is edited must be in memory what it is in the files, on which the patch will go."""
         decoder = decoder_of(model)
-        layers = self._layers(decoder)
-        for site in decoder.sites([layers[0], layers[-1]] if self.settings.edges else layers):
+        for site in decoder.sites(self._layers(decoder)):
             name = stored_name(site.weight_name, self.base.tensors)
             if name is None:
                 raise CheckpointError(

@@ -598,7 +598,7 @@ def cache_rows(cache: Any, rows: Tensor | None = None) -> Any:
     ):
         raise ValueError(
             f"a {type(cache).__name__} does not hold keys and values of every layer, so that the "
-            "work of common prefixes cannot be kept"
+            "work of common prefixes cannot be kept; editors take suffix=False for such models"
         )
     made = copy.copy(cache)
     made.layers = [copy.copy(layer) for layer in layers]

@@ -434,6 +434,17 @@ def test_a_failure_in_the_middle_leaves_the_model_as_it_was(
     assert not any(m._forward_hooks or "forward" in m.__dict__ for m in model.modules())
 
 
+def test_low_memory_changes_nothing_but_memory() -> None:
+    model = MODELS["llama"]().double().eval()
+    plain, low = fitted(model), fitted(model, low_memory=True)
+    forgotten: list[int] = []
+    low.stats.forget = lambda: forgotten.append(1)  # type: ignore[union-attr, method-assign]
+    for a, b in zip(plain.fit(FACTS).layers, low.fit(FACTS).layers, strict=True):
+        assert torch.equal(a.U, b.U)
+        assert torch.equal(a.V, b.V)
+    assert len(forgotten) == 2
+
+
 def test_the_same_again_is_the_same() -> None:
     model = MODELS["llama"]().eval()
     patches = [fitted(model, contexts="auto").fit(FACTS) for _ in range(2)]

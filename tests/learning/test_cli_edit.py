@@ -218,6 +218,8 @@ def refused(kind: str, root: Path, tmp: Path) -> None:
             EditJob(base, facts, out, EditSettings(device="cuda:99"))
         case "method":
             EditJob(base, facts, out, EditSettings(method="magic"))
+        case "edges":
+            EditSettings(method="rome", edges=True)
         case "layers":
             EditJob(base, facts, out, EditSettings(layers=(7,), tokens=50)).run()
         case "stats":
@@ -263,6 +265,7 @@ def refused(kind: str, root: Path, tmp: Path) -> None:
         ("texts", ValueError, "there is no file nothing.txt"),
         ("device", ValueError, "device 'cuda:99' is not there"),
         ("method", ValueError, "method must be one of 'memit'"),
+        ("edges", ValueError, "edges has no effect with method='rome'"),
         ("layers", ValueError, "the model has the blocks 0 to 2, and none with the number 7"),
         ("stats", OutputError, "stats: is not empty, and holds no statistics"),
         ("any model", ValueError, "any_model has no effect without stats"),
