@@ -559,7 +559,9 @@ class EditJob:
                     *(["- ..."] if len(missed) > 50 else []),
                     "",
                 ]
-        shown = {k: patch.options[k] for k in _SHOWN if k in patch.options}
+        off = ("prior_weight",) if patch.options.get("prior") != "covariance" else _OF_NULL_SPACE
+        shown = {k: patch.options[k] for k in _SHOWN if k in patch.options and k not in off}
+        shown = {k: f"{v:g}" if isinstance(v, float) else v for k, v in shown.items()}
         lines += [
             "Settings: " + ", ".join(f"{k} {v}" for k, v in shown.items() if v is not None) + ".",
             "",
@@ -581,6 +583,7 @@ class EditJob:
 # --- scores ------------------------------------------------------------------------------------
 
 _COLUMNS = ("score", "es", "ps", "ns", "es_acc", "ps_acc", "ns_acc", "ns_plus", "nkl", "greedy")
+_OF_NULL_SPACE = ("energy", "threshold", "l2")
 _SHOWN = ("layers", "prior", "prior_weight", "energy", "threshold", "l2", "ridge", "spread",
           "lr", "steps", "clamp", "kl_factor", "weight_decay")  # fmt: skip
 
