@@ -163,9 +163,9 @@ def check_bases(layers: Sequence[Factors], weights: Sequence[Tensor]) -> None:
             raise ValueError(
                 f"the patch is for another base: the weight of layer {layer.name!r} is not the "
                 f"one that it was fitted on (hash {found}, the patch says {layer.base_hash}). Load "
-                "that base in the dtype in which it was fitted (a cast to fewer bits is another "
-                "base; float32 of a 16-bit checkpoint is the same), or fit the facts on "
-                "this model"
+                "that base in the dtype in which it was fitted (float32 of a 16-bit checkpoint "
+                "counts as the same; a cast to fewer bits, or to float64, does not), or fit the "
+                "facts on this model"
             )
 
 

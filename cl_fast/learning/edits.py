@@ -259,8 +259,9 @@ class EditJob:
             return
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            assert isinstance(found, dict)
-        except (ValueError, AssertionError):
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
             found = {}
         if {p.name for p in self.work.iterdir()} <= {"job.json", "lock"}:
             return  # cut off, or refused, before anything was done: nothing is lost

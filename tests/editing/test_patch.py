@@ -374,7 +374,7 @@ def other_model(change: Callable[[Model], Any]) -> Model:
     [
         (lambda m: m.downs[1].weight.data[0, 0].add_(1e-3), "for another base.*'downs.1'"),
         (lambda m: m.to(torch.bfloat16), "for another base.*'downs.0'"),
-        (lambda m: m.double(), "for another base.*in float64 if"),
+        (lambda m: m.double(), "for another base.*or to float64, does not"),
         (lambda m: setattr(m, "downs", m.ups), r"'downs.0' has the shape \(14, 10\).*\(10, 14\)"),
         (lambda m: m.downs.pop(1), "no layer 'downs.1', which the patch edits .it has '"),
         (lambda m: m.downs.__setitem__(0, Quantised()), "'downs.0' is torch.int8, a quantised"),
