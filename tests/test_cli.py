@@ -17,8 +17,8 @@ import pytest
 import torch
 
 import cl_fast
-from cl_fast import backends, cli
-from cl_fast.cli import main
+from cl_fast import backends
+from cl_fast.cli import arguments, main, progress
 
 HERE = Path(__file__).parent
 
@@ -135,7 +135,7 @@ def test_seed_overrides_the_recipe(root: Path, tmp_path: Path) -> None:
     [("1", 1), ("256MB", 256_000_000), ("1.5gb", 1_500_000_000), ("2 GiB", 2 << 30), ("3K", 3000)],
 )
 def test_sizes(text: str, value: int) -> None:
-    assert cli._size(text) == value
+    assert arguments.size(text) == value
 
 
 @pytest.mark.parametrize(
@@ -292,11 +292,11 @@ def test_interrupt_signal_is_130(tmp_path: Path) -> None:
 def test_progress_without_a_terminal_is_plain_lines(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "_EVERY", 0.0)
-    with cli._Progress(quiet=False) as progress:
-        progress("merge", 0, 4_000_000_000)
+    monkeypatch.setattr(progress, "_EVERY", 0.0)
+    with progress.Progress(quiet=False) as shown:
+        shown("merge", 0, 4_000_000_000)
         time.sleep(0.01)
-        progress("merge", 1_000_000_000, 4_000_000_000)
+        shown("merge", 1_000_000_000, 4_000_000_000)
     told = capsys.readouterr().err
     assert told.startswith("merge: 25 % of 4.0 GB, ")
     assert told.endswith(" s left\n")
@@ -307,9 +307,9 @@ def test_progress_on_a_terminal_is_a_bar(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with cli._Progress(quiet=False) as progress:
+    with progress.Progress(quiet=False) as shown:
         for done in (0, 1_000_000, 2_000_000):
-            progress("merge", done, 2_000_000)
+            shown("merge", done, 2_000_000)
             time.sleep(0.11)
     told = capsys.readouterr().err
     assert "merge" in told

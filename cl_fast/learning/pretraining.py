@@ -59,8 +59,8 @@ from cl_fast.learning.texts import (
     stacked,
     too_short,
 )
+from cl_fast.merging.description import bytes_text
 from cl_fast.merging.methods import suggest
-from cl_fast.merging.plan import bytes_text
 from cl_fast.models.heads import Evaluating
 from cl_fast.training.keeping import Keep, Task
 from cl_fast.training.mixing import Mixture, mix

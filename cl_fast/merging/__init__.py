@@ -18,10 +18,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cl_fast.merging.description import describe
     from cl_fast.merging.engine import execute
     from cl_fast.merging.methods import METHODS, Method, make_policy
     from cl_fast.merging.patches import apply_patch
-    from cl_fast.merging.plan import Plan, describe, make_plan
+    from cl_fast.merging.plan import Plan, make_plan
     from cl_fast.merging.recipe import Recipe, load_recipe, parse_recipe
     from cl_fast.merging.soup import greedy_soup, uniform_soup
     from cl_fast.merging.state_dicts import (
@@ -40,7 +41,7 @@ _HOME = {
     "apply_patch": "patches",
     "dare_linear": "state_dicts",
     "dare_ties": "state_dicts",
-    "describe": "plan",
+    "describe": "description",
     "execute": "engine",
     "greedy_soup": "soup",
     "linear": "state_dicts",

@@ -43,6 +43,7 @@ from cl_fast.merging.executors import (
     make_executor,
     sources,
 )
+from cl_fast.merging.inputs import check_derived
 from cl_fast.merging.journal import FORMAT, Journal, TensorRecord, WorkLock
 from cl_fast.merging.output import (
     OutputFolder,
@@ -51,7 +52,6 @@ from cl_fast.merging.output import (
     sync_tree,
     write_failure,
 )
-from cl_fast.merging.patches import check_patches
 
 if TYPE_CHECKING:
     from cl_fast.merging.plan import Plan
@@ -153,7 +153,7 @@ def execute(
                 lock.release()
         _check_output(plan, folder, overwrite=overwrite)
         check_inputs(plan)
-        check_patches(plan)
+        check_derived(plan)
         executor = make_executor(
             plan, backend=backend, threads=threads, memory=memory, io=io, nan=nan
         )

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from cl_fast.errors import CheckpointError, NonFiniteError, OutputError
 from cl_fast.merging.checksum import crc64
+from cl_fast.merging.description import bytes_text
 from cl_fast.merging.journal import TensorRecord
 from cl_fast.merging.output import write_failure
-from cl_fast.merging.patches import make
-from cl_fast.merging.plan import Patched, Source, bytes_text, patched
+from cl_fast.merging.sources import Made, Source, made
 from cl_fast.ops.policy import trim_keep_count
 from cl_fast.ops.streams import keep_threshold
 
@@ -106,7 +106,7 @@ def make_executor(
     if core is not None:
         if memory is not None:
             needed, name = max(
-                (sum(source.memory for source in patched(t)), t.name) for t in plan.tensors
+                (sum(source.memory for source in made(t)), t.name) for t in plan.tensors
             )
             if needed > memory:
                 raise OutputError(
@@ -211,11 +211,11 @@ class NativeExecutor:
         job = self._job(self._nan)
         files: dict[str, tuple[int, int]] = {}
         combined = [tensor for tensor in plan.tensors if tensor.kind == "combine"]
-        made = self._make(combined)
+        ready = self._make(combined)
         size = 0
         for tensor in combined:
             # A selection writes nothing, but a task must name a place.
-            self._add(job, tensor, None, files, made, out=(1, -1, 0))
+            self._add(job, tensor, None, files, ready, out=(1, -1, 0))
             size += sum(source.nbytes for _, source in sources(tensor))
         wanted = [max(1, keep) for keep in plan.model_keep]
         codes: list[int] = []
@@ -229,7 +229,7 @@ class NativeExecutor:
         self, tensors: Sequence[TensorPlan], path: Path, codes: Sequence[int] | None, tick: Tick
     ) -> list[TensorRecord]:
         """See `Executor`."""
-        plain = [tensor for tensor in tensors if not patched(tensor)]
+        plain = [tensor for tensor in tensors if not made(tensor)]
         found = dict(
             zip((t.name for t in plain), self._write(plain, path, codes, tick), strict=True)
         )
@@ -243,12 +243,12 @@ class NativeExecutor:
     ) -> list[TensorRecord]:
         if not tensors:
             return []
-        made = self._make(tensors)
+        ready = self._make(tensors)
         job = self._job(self._nan)
         files: dict[str, tuple[int, int]] = {}
         output = job.output(str(path))
         tasks = [
-            self._add(job, tensor, codes, files, made, out=(0, output, tensor.offset))
+            self._add(job, tensor, codes, files, ready, out=(0, output, tensor.offset))
             for tensor in tensors
         ]
         size = sum(t.nbytes + sum(source.nbytes for _, source in sources(t)) for t in tensors)
@@ -266,7 +266,7 @@ class NativeExecutor:
                     # The file is thrown away, so this tensor may as well be written there.
                     job = self._job("propagate")
                     output = job.output(str(path))
-                    task = self._add(job, tensor, codes, {}, made, out=(0, output, tensor.offset))
+                    task = self._add(job, tensor, codes, {}, ready, out=(0, output, tensor.offset))
                     _watch(job, job.run, lambda _: None, 0)
                     self._record(job.result(task), tensor)
         return [self._record(result, t) for result, t in zip(results, tensors, strict=True)]
@@ -276,9 +276,9 @@ class NativeExecutor:
     ) -> tuple[bytearray, TensorRecord]:
         """See `Executor`."""
         data = bytearray(max(1, tensor.nbytes))
-        made = self._make([tensor])
+        ready = self._make([tensor])
         job = self._job(self._nan)
-        task = self._add(job, tensor, codes, {}, made, out=(_address(data), -1, 0))
+        task = self._add(job, tensor, codes, {}, ready, out=(_address(data), -1, 0))
         _watch(job, job.run, lambda _: None, 0)
         return data[: tensor.nbytes], self._record(job.result(task), tensor)
 
@@ -287,7 +287,7 @@ class NativeExecutor:
         return {
             source: _made(tensor, source, self._nan, self._asked)
             for tensor in tensors
-            for source in patched(tensor)
+            for source in made(tensor)
         }
 
     def _job(self, nan: Nan) -> Any:
@@ -301,12 +301,12 @@ class NativeExecutor:
         tensor: TensorPlan,
         codes: Sequence[int] | None,
         files: dict[str, tuple[int, int]],
-        made: dict[Source, bytearray],
+        ready: dict[Source, bytearray],
         out: tuple[int, int, int],
     ) -> int:
         def place(source: Source) -> tuple[str, int, int, int]:
-            if source in made:
-                return "BYTES" if copy else source.dtype, _address(made[source]), -1, 0
+            if source in ready:
+                return "BYTES" if copy else source.dtype, _address(ready[source]), -1, 0
             if source.path not in files:
                 handle = job.file(source.path, self._io)
                 files[source.path] = handle, Path(source.path).stat().st_size
@@ -547,7 +547,7 @@ class EagerExecutor:
         return data, record
 
     def _load_bytes(self, tensor: TensorPlan, source: Source) -> bytearray:
-        if isinstance(source, Patched):
+        if isinstance(source, Made):
             return _made(tensor, source, self._nan)
         return read_stored(source)
 
@@ -584,14 +584,14 @@ def read_stored(source: Source) -> bytearray:
     return data
 
 
-def _made(tensor: TensorPlan, source: Patched, nan: Nan, threads: int | None = None) -> bytearray:
+def _made(tensor: TensorPlan, source: Made, nan: Nan, threads: int | None = None) -> bytearray:
     """The bytes of a source that no file holds.
 
     Where it is the result itself, nothing else looks for NaN in it, or for an overflow.
     """
     import torch
 
-    data = make(source, threads)
+    data = source.make(threads)
     if tensor.kind == "copy" and nan != "propagate":
         values = torch.frombuffer(data, dtype=torch_dtype(source.dtype))
         if not all(bool(torch.isfinite(end)) for end in torch.aminmax(values)):
@@ -640,7 +640,7 @@ def _write_all(fd: int, data: bytearray, offset: int) -> None:
 def _eager_bytes(tensor: TensorPlan) -> int:
     """Rough peak of one tensor in the eager path: the inputs, float32 deltas, values and votes."""
     stored = sum(source.nbytes for _, source in sources(tensor))
-    stored += sum(source.memory - source.nbytes for source in patched(tensor))
+    stored += sum(source.memory - source.nbytes for source in made(tensor))
     if tensor.kind == "copy":
         return stored
     return stored + tensor.numel * (4 * (3 * len(tensor.terms) + 4)) + tensor.nbytes

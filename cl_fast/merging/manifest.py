@@ -123,9 +123,9 @@ def build(
 
 
 def _role(checkpoint: Checkpoint) -> str:
-    from cl_fast.merging.patches import PatchedCheckpoint
+    from cl_fast.merging.inputs import Derived
 
-    return "patch" if isinstance(checkpoint, PatchedCheckpoint) else "model"
+    return checkpoint.role if isinstance(checkpoint, Derived) else "model"
 
 
 def dump(manifest: Mapping[str, Any]) -> bytes:

@@ -19,6 +19,7 @@ and what its variants change. Which parameters a recipe may give for it follows 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -37,7 +38,72 @@ from cl_fast.ops.policy import (
     TrimTies,
 )
 
-__all__ = ["CHOICES", "METHODS", "SWITCHES", "Method", "find_method", "make_policy", "suggest"]
+__all__ = [
+    "CHOICES",
+    "METHODS",
+    "NUMBERS",
+    "SWITCHES",
+    "Method",
+    "Number",
+    "find_method",
+    "make_policy",
+    "suggest",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A parameter that is a number and may differ between tensors, by filters and gradients.
+
+    Attributes:
+        default: its value where the recipe gives none.
+        of_model: whether each model may have a value of its own.
+        required: where the recipe gives filters, one of them must match.
+        low, high: bounds; ``low`` itself is allowed only with ``low_too``.
+        words: what it is, for the message about a value outside its bounds.
+    """
+
+    default: float = 1.0
+    of_model: bool = False
+    required: bool = False
+    low: float = -math.inf
+    high: float = math.inf
+    low_too: bool = True
+    words: str = ""
+
+    def allows(self, value: float) -> bool:
+        """Whether a value lies within the bounds."""
+        return (self.low <= value if self.low_too else self.low < value) and value <= self.high
+
+
+#: Every parameter that is a number.
+NUMBERS: Mapping[str, Number] = MappingProxyType(
+    {
+        "weight": Number(of_model=True, required=True),
+        "density": Number(
+            of_model=True,
+            low=0.0,
+            high=1.0,
+            low_too=False,
+            words="the fraction that is kept, above 0 and at most 1",
+        ),
+        "lambda": Number(),
+        "gamma": Number(
+            default=0.0,
+            of_model=True,
+            low=0.0,
+            high=1.0,
+            words="the fraction of largest magnitudes that is dropped, from 0 to 1",
+        ),
+        "epsilon": Number(
+            default=0.0,
+            of_model=True,
+            low=0.0,
+            high=1.0,
+            words="half the range of the keep probabilities, from 0 to 1",
+        ),
+    }
+)
 
 #: Parameters that choose among words, and the words.
 CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -69,6 +135,8 @@ class Method:
         policy: what it does under its own name.
         rescale_by: what ``rescale: true`` means for it.
         variants: for each variant beside ``mergekit`` the parameters that it sets.
+        numbers: parameters of :data:`NUMBERS` that it has beside ``weight``, and those that
+            follow from the policy (``density``, ``lambda``).
     """
 
     name: str
@@ -76,6 +144,7 @@ class Method:
     policy: Policy
     rescale_by: str = "l1"
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    numbers: tuple[str, ...] = ()
 
     @property
     def needs_base(self) -> bool:
@@ -88,16 +157,33 @@ class Method:
         return self.policy.sparsify == "drop"
 
     @property
+    def _all_numbers(self) -> tuple[str, ...]:
+        names = ["weight"]
+        if self.policy.sparsify != "none":
+            names.append("density")
+        if self.policy.difference:
+            names.append("lambda")
+        return (*names, *self.numbers)
+
+    @property
+    def model_numbers(self) -> tuple[str, ...]:
+        """Numbers that each model may have of its own."""
+        return tuple(name for name in self._all_numbers if NUMBERS[name].of_model)
+
+    @property
+    def whole_numbers(self) -> tuple[str, ...]:
+        """Numbers of the whole merge."""
+        return tuple(name for name in self._all_numbers if not NUMBERS[name].of_model)
+
+    @property
     def model_parameters(self) -> tuple[str, ...]:
         """Parameters that each model may have of its own."""
-        return ("weight", "density") if self.policy.sparsify != "none" else ("weight",)
+        return self.model_numbers
 
     @property
     def parameters(self) -> tuple[str, ...]:
         """Every parameter that means something for the method."""
-        names = [*self.model_parameters, "normalize"]
-        if self.policy.difference:
-            names.append("lambda")
+        names = [*self.model_numbers, "normalize", *self.whole_numbers]
         if self.policy.sparsify != "none":
             names += ["rescale", "rescale_by"]
         if self.policy.sparsify == "trim":

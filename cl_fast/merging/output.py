@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from cl_fast.errors import OutputError
-from cl_fast.merging.plan import bytes_text
+from cl_fast.merging.description import bytes_text
 
 __all__ = ["OutputFolder", "allocate", "free_bytes", "sync_file", "sync_tree", "write_failure"]
 

@@ -32,25 +32,62 @@ from cl_fast.checkpoints.patches import (
 )
 from cl_fast.checkpoints.safetensors import TensorInfo
 from cl_fast.errors import CheckpointError, OutputError
+from cl_fast.merging.inputs import Derived, source_of
+from cl_fast.merging.sources import Made, Source
 
 if TYPE_CHECKING:
     from cl_fast.merging.engine import Result
-    from cl_fast.merging.plan import Patched, Plan
+    from cl_fast.merging.plan import Plan
 
 __all__ = [
+    "Patched",
     "PatchedCheckpoint",
     "apply_patch",
-    "check_patches",
     "is_patch",
     "make",
+    "open_patch",
     "plan_patch",
 ]
 
 _EDITABLE = ("F32", "BF16", "F16")
 
+#: The blocks in which a patch is put on its base.
+_BLOCK_BYTES = 40_000_000
+
 
 @dataclass(frozen=True, slots=True)
-class PatchedCheckpoint(Checkpoint):
+class Patched(Made):
+    """A tensor that no file holds: a stored weight with the factors of a patch on it.
+
+    ``base + u v^T`` of ``shape``, rounded to ``dtype``; ``u`` and ``v`` are such that it is, also
+    where the patch has them the other way round. ``path`` is the patch's file. The executor makes
+    it when it is needed, whole.
+    """
+
+    shape: tuple[int, int]
+    rank: int
+    base: Source
+    u: Source
+    v: Source
+
+    @property
+    def stored(self) -> int:
+        return self.base.nbytes + self.u.nbytes + self.v.nbytes
+
+    @property
+    def memory(self) -> int:
+        """Bytes that making it takes: itself, its base, float32 sums, the factors in parts."""
+        m, n = self.shape
+        factors = 8 * (m + n) * self.rank
+        return self.nbytes + self.base.nbytes + 4 * m * n + 5 * factors + _BLOCK_BYTES
+
+    def make(self, threads: int | None = None) -> bytearray:
+        """Its bytes; see the function `make`."""
+        return make(self, threads)
+
+
+@dataclass(frozen=True, slots=True)
+class PatchedCheckpoint(Derived):
     """A base with a patch on it, as far as headers tell.
 
     Attributes:
@@ -59,7 +96,6 @@ class PatchedCheckpoint(Checkpoint):
         edited: stored tensor -> layer of the patch. `tensors` says of these what they will be.
     """
 
-    base: Checkpoint
     patch: PatchFile
     edited: dict[str, StoredLayer]
 
@@ -67,6 +103,10 @@ class PatchedCheckpoint(Checkpoint):
     def nbytes(self) -> int:
         """Bytes of the factors, keys and targets in the patch's file."""
         return sum(info.nbytes for info in self.patch.header.tensors.values())
+
+    @property
+    def role(self) -> str:
+        return "patch"
 
     @property
     def words(self) -> str:
@@ -118,30 +158,49 @@ class PatchedCheckpoint(Checkpoint):
             )
         return cls(reference, path, (patch.header,), tensors, None, base, patch, edited)
 
+    def source(self, name: str) -> Source:
+        """The stored tensor of the base, or what the patch makes of it."""
+        if name not in self.edited:
+            return source_of(self.base, name)
+        layer, info = self.edited[name], self.tensors[name]
+        u, v = Source.of(layer.u), Source.of(layer.v)
+        if layer.transposed:
+            u, v = v, u
+        return Patched(
+            path=info.path,
+            offset=0,
+            dtype=info.dtype,
+            nbytes=info.nbytes,
+            shape=layer.shape,
+            rank=layer.rank,
+            base=source_of(self.base, name),
+            u=u,
+            v=v,
+        )
 
-def check_patches(plan: Plan) -> None:
-    """Read the patches of a plan and the weights that they edit, and compare both with the hashes.
+    def check(self) -> None:
+        """Compare the patch's data, and the weights that it edits, with the hashes.
 
-    Raises:
-        CheckpointError: a patch's data are not those that were saved, or it was fitted on another
-            base.
-    """
-    seen = set[str]()
-    for checkpoint in plan.inputs:
-        if not isinstance(checkpoint, PatchedCheckpoint) or str(checkpoint.path) in seen:
-            continue
-        seen.add(str(checkpoint.path))
-        check_content(checkpoint.patch)
-        for name, layer in checkpoint.edited.items():
-            info = checkpoint.base.tensors[name]
+        Raises:
+            CheckpointError: its data are not those that were saved, or it was fitted on another
+                base.
+        """
+        check_content(self.patch)
+        for name, layer in self.edited.items():
+            info = self.base.tensors[name]
             found = hash_stored(info)
             if found != layer.base_hash:
                 raise CheckpointError(
-                    f"{checkpoint.path} is for another base: tensor {name!r} of {info.path} is "
+                    f"{self.path} is for another base: tensor {name!r} of {info.path} is "
                     f"not the weight that it was fitted on (hash {found}, the patch says "
                     f"{layer.base_hash}); give the checkpoint that was edited, or fit the facts "
                     "on this one"
                 )
+
+
+def open_patch(base: Checkpoint, reference: str, *, key: str) -> PatchedCheckpoint:
+    """A patch file on its base; see `PatchedCheckpoint.over`."""
+    return PatchedCheckpoint.over(base, reference, key=key)
 
 
 def make(source: Patched, threads: int | None = None) -> bytearray:

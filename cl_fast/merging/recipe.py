@@ -42,6 +42,7 @@ from cl_fast.documents import key_path, kind_of, parse_document, read_document
 from cl_fast.errors import RecipeError
 from cl_fast.merging.methods import (
     CHOICES,
+    NUMBERS,
     SWITCHES,
     Method,
     check_parameter,
@@ -66,8 +67,6 @@ _UNSUPPORTED: dict[str, str] = {
     ),
 }
 
-#: Parameters that are numbers and may differ between tensors.
-_NUMBERS = ("weight", "density", "lambda")
 _WANTED = "a number, a list of numbers (gradient) or a list of filters"
 
 _MAX_RECIPE_BYTES = 16_000_000
@@ -164,7 +163,7 @@ class Recipe(BaseModel):
             check_parameter(method, name, key)
             if value is None:
                 raise RecipeError(f"{key}: has no value; give one or remove the key")
-            if name in _NUMBERS:
+            if name in NUMBERS:
                 self._settings[name] = _setting(name, value, key)
             elif name == "int8_mask":
                 if not isinstance(value, bool):
@@ -405,10 +404,11 @@ def _has_gradient(node: _Node) -> bool:
 def _setting(name: str, value: Any, key: str) -> Setting:
     setting = Setting(name, key, _parse(value, key, 0))
     for leaf_key, leaf in setting.leaves():
-        if name == "density" and not 0.0 < leaf <= 1.0:
+        if not NUMBERS[name].allows(leaf):
+            percent = f" (for {leaf:g} percent write {leaf / 100:g})"
             raise RecipeError(
-                f"{leaf_key}: density is the fraction that is kept, above 0 and at most 1; got "
-                f"{leaf!r}" + (f" (for {leaf:g} percent write {leaf / 100:g})" if leaf > 1 else "")
+                f"{leaf_key}: {name} is {NUMBERS[name].words}; got {leaf!r}"
+                + (percent if leaf > 1 and NUMBERS[name].high == 1 else "")
             )
         if abs(leaf) > _FLOAT32_MAX:
             raise RecipeError(f"{leaf_key}: {leaf!r} is beyond float32")
@@ -579,7 +579,7 @@ def _raise(error: ValidationError, prefix: str) -> NoReturn:
         last = first["loc"][-1]
         in_model = len(first["loc"]) > 1
         known: Iterable[str] = _MODEL_KEYS if in_model else _TOP_KEYS
-        parameters = (*CHOICES, *SWITCHES, *_NUMBERS, "int8_mask", "variant")
+        parameters = (*CHOICES, *SWITCHES, *NUMBERS, "int8_mask", "variant")
         hint = suggest(str(last), known)
         if last in parameters:
             hint = "; it belongs under 'parameters'"

@@ -29,10 +29,10 @@ from cl_fast.checkpoints.safetensors import TensorInfo
 from cl_fast.errors import ClFastError
 from cl_fast.merging import manifest as manifests
 from cl_fast.merging.checksum import combine, crc64, crc64_of_file
+from cl_fast.merging.description import bytes_text
 from cl_fast.merging.executors import make_executor, torch_dtype
+from cl_fast.merging.inputs import check_derived
 from cl_fast.merging.journal import TensorRecord
-from cl_fast.merging.patches import check_patches
-from cl_fast.merging.plan import bytes_text
 from cl_fast.ops.policy import DTYPES
 from cl_fast.ops.streams import stream_key
 
@@ -324,7 +324,7 @@ def _recompute(
         return
     try:
         plan = _rebuild(manifest, report.folder)
-        check_patches(plan)
+        check_derived(plan)
     except ClFastError as error:
         report.problems.append(f"{report.folder}: its recorded recipe cannot be planned: {error}")
         return

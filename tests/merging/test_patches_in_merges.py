@@ -37,7 +37,7 @@ from cl_fast.merging import (
     ties,
 )
 from cl_fast.merging import patches as patches_module
-from cl_fast.merging.plan import Patched
+from cl_fast.merging.patches import Patched
 from cl_fast.merging.verify import verify
 
 EDITED = ("model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj")
@@ -469,7 +469,7 @@ def test_other_bases_are_refused_before_anything_is_written(
         (
             lambda c: c.update(base_model=c["models"][0]["model"], models=c["models"][1:]),
             RecipeError,
-            "base_model: .*a.safetensors' is an edit patch.*name the checkpoint that it edits",
+            "base_model: .*a.safetensors' is an edit patch.*name the checkpoint that it changes",
         ),
         (
             lambda c: c.update(tokenizer_source=c["models"][0]["model"]),

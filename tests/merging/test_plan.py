@@ -15,7 +15,9 @@ from tiny_checkpoints import CONFIG, TINY, TOKENIZER, size_of, write_checkpoint,
 
 from cl_fast.checkpoints import read_header
 from cl_fast.errors import CheckpointError, ClFastError, RecipeError
-from cl_fast.merging.plan import Plan, describe, make_plan, natural_key, term_names
+from cl_fast.merging.description import describe
+from cl_fast.merging.matching import natural_key
+from cl_fast.merging.plan import Plan, make_plan, term_names
 from cl_fast.merging.recipe import load_recipe, parse_recipe
 from cl_fast.ops.streams import stream_key
 

@@ -1,0 +1,114 @@
+"""The types of arguments, and the options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from typing import Any
+
+__all__ = ["command", "execution", "execution_options", "positive", "seed", "size", "talk"]
+
+_UNITS = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGT", 1):
+    _UNITS |= {_letter: 1000**_power, f"{_letter}B": 1000**_power, f"{_letter}IB": 1024**_power}
+
+
+def execution(parser: argparse.ArgumentParser) -> None:
+    """Options of everything that writes a checkpoint."""
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument(
+        "--resume", action="store_true", help="continue an unfinished merge, if there is one"
+    )
+    existing.add_argument(
+        "--restart", action="store_true", help="throw an unfinished merge away and begin again"
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an existing output, once the new one is complete",
+    )
+    parser.add_argument("--threads", type=positive, metavar="N", help="default: all cores")
+    parser.add_argument(
+        "--memory", type=size, metavar="SIZE", help="bound on the working memory, as 256MB"
+    )
+    parser.add_argument(
+        "--io",
+        choices=("auto", "mmap", "pread", "direct"),
+        default="auto",
+        help="how inputs are read; direct goes past the page cache (default: auto)",
+    )
+    parser.add_argument(
+        "--nan",
+        choices=("refuse", "propagate", "zero"),
+        default="refuse",
+        help="NaN or infinity in an input: an error, kept, or taken for no change "
+        "(default: refuse)",
+    )
+    parser.add_argument(
+        "--no-fsync",
+        action="store_true",
+        help="do not wait for the disk; a power failure may then damage a finished output",
+    )
+    parser.add_argument(
+        "--backend", choices=("native", "eager"), help="default: native where it is built"
+    )
+    talk(parser)
+
+
+def talk(parser: argparse.ArgumentParser) -> None:
+    """How much is said."""
+    volume = parser.add_mutually_exclusive_group()
+    volume.add_argument("--quiet", action="store_true", help="say nothing but errors")
+    volume.add_argument("--verbose", action="store_true", help="show the traceback of an error")
+
+
+def size(text: str) -> int:
+    """A number of bytes, as 256MB or 5GiB."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write it as 256MB or 5GiB")
+    value = int(float(match[1]) * _UNITS[match[2].upper()])
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is less than one byte")
+    return value
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """A whole number from 0 to 2**64 - 1."""
+    if not text.isascii() or not text.isdigit() or int(text) >= 1 << 64:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2**64 - 1")
+    return int(text)
+
+
+def command(text: str) -> list[str]:
+    """A command in which {} stands for a folder."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+    if not any("{}" in word for word in words):
+        raise argparse.ArgumentTypeError(f"{text!r} does not say {{}} where the folder goes")
+    return words
+
+
+def execution_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `execution` as keywords of `cl_fast.merging.execute`."""
+    return {
+        "threads": arguments.threads,
+        "memory": arguments.memory,
+        "io": arguments.io,
+        "nan": arguments.nan,
+        "resume": arguments.resume,
+        "restart": arguments.restart,
+        "overwrite": arguments.overwrite,
+        "fsync": not arguments.no_fsync,
+        "backend": arguments.backend,
+    }

@@ -1,0 +1,79 @@
+"""`cl-fast soup`: the mean of those models that raise a score."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cl_fast.cli.arguments import command, talk
+from cl_fast.errors import ClFastError
+
+__all__ = ["add"]
+
+
+def add(commands: Any) -> None:
+    """Adds the command to the parser."""
+    soup = commands.add_parser(
+        "soup",
+        help="greedy soup: the mean of those models that raise a score",
+        description="Greedy soup: scores every model, starts with the best, and adds the others "
+        "one after the other, best first, as long as the mean with them scores higher.",
+    )
+    soup.add_argument("output", type=Path, help="folder to make; must not exist")
+    soup.add_argument("models", nargs="+", metavar="MODEL", help="checkpoint folders")
+    soup.add_argument(
+        "--evaluate",
+        required=True,
+        type=command,
+        metavar="COMMAND",
+        help="a command that scores the checkpoint folder {} on held-out data: the last number "
+        "that it prints, higher is better; run without a shell",
+    )
+    soup.add_argument(
+        "--accept",
+        choices=("rise", "no_fall"),
+        default="rise",
+        help="keep a model if the score rises, or also if it stays the same (default: rise)",
+    )
+    talk(soup)
+    soup.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from cl_fast.merging.soup import greedy_soup
+
+    def evaluate(folder: Path) -> float:
+        score = _score(arguments.evaluate, folder)
+        if not arguments.quiet:
+            print(f"{score:<12g} {folder}", flush=True)
+        return score
+
+    soup = greedy_soup(arguments.models, evaluate, accept=arguments.accept, output=arguments.output)
+    if not arguments.quiet:
+        for trial in soup.history:
+            print(f"{trial.score:<12g} {'+' if trial.accepted else '-'} {trial.name}")
+        print(f"{soup.path}: {len(soup.chosen)} of {len(arguments.models)} models, {soup.score:g}")
+    return 0
+
+
+def _score(command: Sequence[str], folder: Path) -> float:
+    """The last number on the standard output of the user's command for `folder`."""
+    import subprocess
+
+    filled = [word.replace("{}", str(folder)) for word in command]
+    try:
+        done = subprocess.run(filled, stdout=subprocess.PIPE, text=True, check=False)
+    except OSError as error:
+        raise ClFastError(f"--evaluate: {filled[0]} does not start: {error.strerror}") from error
+    if done.returncode != 0:
+        raise ClFastError(f"--evaluate: {shlex.join(filled)} ended with code {done.returncode}")
+    numbers = re.findall(
+        r"(?<![\w.])[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?![\w.]*\w)", done.stdout
+    )
+    if not numbers:
+        raise ClFastError(f"--evaluate: {shlex.join(filled)} printed no number")
+    return float(numbers[-1])

@@ -1,0 +1,192 @@
+"""Opening what a recipe names: checkpoints, and changes of the base such as patches.
+
+An input that is a change of the base is :class:`Derived`: in a plan it looks like a checkpoint that
+shares its base's stored tensors, and those that it changes are :class:`Made` sources. To add a
+form of input, add a line to :data:`OPENERS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cl_fast.checkpoints.checkpoint import Checkpoint, absolute
+from cl_fast.checkpoints.patches import is_patch
+from cl_fast.errors import CheckpointError, RecipeError
+from cl_fast.merging.sources import Source
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cl_fast.merging.plan import Plan
+    from cl_fast.merging.recipe import Recipe
+
+__all__ = [
+    "OPENERS",
+    "Derived",
+    "Opener",
+    "check_derived",
+    "is_derived",
+    "open_inputs",
+    "references",
+    "resolve",
+    "same_path",
+    "source_of",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Derived(Checkpoint):
+    """An input that is a change of a base. ``tensors`` tells all of the changed model's tensors."""
+
+    base: Checkpoint
+
+    @property
+    def role(self) -> str:
+        """What the manifest calls it: ``patch``, ..."""
+        raise TypeError("a derived input says itself what it is")
+
+    @property
+    def words(self) -> str:
+        """What it is, for people."""
+        raise TypeError("a derived input says itself what it is")
+
+    def source(self, name: str) -> Source:
+        """Where its tensor ``name`` comes from: the base's source for what it leaves alone."""
+        raise TypeError("a derived input says itself where its tensors come from")
+
+    def check(self) -> None:
+        """Read it, and what it changes, and compare with its hashes, before anything is written.
+
+        Raises:
+            CheckpointError: it is damaged, or for another base.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Opener:
+    """A form of input: how it is told, and ``module:function`` that opens one on its base.
+
+    The function is called as ``(base, reference, key=...)`` and returns a :class:`Derived`;
+    ``noun`` is for messages, as "an edit patch".
+    """
+
+    noun: str
+    is_it: Callable[[Path], bool]
+    opener: str
+
+    def open(self, base: Checkpoint, reference: str, *, key: str) -> Derived:
+        module, function = self.opener.split(":")
+        opened: Derived = getattr(importlib.import_module(module), function)(
+            base, reference, key=key
+        )
+        return opened
+
+
+OPENERS: tuple[Opener, ...] = (
+    Opener("an edit patch", is_patch, "cl_fast.merging.patches:open_patch"),
+)
+
+
+def resolve(reference: str) -> str:
+    """What a reference of a recipe opens as. The same for every use of it in a run."""
+    return reference
+
+
+def same_path(path: Path) -> Path:
+    """The path without links, for comparisons."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):  # a loop of links: opening it will say so
+        return path
+
+
+def references(recipe: Recipe) -> list[tuple[str, str]]:
+    """Recipe key and reference of every input, the base of the deltas first."""
+    listed = [(f"models[{i}].model", recipe.models[i].model) for i in recipe.terms]
+    if recipe.method.needs_base and recipe.base_model is not None:
+        listed.insert(0, ("base_model", recipe.base_model))
+    return listed
+
+
+def source_of(checkpoint: Checkpoint, name: str) -> Source:
+    """Where a tensor of an input comes from."""
+    if isinstance(checkpoint, Derived):
+        return checkpoint.source(name)
+    return Source.of(checkpoint.tensors[name])
+
+
+def is_derived(reference: str) -> Opener | None:
+    """The form of input that a reference is, ``None`` for a checkpoint."""
+    path = absolute(resolve(reference))
+    return next((opener for opener in OPENERS if opener.is_it(path)), None)
+
+
+def open_inputs(recipe: Recipe) -> tuple[Checkpoint, ...]:
+    """Every input of a recipe, in the order of :func:`references`; one that comes twice is shared.
+
+    Raises:
+        CheckpointError: an input is missing, malformed, quantised or for another base.
+        RecipeError: a change of a model stands where a model must.
+    """
+    opened: dict[str, Checkpoint] = {}
+    inputs: list[Checkpoint] = []
+    for key, reference in references(recipe):
+        if reference not in opened:
+            opener = is_derived(reference)
+            if opener is not None:
+                opened[reference] = _open_derived(opener, recipe, inputs, key, reference)
+            else:
+                opened[reference] = _open_checkpoint(recipe, key, reference)
+        inputs.append(opened[reference])
+    return tuple(inputs)
+
+
+def _open_checkpoint(recipe: Recipe, key: str, reference: str) -> Checkpoint:
+    try:
+        checkpoint = Checkpoint.open(resolve(reference), key=key)
+    except CheckpointError as error:
+        if recipe.source is None or Path(reference).is_absolute():
+            raise
+        beside = recipe.source.parent / reference
+        if Path(reference).exists() or not beside.exists():
+            raise
+        raise CheckpointError(
+            f"{error}. Relative paths start at the working directory; {beside} exists: "
+            f"run from {recipe.source.parent} or write the whole path"
+        ) from None
+    checkpoint.refuse_quantised()
+    return checkpoint
+
+
+def _open_derived(
+    opener: Opener, recipe: Recipe, inputs: Sequence[Checkpoint], key: str, reference: str
+) -> Derived:
+    if key == "base_model":
+        raise RecipeError(
+            f"base_model: {reference!r} is {opener.noun}, which is a change of a model and not "
+            "one; name the checkpoint that it changes"
+        )
+    if not recipe.method.needs_base:
+        raise RecipeError(
+            f"{key}: {reference!r} is {opener.noun}, whose delta is taken against a base, and "
+            f"merge_method {recipe.merge_method!r} has none; use task_arithmetic, ties or a dare "
+            "method with the base_model that it changes"
+        )
+    return opener.open(inputs[0], resolve(reference), key=key)
+
+
+def check_derived(plan: Plan) -> None:
+    """Read the inputs that are changes of a base, and compare them and it with their hashes.
+
+    Raises:
+        CheckpointError: one is damaged, or for another base.
+    """
+    seen = set[str]()
+    for checkpoint in plan.inputs:
+        if isinstance(checkpoint, Derived) and str(checkpoint.path) not in seen:
+            seen.add(str(checkpoint.path))
+            checkpoint.check()

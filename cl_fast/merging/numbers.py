@@ -1,0 +1,169 @@
+"""The numbers of a recipe for each tensor: filters and gradients resolved.
+
+What has no effect anywhere is an error that names its key.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from cl_fast.checkpoints.checkpoint import Checkpoint
+from cl_fast.errors import RecipeError
+from cl_fast.merging.methods import NUMBERS, suggest
+
+if TYPE_CHECKING:
+    from cl_fast.merging.recipe import Recipe, Setting
+
+__all__ = ["Numbers", "layer_depths"]
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)(?=\.|$)")
+_OTHER_STACKS = re.compile(r"(vis|audio|image|speech)")
+
+
+class Numbers:
+    """Every number of every combined tensor; what has no effect is an error.
+
+    Attributes:
+        model: parameter -> tensor -> one value per model that is merged.
+        whole: parameter -> tensor -> the value, of parameters that are for the whole merge.
+    """
+
+    def __init__(
+        self, recipe: Recipe, names: list[str], reference: Checkpoint, notes: list[str]
+    ) -> None:
+        self._count = len(recipe.terms)
+        method = recipe.method
+        depths, layered = layer_depths(names, reference)
+        used: set[str] = set()
+        chains = {
+            parameter: [recipe.chain(i, parameter) for i in recipe.terms]
+            for parameter in method.model_numbers
+        }
+        self.model: dict[str, dict[str, tuple[float, ...]]] = {
+            parameter: {
+                name: tuple(
+                    _value(chain, name, depths[name], used, NUMBERS[parameter].default)
+                    for chain in chains[parameter]
+                )
+                for name in names
+            }
+            for parameter in method.model_numbers
+        }
+        self.whole: dict[str, dict[str, float]] = {}
+        for parameter in method.whole_numbers:
+            chain = recipe.chain(None, parameter)
+            default = NUMBERS[parameter].default
+            self.whole[parameter] = {
+                name: _value(chain, name, depths[name], used, default) for name in names
+            }
+        if not recipe.policy.difference and recipe.policy.reduce == "mean":
+            self._check_sums(recipe, names)
+        self._check_used(recipe, names, used, layered)
+        weight = self.model.get("weight", {})
+        for k, i in enumerate(recipe.terms):
+            if weight and all(row[k] == 0.0 for row in weight.values()):
+                notes.append(
+                    f"models[{i}]: the weight of {recipe.models[i].model!r} is 0 in every tensor"
+                )
+            if recipe.policy.sparsify != "none" and not chains["density"][k]:
+                notes.append(
+                    f"models[{i}]: no density is given, so all of the delta of "
+                    f"{recipe.models[i].model!r} is kept"
+                )
+
+    def of_models(self, parameter: str, name: str) -> tuple[float, ...]:
+        """A parameter of each model for a tensor; its default for a tensor that is copied."""
+        row = self.model.get(parameter, {}).get(name)
+        return row if row is not None else (NUMBERS[parameter].default,) * self._count
+
+    def of_whole(self, parameter: str, name: str) -> float:
+        """A parameter of the merge for a tensor; its default for a tensor that is copied."""
+        return self.whole.get(parameter, {}).get(name, NUMBERS[parameter].default)
+
+    def _check_sums(self, recipe: Recipe, names: list[str]) -> None:
+        if recipe.policy.divisor != "weights":
+            return
+        for name in names:
+            total = sum(self.model["weight"][name])
+            if abs(total) < 1e-8:
+                raise RecipeError(
+                    f"parameters.weight: the weights of tensor {name!r} sum to {total:g}, which "
+                    "cannot be normalized to a mean; set normalize: false or change the weights"
+                )
+
+    def _check_used(self, recipe: Recipe, names: list[str], used: set[str], layered: bool) -> None:
+        if not names:
+            return
+        for setting in recipe.settings():
+            if setting.key not in used:
+                raise RecipeError(
+                    f"{setting.key}: has no effect, since every model has a {setting.name} of its "
+                    "own; remove it"
+                )
+            for key, text in setting.filters():
+                if key in used:
+                    continue
+                if any(text in name for name in names):
+                    raise RecipeError(
+                        f"{key}: the filter {text!r} has no effect, since other filters or values "
+                        "come before it for all of its tensors; move it up or remove it"
+                    )
+                raise RecipeError(
+                    f"{key}: the filter {text!r} matches no tensor{_filter_hint(text, names)}"
+                )
+            if setting.has_gradient and not layered:
+                raise RecipeError(
+                    f"{setting.key}: a gradient runs over layers, but no tensor name of "
+                    f"{recipe.models[recipe.terms[0]].model!r} has a layer number "
+                    "('.layers.3.', '.h.3.', '.blocks.3.'); use filters"
+                )
+
+
+def _value(chain: Sequence[Setting], name: str, t: float, used: set[str], default: float) -> float:
+    for setting in chain:
+        value = setting.evaluate(name, t, used)
+        if value is not None:
+            return value
+    if chain and NUMBERS[chain[-1].name].required:
+        raise RecipeError(
+            f"{chain[-1].key}: no filter matches tensor {name!r}; add a default at the end "
+            "('- value: ...')"
+        )
+    return default
+
+
+def _filter_hint(text: str, names: list[str]) -> str:
+    parts = sorted({part for name in names for part in name.split(".") if not part.isdigit()})
+    hint = suggest(text.strip("."), parts)
+    if hint:
+        return hint
+    return f"; filters are parts of names such as {names[len(names) // 2]!r}"
+
+
+def layer_depths(names: list[str], reference: Checkpoint) -> tuple[dict[str, float], bool]:
+    """Depth in [0, 1] of every tensor (0 outside the layers), and whether there are layers.
+
+    Stacks (``model.layers.``, ``vision.blocks.``) count for themselves. The number of layers is
+    config.json's for the main stack, else one more than the highest number in the names.
+    """
+    place: dict[str, tuple[str, int]] = {}
+    count: dict[str, int] = {}
+    size: dict[str, int] = {}
+    for name in names:
+        match = _LAYER.search(name)
+        if match is None:
+            continue
+        stack, layer = name[: match.start(1)], int(match[1])
+        place[name] = (stack, layer)
+        count[stack] = max(count.get(stack, 0), layer + 1)
+        size[stack] = size.get(stack, 0) + 1
+    main = [stack for stack in size if not _OTHER_STACKS.search(stack)]
+    if main and reference.layers is not None:
+        count[max(main, key=lambda stack: size[stack])] = reference.layers
+    depths = dict.fromkeys(names, 0.0)
+    for name, (stack, layer) in place.items():
+        last = count[stack] - 1
+        depths[name] = min(1.0, layer / last) if last > 0 else 1.0
+    return depths, bool(place)
