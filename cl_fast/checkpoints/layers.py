@@ -20,10 +20,21 @@ from typing import Any
 
 from cl_fast.errors import CheckpointError
 
-__all__ = ["LAYER", "Module", "find_module", "find_modules", "layer_counts", "set_layers"]
+__all__ = [
+    "LAYER",
+    "OTHER_STACKS",
+    "Module",
+    "find_module",
+    "find_modules",
+    "layer_counts",
+    "set_layers",
+]
 
 #: The number of a layer in a tensor's name; the first one counts (experts have numbers too).
 LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)(?=\.|$)")
+
+#: Stacks that are not those of the text.
+OTHER_STACKS = re.compile(r"(vis|audio|image|speech)")
 
 _VISION = re.compile(r"(^|[._])(vis|image|img|vit)")
 _AUDIO = re.compile(r"(^|[._])(audio|speech)")

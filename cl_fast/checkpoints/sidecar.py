@@ -9,6 +9,7 @@ output. Code (``*.py``) is copied only where config.json refers to it, and never
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,11 @@ class Sidecar:
 
 
 def plan_sidecars(
-    donor: Checkpoint, tokenizer_folder: Path, dtype: str | None
+    donor: Checkpoint,
+    tokenizer_folder: Path,
+    dtype: str | None,
+    *,
+    edit: Callable[[dict[str, Any]], object] | None = None,
 ) -> tuple[tuple[Sidecar, ...], list[str]]:
     """List the files that an output gets beside its weights.
 
@@ -77,6 +82,7 @@ def plan_sidecars(
         donor: gives config.json, generation and processor configs, and code that they name.
         tokenizer_folder: gives tokenizer, vocabulary and chat template.
         dtype: safetensors name of the type of all output tensors, ``None`` if they are mixed.
+        edit: changes the content of config.json in place, beside its type.
 
     Returns:
         the files in the order of their names, and sentences that the user should be told.
@@ -85,7 +91,7 @@ def plan_sidecars(
         CheckpointError: a file cannot be read.
     """
     try:
-        return _plan(donor, tokenizer_folder, dtype)
+        return _plan(donor, tokenizer_folder, dtype, edit)
     except OSError as error:
         raise CheckpointError(
             f"{error.filename or donor.folder}: cannot be read ({error.strerror or error})"
@@ -93,7 +99,10 @@ def plan_sidecars(
 
 
 def _plan(
-    donor: Checkpoint, tokenizer_folder: Path, dtype: str | None
+    donor: Checkpoint,
+    tokenizer_folder: Path,
+    dtype: str | None,
+    edit: Callable[[dict[str, Any]], object] | None,
 ) -> tuple[tuple[Sidecar, ...], list[str]]:
     found: dict[str, Sidecar] = {}
     notes: list[str] = []
@@ -102,7 +111,7 @@ def _plan(
         notes.append(f"{folder} has no config.json; the output gets none")
     else:
         original = (folder / "config.json").read_bytes()
-        patched = patch_config(original, dtype, str(folder / "config.json"))
+        patched = patch_config(original, dtype, str(folder / "config.json"), edit=edit)
         content = None if patched == original else patched
         found["config.json"] = Sidecar("config.json", folder / "config.json", content, len(patched))
     for name in _MODEL_FILES:
@@ -134,11 +143,18 @@ def _plan(
     return tuple(found[name] for name in sorted(found)), notes
 
 
-def patch_config(raw: bytes, dtype: str | None, where: str = "config.json") -> bytes:
+def patch_config(
+    raw: bytes,
+    dtype: str | None,
+    where: str = "config.json",
+    *,
+    edit: Callable[[dict[str, Any]], object] | None = None,
+) -> bytes:
     """Make the stored type in a config.json that of the merged weights.
 
     ``dtype`` and ``torch_dtype`` are patched where they stand (also in nested configs such as
     ``text_config``) if all output tensors have one type and it is another one; nothing is added.
+    ``edit`` then changes the content in place.
     Returns ``raw`` itself where nothing changes, else the same JSON indented by two spaces.
 
     Raises:
@@ -147,15 +163,15 @@ def patch_config(raw: bytes, dtype: str | None, where: str = "config.json") -> b
     config = strict_json(raw, where)
     if not isinstance(config, dict):
         raise CheckpointError(f"{where}: must hold a JSON object")
-    if dtype is None or dtype not in TORCH_NAMES:
-        return raw
-    changed = False
-    for section in (config, *(v for v in config.values() if isinstance(v, dict))):
-        for key in ("dtype", "torch_dtype"):
-            if isinstance(section.get(key), str) and section[key] != TORCH_NAMES[dtype]:
-                section[key] = TORCH_NAMES[dtype]
-                changed = True
-    if not changed:
+    before = json.dumps(config)
+    if dtype in TORCH_NAMES:
+        for section in (config, *(v for v in config.values() if isinstance(v, dict))):
+            for key in ("dtype", "torch_dtype"):
+                if isinstance(section.get(key), str):
+                    section[key] = TORCH_NAMES[dtype]
+    if edit is not None:
+        edit(config)
+    if json.dumps(config) == before:
         return raw
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 

@@ -39,6 +39,11 @@ def add(commands: Any) -> None:
         action="store_true",
         help="read the written weights back and compare checksums before they are moved in",
     )
+    merge.add_argument(
+        "--allow-crimes",
+        action="store_true",
+        help="let slices put layers together of models that are not of one architecture and size",
+    )
     execution(merge)
     merge.set_defaults(run=_run)
 
@@ -58,6 +63,7 @@ def _run(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
             threads=arguments.threads,
             memory=arguments.memory,
+            allow_crimes=arguments.allow_crimes,
         )
     finally:
         gc.enable()

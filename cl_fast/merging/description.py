@@ -19,17 +19,17 @@ def describe(plan: Plan, bandwidth: float | None = None) -> list[str]:
     numel = sum(tensor.numel for tensor in plan.tensors)
     copied = sum(tensor.kind == "copy" and not made(tensor) for tensor in plan.tensors)
     lines = [f"method   {plan.recipe.merge_method}: {_policy_words(plan)}"]
-    roles = ["base", *plan.models] if plan.has_base else list(plan.models)
+    roles = ["base"] * plan.bases + list(plan.models)
     for k, (role, checkpoint) in enumerate(zip(roles, plan.inputs, strict=True)):
-        label = "base   " if plan.has_base and k == 0 else "model  "
+        label = "base   " if k < plan.bases else "model  "
         line = f"{label}  {checkpoint.reference}: "
         if isinstance(checkpoint, Derived):
             line += f"{checkpoint.words}, {bytes_text(checkpoint.nbytes)}"
         else:
             line += f"{bytes_text(checkpoint.nbytes)} in "
             line += _counted(len(checkpoint.files), "file")
-        if not (plan.has_base and k == 0):
-            line += f", {_term_words(plan, k - plan.has_base)}"
+        if k >= plan.bases:
+            line += f", {_term_words(plan, k)}"
             if plan.seed is not None:
                 line += f", random stream {role!r}"
         lines.append(line)
@@ -61,6 +61,8 @@ def describe(plan: Plan, bandwidth: float | None = None) -> list[str]:
 
 def _policy_words(plan: Plan) -> str:
     policy = plan.tensors[0].policy
+    if plan.recipe.method.most == 1:
+        return "the tensors of one model, as they are or scaled"
     steps = ["deltas" if policy.difference else "the models themselves"]
     if policy.sparsify == "trim":
         scope = "over the whole model" if policy.trim_scope == "model" else "per tensor"
@@ -80,10 +82,19 @@ def _policy_words(plan: Plan) -> str:
 
 
 def _term_words(plan: Plan, k: int) -> str:
-    combined = [tensor.terms[k] for tensor in plan.tensors if tensor.kind == "combine"]
-    if not combined and any(made(tensor) for tensor in plan.tensors):
-        return "applied to the base with one rounding"
-    words = f"weight {_range_text({term.weight for term in combined})}"
+    name, factor = plan.models[k - plan.bases], plan.recipe.method.factor
+    combined = [
+        term
+        for tensor in plan.tensors
+        if tensor.kind == "combine"
+        for term in tensor.terms
+        if term.model == name
+    ]
+    if not combined:
+        if any(made(tensor) for tensor in plan.tensors):
+            return "applied to the base with one rounding"
+        return "copied unchanged"
+    words = f"{factor} {_range_text({term.weight for term in combined})}"
     if any(tensor.policy.sparsify != "none" for tensor in plan.tensors):
         words += f", density {_range_text({term.density for term in combined})}"
     return words

@@ -8,7 +8,6 @@ form of input, add a line to :data:`OPENERS`.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 from cl_fast.checkpoints.checkpoint import Checkpoint, absolute
 from cl_fast.checkpoints.patches import is_patch
 from cl_fast.errors import CheckpointError, RecipeError
+from cl_fast.merging.slices import Cut, list_inputs
 from cl_fast.merging.sources import Source
 
 if TYPE_CHECKING:
@@ -105,15 +105,14 @@ def same_path(path: Path) -> Path:
 
 
 def references(recipe: Recipe) -> list[tuple[str, str]]:
-    """Recipe key and reference of every input, the base of the deltas first."""
-    listed = [(f"models[{i}].model", recipe.models[i].model) for i in recipe.terms]
-    if recipe.method.needs_base and recipe.base_model is not None:
-        listed.insert(0, ("base_model", recipe.base_model))
-    return listed
+    """Recipe key and reference of every input, the bases of the deltas first."""
+    return list(list_inputs(recipe).entries)
 
 
 def source_of(checkpoint: Checkpoint, name: str) -> Source:
     """Where a tensor of an input comes from."""
+    if isinstance(checkpoint, Cut):
+        return source_of(checkpoint.whole, checkpoint.stored[name])
     if isinstance(checkpoint, Derived):
         return checkpoint.source(name)
     return Source.of(checkpoint.tensors[name])
@@ -134,13 +133,17 @@ def open_inputs(recipe: Recipe) -> tuple[Checkpoint, ...]:
     """
     opened: dict[str, Checkpoint] = {}
     inputs: list[Checkpoint] = []
-    for key, reference in references(recipe):
+    listing = list_inputs(recipe)
+    bases = len(listing.bases)
+    for i, (key, reference) in enumerate(listing.entries):
         if reference not in opened:
             opener = is_derived(reference)
-            if opener is not None:
-                opened[reference] = _open_derived(opener, recipe, inputs, key, reference)
-            else:
+            if opener is None:
                 opened[reference] = _open_checkpoint(recipe, key, reference)
+            else:
+                over = None if i < bases else listing.over[i - bases]
+                base = None if over is None else inputs[over]
+                opened[reference] = _open_derived(opener, recipe, base, key, reference)
         inputs.append(opened[reference])
     return tuple(inputs)
 
@@ -163,20 +166,20 @@ def _open_checkpoint(recipe: Recipe, key: str, reference: str) -> Checkpoint:
 
 
 def _open_derived(
-    opener: Opener, recipe: Recipe, inputs: Sequence[Checkpoint], key: str, reference: str
+    opener: Opener, recipe: Recipe, base: Checkpoint | None, key: str, reference: str
 ) -> Derived:
-    if key == "base_model":
+    if key.endswith("base_model"):
         raise RecipeError(
-            f"base_model: {reference!r} is {opener.noun}, which is a change of a model and not "
+            f"{key}: {reference!r} is {opener.noun}, which is a change of a model and not "
             "one; name the checkpoint that it changes"
         )
-    if not recipe.method.needs_base:
+    if base is None:
         raise RecipeError(
             f"{key}: {reference!r} is {opener.noun}, whose delta is taken against a base, and "
             f"merge_method {recipe.merge_method!r} has none; use task_arithmetic, ties or a dare "
             "method with the base_model that it changes"
         )
-    return opener.open(inputs[0], resolve(reference), key=key)
+    return opener.open(base, resolve(reference), key=key)
 
 
 def check_derived(plan: Plan) -> None:

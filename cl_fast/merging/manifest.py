@@ -15,7 +15,8 @@ or thread counts: the same recipe on the same inputs gives the same manifest.
                                    (name, size, header); a patch's digest is of the base with it on
     files                          name, size of every shard; name, size, blake2b of the rest
     tensors                        name -> crc64 of the output's bytes, then of each input's bytes
-                                   (base first), nonfinite counts where there were any
+                                   (base first), nonfinite counts where there were any; of
+                                   slices "from": position in inputs and name there, of each
 
 Checksums are CRC-64/NVME as 16 hexadecimal digits.
 """
@@ -69,22 +70,31 @@ def build(
 
     combined = next((tensor for tensor in plan.tensors if tensor.kind == "combine"), None)
     by_name = {record.name: record for record in records}
+    origins = {tensor.name: tensor.origins for tensor in plan.tensors}
     inputs = []
     for position, checkpoint in enumerate(plan.inputs):
-        base = plan.has_base and position == 0
+        base = position < plan.bases
         read = []
         for tensor in plan.tensors:
+            crcs = by_name[tensor.name].sources
+            if tensor.origins is not None:
+                read += [
+                    (stored, crc)
+                    for (place, stored), crc in zip(tensor.origins, crcs, strict=True)
+                    if place == position
+                ]
+                continue
             # Records list the base first where the tensor has one.
             source = position if tensor.base is not None or not plan.has_base else position - 1
             if tensor.base is not None or not base:
-                read.append((tensor.name, by_name[tensor.name].sources[source]))
+                read.append((tensor.name, crcs[source]))
         inputs.append(
             {
                 "role": "base" if base else _role(checkpoint),
-                "name": None if base else plan.models[position - plan.has_base],
+                "name": None if base else plan.models[position - plan.bases],
                 "reference": checkpoint.reference,
                 "path": str(checkpoint.path),
-                "digest": digest(read),
+                "digest": digest(set(read)),
                 "files": [
                     {
                         "name": Path(header.path).name,
@@ -117,6 +127,7 @@ def build(
         ],
         "tensors": {
             record.name: {key: value for key, value in record.to_json().items() if key != "name"}
+            | ({} if origins[record.name] is None else {"from": origins[record.name]})
             for record in records
         },
     }
@@ -208,8 +219,11 @@ def relocate(folder: Path, moved: Mapping[str, str], title: str) -> None:
     for entry in manifest["inputs"]:
         entry["path"] = moved.get(entry["path"], entry["path"])
         entry["reference"] = moved.get(entry["reference"], entry["reference"])
-    for model in manifest["recipe"].get("models", []):
-        model["model"] = moved.get(model["model"], model["model"])
+    from cl_fast.merging.recipe import map_references
+
+    manifest["recipe"] = map_references(
+        manifest["recipe"], lambda word: moved.get(word, word), base=False
+    )
     text = card(title, manifest).encode()
     for entry in manifest["files"]:
         if entry["name"] == "README.md":

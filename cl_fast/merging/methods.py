@@ -6,6 +6,7 @@ task_arithmetic    ``base + lambda * sum_k w_k d_k``
 ties               ``base + lambda * mean_elected(w_k trim(d_k))``
 dare_linear        ``base + lambda * sum_k w_k rescale(drop(d_k))``
 dare_ties          ``base + lambda * sum_elected(w_k rescale(drop(d_k)))``
+passthrough        ``scale x``, of one model: layers put together by ``slices``
 =================  ==========================================================================
 
 with ``d_k = x_k - base``. The defaults under these names are mergekit's. The codes and papers
@@ -88,6 +89,7 @@ NUMBERS: Mapping[str, Number] = MappingProxyType(
             words="the fraction that is kept, above 0 and at most 1",
         ),
         "lambda": Number(),
+        "scale": Number(of_model=True),
         "gamma": Number(
             default=0.0,
             of_model=True,
@@ -137,6 +139,8 @@ class Method:
         variants: for each variant beside ``mergekit`` the parameters that it sets.
         numbers: parameters of :data:`NUMBERS` that it has beside ``weight``, and those that
             follow from the policy (``density``, ``lambda``).
+        factor: the number that a model is multiplied with: ``weight``, or another name for it.
+        most: the largest number of models that are merged with one another.
     """
 
     name: str
@@ -145,6 +149,8 @@ class Method:
     rescale_by: str = "l1"
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     numbers: tuple[str, ...] = ()
+    factor: str = "weight"
+    most: int | None = None
 
     @property
     def needs_base(self) -> bool:
@@ -158,7 +164,7 @@ class Method:
 
     @property
     def _all_numbers(self) -> tuple[str, ...]:
-        names = ["weight"]
+        names = [self.factor]
         if self.policy.sparsify != "none":
             names.append("density")
         if self.policy.difference:
@@ -183,6 +189,8 @@ class Method:
     @property
     def parameters(self) -> tuple[str, ...]:
         """Every parameter that means something for the method."""
+        if self.most == 1:  # nothing is reduced
+            return (*self.model_numbers, *self.whole_numbers)
         names = [*self.model_numbers, "normalize", *self.whole_numbers]
         if self.policy.sparsify != "none":
             names += ["rescale", "rescale_by"]
@@ -244,6 +252,13 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                     "paper": {**_TIES_PAPER, "rescale_by": "keep_rate"},
                 },
             ),
+            Method(
+                name="passthrough",
+                summary="the tensors of one model as they are, or scaled: layers by slices",
+                policy=Policy(difference=False),
+                factor="scale",
+                most=1,
+            ),
         )
     }
 )
@@ -261,7 +276,6 @@ _ELSEWHERE = frozenset(
         "multislerp",
         "nearswap",
         "nuslerp",
-        "passthrough",
         "ram",
         "ramplus_tl",
         "sce",
@@ -277,7 +291,6 @@ _OTHER_PARAMETERS = frozenset(
         "gamma",
         "select_topk",
         "filter_wise",
-        "scale",
         "nuslerp_row_wise",
         "nuslerp_flatten",
         "max_iter",

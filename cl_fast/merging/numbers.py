@@ -5,25 +5,72 @@ What has no effect anywhere is an error that names its key.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cl_fast.checkpoints.checkpoint import Checkpoint
+from cl_fast.checkpoints.layers import LAYER, OTHER_STACKS
 from cl_fast.errors import RecipeError
 from cl_fast.merging.methods import NUMBERS, suggest
 
 if TYPE_CHECKING:
-    from cl_fast.merging.recipe import Recipe, Setting
+    from collections.abc import Mapping
 
-__all__ = ["Numbers", "layer_depths"]
+    from cl_fast.merging.recipe import Part, Recipe, Setting
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)(?=\.|$)")
-_OTHER_STACKS = re.compile(r"(vis|audio|image|speech)")
+__all__ = ["Numbers", "Used", "layer_depths"]
+
+
+class Used:
+    """What of a recipe's numbers had an effect, over all of its parts.
+
+    Attributes:
+        keys: of settings and filters that gave a value, or were asked.
+        names: the tensors that they were asked for, as filters saw them.
+        layered: whether a tensor had a place among layers.
+    """
+
+    def __init__(self) -> None:
+        self.keys: set[str] = set()
+        self.names: dict[str, None] = {}
+        self.layered = False
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse settings and filters that had no effect.
+
+        Raises:
+            RecipeError: there is one; the message names its key.
+        """
+        names = list(self.names)
+        if not names:
+            return
+        for setting in recipe.settings():
+            if setting.key not in self.keys:
+                raise RecipeError(
+                    f"{setting.key}: has no effect, since every model has a {setting.name} of its "
+                    "own; remove it"
+                )
+            for key, text in setting.filters():
+                if key in self.keys:
+                    continue
+                if any(text in name for name in names):
+                    raise RecipeError(
+                        f"{key}: the filter {text!r} has no effect, since other filters or values "
+                        "come before it for all of its tensors; move it up or remove it"
+                    )
+                raise RecipeError(
+                    f"{key}: the filter {text!r} matches no tensor{_filter_hint(text, names)}"
+                )
+            if setting.has_gradient and not self.layered:
+                raise RecipeError(
+                    f"{setting.key}: a gradient runs over layers, but no tensor name of "
+                    f"{recipe.parts[0].entries[0].model!r} has a layer number "
+                    "('.layers.3.', '.h.3.', '.blocks.3.'); use filters"
+                )
 
 
 class Numbers:
-    """Every number of every combined tensor; what has no effect is an error.
+    """Every number of every combined tensor of a part.
 
     Attributes:
         model: parameter -> tensor -> one value per model that is merged.
@@ -31,21 +78,46 @@ class Numbers:
     """
 
     def __init__(
-        self, recipe: Recipe, names: list[str], reference: Checkpoint, notes: list[str]
+        self,
+        recipe: Recipe,
+        part: Part,
+        names: list[str],
+        depths: Mapping[str, float],
+        stored: Sequence[Mapping[str, str]],
+        used: Used,
+        notes: list[str],
     ) -> None:
-        self._count = len(recipe.terms)
+        """Resolves them.
+
+        Args:
+            recipe, part: what is asked for.
+            names: of the tensors.
+            depths: of each tensor its depth in [0, 1].
+            stored: for each model the names that its tensors have there, where it is another.
+            used: told what took part.
+            notes: told what is odd.
+        """
+        self._count = len(part.entries)
         method = recipe.method
-        depths, layered = layer_depths(names, reference)
-        used: set[str] = set()
+        keys = used.keys
+        used.names |= dict.fromkeys(names)
+        for renamed in stored:
+            used.names |= dict.fromkeys(renamed.get(name, name) for name in names if renamed)
         chains = {
-            parameter: [recipe.chain(i, parameter) for i in recipe.terms]
+            parameter: [part.chain(k, parameter) for k in range(self._count)]
             for parameter in method.model_numbers
         }
         self.model: dict[str, dict[str, tuple[float, ...]]] = {
             parameter: {
                 name: tuple(
-                    _value(chain, name, depths[name], used, NUMBERS[parameter].default)
-                    for chain in chains[parameter]
+                    _value(
+                        chain,
+                        renamed.get(name, name),
+                        depths[name],
+                        keys,
+                        NUMBERS[parameter].default,
+                    )
+                    for chain, renamed in zip(chains[parameter], stored, strict=True)
                 )
                 for name in names
             }
@@ -53,24 +125,21 @@ class Numbers:
         }
         self.whole: dict[str, dict[str, float]] = {}
         for parameter in method.whole_numbers:
-            chain = recipe.chain(None, parameter)
+            chain = part.chain(None, parameter)
             default = NUMBERS[parameter].default
             self.whole[parameter] = {
-                name: _value(chain, name, depths[name], used, default) for name in names
+                name: _value(chain, name, depths[name], keys, default) for name in names
             }
-        if not recipe.policy.difference and recipe.policy.reduce == "mean":
-            self._check_sums(recipe, names)
-        self._check_used(recipe, names, used, layered)
+        if not part.policy.difference and part.policy.reduce == "mean":
+            self._check_sums(part, names)
         weight = self.model.get("weight", {})
-        for k, i in enumerate(recipe.terms):
+        for k, entry in enumerate(part.entries):
             if weight and all(row[k] == 0.0 for row in weight.values()):
+                notes.append(f"{entry.key}: the weight of {entry.model!r} is 0 in every tensor")
+            if part.policy.sparsify != "none" and not chains["density"][k]:
                 notes.append(
-                    f"models[{i}]: the weight of {recipe.models[i].model!r} is 0 in every tensor"
-                )
-            if recipe.policy.sparsify != "none" and not chains["density"][k]:
-                notes.append(
-                    f"models[{i}]: no density is given, so all of the delta of "
-                    f"{recipe.models[i].model!r} is kept"
+                    f"{entry.key}: no density is given, so all of the delta of "
+                    f"{entry.model!r} is kept"
                 )
 
     def of_models(self, parameter: str, name: str) -> tuple[float, ...]:
@@ -82,8 +151,8 @@ class Numbers:
         """A parameter of the merge for a tensor; its default for a tensor that is copied."""
         return self.whole.get(parameter, {}).get(name, NUMBERS[parameter].default)
 
-    def _check_sums(self, recipe: Recipe, names: list[str]) -> None:
-        if recipe.policy.divisor != "weights":
+    def _check_sums(self, part: Part, names: list[str]) -> None:
+        if part.policy.divisor != "weights":
             return
         for name in names:
             total = sum(self.model["weight"][name])
@@ -91,33 +160,6 @@ class Numbers:
                 raise RecipeError(
                     f"parameters.weight: the weights of tensor {name!r} sum to {total:g}, which "
                     "cannot be normalized to a mean; set normalize: false or change the weights"
-                )
-
-    def _check_used(self, recipe: Recipe, names: list[str], used: set[str], layered: bool) -> None:
-        if not names:
-            return
-        for setting in recipe.settings():
-            if setting.key not in used:
-                raise RecipeError(
-                    f"{setting.key}: has no effect, since every model has a {setting.name} of its "
-                    "own; remove it"
-                )
-            for key, text in setting.filters():
-                if key in used:
-                    continue
-                if any(text in name for name in names):
-                    raise RecipeError(
-                        f"{key}: the filter {text!r} has no effect, since other filters or values "
-                        "come before it for all of its tensors; move it up or remove it"
-                    )
-                raise RecipeError(
-                    f"{key}: the filter {text!r} matches no tensor{_filter_hint(text, names)}"
-                )
-            if setting.has_gradient and not layered:
-                raise RecipeError(
-                    f"{setting.key}: a gradient runs over layers, but no tensor name of "
-                    f"{recipe.models[recipe.terms[0]].model!r} has a layer number "
-                    "('.layers.3.', '.h.3.', '.blocks.3.'); use filters"
                 )
 
 
@@ -152,14 +194,14 @@ def layer_depths(names: list[str], reference: Checkpoint) -> tuple[dict[str, flo
     count: dict[str, int] = {}
     size: dict[str, int] = {}
     for name in names:
-        match = _LAYER.search(name)
+        match = LAYER.search(name)
         if match is None:
             continue
         stack, layer = name[: match.start(1)], int(match[1])
         place[name] = (stack, layer)
         count[stack] = max(count.get(stack, 0), layer + 1)
         size[stack] = size.get(stack, 0) + 1
-    main = [stack for stack in size if not _OTHER_STACKS.search(stack)]
+    main = [stack for stack in size if not OTHER_STACKS.search(stack)]
     if main and reference.layers is not None:
         count[max(main, key=lambda stack: size[stack])] = reference.layers
     depths = dict.fromkeys(names, 0.0)

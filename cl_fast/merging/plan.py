@@ -14,9 +14,10 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,16 +39,18 @@ from cl_fast.merging.matching import (
     common_tensors,
     embedding_rows,
     kind_of_tensor,
+    natural_key,
     out_dtype,
 )
-from cl_fast.merging.numbers import Numbers
+from cl_fast.merging.numbers import Numbers, Used
 from cl_fast.merging.patches import Patched
+from cl_fast.merging.slices import Cut, Group, cut, edit_config, list_inputs, whole
 from cl_fast.merging.sources import Source, made
 from cl_fast.ops.policy import Policy, trim_keep_count
 from cl_fast.ops.streams import keep_threshold, stream_key
 
 if TYPE_CHECKING:
-    from cl_fast.merging.recipe import Recipe
+    from cl_fast.merging.recipe import Part, Recipe
 
 __all__ = ["NUMERICS", "Plan", "ShardPlan", "TensorPlan", "Term", "make_plan", "term_names"]
 
@@ -83,6 +86,8 @@ class TensorPlan:
     what they leave alone) are not combined: the bytes of ``base`` (or of the first term without a
     base) are written, and every term must equal them.
     ``lam`` multiplies the reduced delta; it is 1 where the method has no lambda.
+    ``origins``: of base (if any) and terms the position in ``Plan.inputs`` and the tensor's name
+    there; ``None`` where whole models are merged, so that both are plain.
     """
 
     name: str
@@ -96,6 +101,7 @@ class TensorPlan:
     terms: tuple[Term, ...]
     policy: Policy
     lam: float
+    origins: tuple[tuple[int, str], ...] | None = None
 
     @property
     def numel(self) -> int:
@@ -130,10 +136,12 @@ class Plan:
         tensors: every output tensor, in natural order of the names.
         shards: the output files.
         index: content of ``model.safetensors.index.json``; ``None`` for a single file.
-        inputs: opened checkpoints, base first (if any), then the models in recipe order; a
+        inputs: opened checkpoints, bases first (if any), then the models in recipe order; a
             checkpoint that is used twice appears twice.
-        has_base: whether ``inputs[0]`` is the base of the deltas.
-        models: the names of the terms, in recipe order; ``tensors[i].terms`` has this order.
+        bases: how many of ``inputs`` are bases of deltas: one or none, more where slices have
+            bases of their own.
+        models: the names of the terms, one for each of the other ``inputs``. Where whole models
+            are merged ``tensors[i].terms`` has this order.
         donor: the checkpoint that config and generation config come from.
         tokenizer_donor: folder that tokenizer and chat template come from.
         sidecars: the files to write beside the weights.
@@ -154,7 +162,7 @@ class Plan:
     shards: tuple[ShardPlan, ...]
     index: dict[str, Any] | None
     inputs: tuple[Checkpoint, ...]
-    has_base: bool
+    bases: int
     models: tuple[str, ...]
     donor: Checkpoint
     tokenizer_donor: Path
@@ -168,6 +176,11 @@ class Plan:
     seed: int | None
     model_keep: tuple[int, ...]
 
+    @property
+    def has_base(self) -> bool:
+        """Whether ``inputs[0]`` is the base of deltas."""
+        return self.bases > 0
+
 
 def make_plan(
     recipe: Recipe,
@@ -177,6 +190,7 @@ def make_plan(
     seed: int | None = None,
     threads: int | None = None,
     memory: int | None = None,
+    allow_crimes: bool = False,
 ) -> Plan:
     """Read every input header, find every error they can tell, and lay out the output.
 
@@ -189,6 +203,7 @@ def make_plan(
         seed: overrides the recipe's.
         threads: as the engine will be given; only for the prediction of memory.
         memory: likewise, its bound on working memory in bytes.
+        allow_crimes: put layers of models together that are not of one architecture and size.
 
     Raises:
         CheckpointError: an input is missing, malformed, quantised, or does not fit the others.
@@ -202,7 +217,7 @@ def make_plan(
     if seed is not None and (type(seed) is not int or not 0 <= seed < 2**64):
         raise RecipeError(f"seed: must be a whole number of at least 0 and below 2**64; got {seed}")
     with _collector_paused():
-        return _plan(recipe, output, out_shard_size, seed, threads, memory)
+        return _plan(recipe, output, out_shard_size, seed, threads, memory, allow_crimes)
 
 
 @contextmanager
@@ -224,12 +239,13 @@ def _plan(
     seed: int | None,
     threads: int | None,
     memory: int | None,
+    allow_crimes: bool,
 ) -> Plan:
     folder = os.fspath(output)
     if not folder.strip() or "\0" in folder:
         raise RecipeError(f"output: {folder!r} is not a path; name the folder to write")
     target = absolute(folder)
-    method, policy, notes = recipe.method, recipe.policy, list[str]()
+    method, notes = recipe.method, list[str]()
     if seed is not None and not method.random:
         notes.append(f"{method.name} draws nothing at random; the seed has no effect")
     if method.random:
@@ -239,75 +255,39 @@ def _plan(
 
     _check_output(recipe, target)
     inputs = open_inputs(recipe)
-    first = 1 if method.needs_base else 0
-    reference = inputs[0]
-    names = common_tensors(inputs, notes)
-    check_shapes(inputs, names)
-    kinds = {name: kind_of_tensor(inputs, name) for name in names}
-    combined = [name for name in names if kinds[name] == "combine"]
-    models = term_names([recipe.models[i].model for i in recipe.terms])
-    numbers = Numbers(recipe, combined, reference, notes)
-    densities = numbers.model.get("density", {}).values()
-    if all(density >= 1.0 for row in densities for density in row):
-        policy = replace(
-            policy, sparsify="none", rescale="none", trim_scope="tensor", trim_ties="first"
-        )
-    model_keep = _model_keep(policy, recipe, numbers, reference, combined)
+    listing = list_inputs(recipe)
+    bases = len(listing.bases)
+    groups, changed = cut(recipe, listing, inputs, allow_crimes=allow_crimes)
+    models = term_names([entry.model for entry in listing.models])
+    streams = _Streams(seed, (None,) * bases + models)
+    used = Used()
+    drafts = [_Draft(recipe, group, notes, used) for group in groups]
+    used.check(recipe)
+    model_keep = _model_keep(recipe, drafts)
+    shapes = {name: info.shape for draft in drafts for name, info in draft.infos.items()}
+    if len(drafts) > 1:
+        shapes = {name: shapes[name] for name in sorted(shapes, key=natural_key)}
+    dtypes = {name: dtype for draft in drafts for name, dtype in draft.dtypes.items()}
+    shards, places = _lay_out(shapes, dtypes, out_shard_size)
+    made_ready = {
+        tensor.name: tensor
+        for draft in drafts
+        for tensor in draft.tensors(recipe, streams, places, applied=not model_keep)
+    }
+    tensors = [made_ready[name] for name in shapes]
 
-    dtypes = {name: out_dtype(recipe, reference.tensors[name], kinds[name]) for name in names}
-    sources = [{name: source_of(checkpoint, name) for name in names} for checkpoint in inputs]
-    only_changes = bool(first) and all(isinstance(checkpoint, Derived) for checkpoint in inputs[1:])
-    shards, places = _lay_out(names, dtypes, reference, out_shard_size)
-    tensors = []
-    for name in names:
-        info, (shard, offset) = reference.tensors[name], places[name]
-        weights = numbers.of_models("weight", name)
-        kept = numbers.of_models("density", name)
-        gammas, epsilons = (numbers.of_models(word, name) for word in ("gamma", "epsilon"))
-        lam = numbers.of_whole("lambda", name)
-        terms = tuple(
-            Term(
-                model,
-                sources[first + k][name],
-                weights[k],
-                kept[k],
-                stream_key(seed, model, name)
-                if seed is not None and kinds[name] == "combine" and kept[k] < 1.0
-                else 0,
-                gammas[k],
-                epsilons[k],
-            )
-            for k, model in enumerate(models)
-        )
-        kind, base = kinds[name], sources[0][name] if first else None
-        if only_changes and kind == "combine" and not model_keep:
-            if method.name == "task_arithmetic" and weights == (1.0,) and lam == 1.0:
-                terms, alone = _applied(terms[0], dtypes[name])
-                kind, base = ("copy", None) if alone else (kind, base)
-            if dtypes[name] == info.dtype and all(term.source == base for term in terms):
-                kind = "copy"
-        tensors.append(
-            TensorPlan(
-                name,
-                info.shape,
-                dtypes[name],
-                shard,
-                offset,
-                tensor_nbytes(dtypes[name], info.shape),
-                kind,
-                base,
-                terms,
-                policy,
-                lam,
-            )
-        )
-
-    floats = {dtypes[name] for name in combined}
+    floats = {dtypes[name] for draft in drafts for name in draft.combined}
     uniform = next(iter(floats)) if len(floats) == 1 else None
     donor = _donor(recipe, inputs)
     tokenizer_folder = _tokenizer_folder(recipe, inputs, donor)
-    sidecars, told = plan_sidecars(donor, tokenizer_folder, uniform)
-    notes += told
+    told = list[str]()
+    sidecars, more = plan_sidecars(
+        donor,
+        tokenizer_folder,
+        uniform,
+        edit=partial(edit_config, donor=donor, changed=changed, notes=told) if changed else None,
+    )
+    notes += [*told, *more]
     _note_configs(inputs, donor, notes)
     _note_recipe(recipe, floats, notes)
     index = _index(tensors, shards)
@@ -322,7 +302,7 @@ def _plan(
         shards=shards,
         index=index,
         inputs=inputs,
-        has_base=bool(first),
+        bases=bases,
         models=models,
         donor=donor,
         tokenizer_donor=tokenizer_folder,
@@ -332,7 +312,7 @@ def _plan(
         bytes_read=bytes_read,
         bytes_written=written,
         passes=passes,
-        memory=_predicted_memory(policy, inputs, threads, memory)
+        memory=_predicted_memory(tensors, inputs, threads, memory)
         + _made_memory(tensors, whole=bool(model_keep)),
         seed=seed,
         model_keep=model_keep,
@@ -388,6 +368,132 @@ def _check_output(recipe: Recipe, target: Path) -> None:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class _Streams:
+    """The seed, and of every input the name that keys its random stream."""
+
+    seed: int | None
+    names: tuple[str | None, ...]
+
+
+class _Draft:
+    """The tensors of one group, all but their places in the output.
+
+    Attributes:
+        infos: what the first input tells of each tensor, in natural order.
+        kinds, dtypes: of each tensor. combined: names of those that are not copied.
+    """
+
+    def __init__(self, recipe: Recipe, group: Group, notes: list[str], used: Used) -> None:
+        part, inputs, method = group.part, group.inputs, recipe.method
+        names = common_tensors(inputs, notes)
+        check_shapes(inputs, names)
+        self._group = group
+        self._policy = part.policy
+        self.infos = {name: inputs[0].tensors[name] for name in names}
+        self.kinds = {name: kind_of_tensor(inputs, name) for name in names}
+        self.combined = [name for name in names if self.kinds[name] == "combine"]
+        depths, layered = group.depths_of(self.combined)
+        used.layered |= layered
+        self.numbers = Numbers(recipe, part, self.combined, depths, group.stored, used, notes)
+        densities = self.numbers.model.get("density", {}).values()
+        if all(density >= 1.0 for row in densities for density in row):
+            self._policy = replace(
+                part.policy,
+                sparsify="none",
+                rescale="none",
+                trim_scope="tensor",
+                trim_ties="first",
+            )
+        if method.most == 1:
+            scale = self.numbers.model[method.factor]
+            for name in self.combined:
+                # As it is: a copy of bytes, whatever the type.
+                if scale[name] == (1.0,) and recipe.output_dtype in (None, self.infos[name].dtype):
+                    self.kinds[name] = "copy"
+        self.dtypes = {
+            name: out_dtype(recipe, info, self.kinds[name]) for name, info in self.infos.items()
+        }
+
+    @property
+    def policy(self) -> Policy:
+        return self._policy
+
+    @property
+    def part(self) -> Part:
+        return self._group.part
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Of the models in the inputs of the plan."""
+        return self._group.positions[self.part.base is not None :]
+
+    def tensors(
+        self,
+        recipe: Recipe,
+        streams: _Streams,
+        places: Mapping[str, tuple[int, int]],
+        *,
+        applied: bool,
+    ) -> Iterator[TensorPlan]:
+        """The tensors. `applied`: a change of a base may be put on it instead of merged."""
+        group, numbers, method, seed = self._group, self.numbers, recipe.method, streams.seed
+        first = int(group.part.base is not None)
+        models = [streams.names[position] or "" for position in group.positions[first:]]
+        only_changes = bool(first) and all(
+            isinstance(whole(checkpoint), Derived) for checkpoint in group.inputs[1:]
+        )
+        for name, info in self.infos.items():
+            shard, offset = places[name]
+            sources = [source_of(checkpoint, name) for checkpoint in group.inputs]
+            weights = numbers.of_models(method.factor, name)
+            kept = numbers.of_models("density", name)
+            gammas, epsilons = (numbers.of_models(word, name) for word in ("gamma", "epsilon"))
+            lam = numbers.of_whole("lambda", name)
+            kind, dtype = self.kinds[name], self.dtypes[name]
+            terms = tuple(
+                Term(
+                    model,
+                    sources[first + k],
+                    weights[k],
+                    kept[k],
+                    stream_key(seed, model, name)
+                    if seed is not None and kind == "combine" and kept[k] < 1.0
+                    else 0,
+                    gammas[k],
+                    epsilons[k],
+                )
+                for k, model in enumerate(models)
+            )
+            base = sources[0] if first else None
+            if only_changes and kind == "combine" and applied:
+                if method.name == "task_arithmetic" and weights == (1.0,) and lam == 1.0:
+                    terms, alone = _applied(terms[0], dtype)
+                    kind, base = ("copy", None) if alone else (kind, base)
+                if dtype == info.dtype and all(term.source == base for term in terms):
+                    kind = "copy"
+            origins: tuple[tuple[int, str], ...] | None = None
+            if not recipe.whole:
+                origins = tuple(
+                    (position, checkpoint.stored[name] if isinstance(checkpoint, Cut) else name)
+                    for position, checkpoint in zip(group.positions, group.inputs, strict=True)
+                )[first - (base is not None) :]
+            yield TensorPlan(
+                name,
+                info.shape,
+                dtype,
+                shard,
+                offset,
+                tensor_nbytes(dtype, info.shape),
+                kind,
+                base,
+                terms,
+                self._policy,
+                lam,
+                origins,
+            )
+
+
 def _applied(term: Term, dtype: str) -> tuple[tuple[Term, ...], bool]:
     """A patch's term as the result itself, rounded once; and whether it is one."""
     source = term.source
@@ -436,30 +542,41 @@ def _tokenizer_folder(recipe: Recipe, inputs: tuple[Checkpoint, ...], donor: Che
     return folder
 
 
-def _model_keep(
-    policy: Policy, recipe: Recipe, numbers: Numbers, reference: Checkpoint, names: list[str]
-) -> tuple[int, ...]:
+def _model_keep(recipe: Recipe, drafts: Sequence[_Draft]) -> tuple[int, ...]:
     """How many elements each model keeps of all its elements; empty if trimmed per tensor."""
-    if policy.sparsify == "drop":
-        for k, i in enumerate(recipe.terms):
-            least = min((row[k] for row in numbers.model["density"].values()), default=1.0)
+    for draft in drafts:
+        if draft.policy.sparsify != "drop":
+            continue
+        for k, entry in enumerate(draft.part.entries):
+            least = min((row[k] for row in draft.numbers.model["density"].values()), default=1.0)
             if keep_threshold(least) == 0:
                 raise RecipeError(
-                    f"models[{i}]: a density of {least:g} keeps nothing; the smallest is 2**-32"
+                    f"{entry.key}: a density of {least:g} keeps nothing; the smallest is 2**-32"
                 )
-    if policy.sparsify != "trim" or policy.trim_scope != "model":
+    trimming = [draft for draft in drafts if draft.policy.trim_scope == "model"]
+    if not trimming or all(draft.policy.sparsify != "trim" for draft in trimming):
         return ()
-    total = sum(reference.tensors[name].numel for name in names)
-    keep = []
-    for k, i in enumerate(recipe.terms):
-        densities = {numbers.model["density"][name][k] for name in names}
-        if len(densities) > 1:
-            chain = recipe.chain(i, "density")
+    first = trimming[0]
+    for draft in drafts:
+        if draft.policy != first.policy or draft.positions != first.positions:
             raise RecipeError(
-                f"{chain[0].key}: trim_scope: model has one density for the whole model; give a "
-                "plain number instead of a gradient or filters"
+                f"{draft.part.key}: trim_scope: model trims over all tensors of a model together, "
+                f"but {first.part.key} has other models or parameters; give all slices the same, "
+                "or use trim_scope: tensor"
             )
-        keep.append(trim_keep_count(densities.pop(), total, policy.trim_count))
+    total = sum(draft.infos[name].numel for draft in drafts for name in draft.combined)
+    keep = []
+    for k, entry in enumerate(first.part.entries):
+        densities = {
+            draft.numbers.model["density"][name][k] for draft in drafts for name in draft.combined
+        }
+        if len(densities) > 1:
+            chain = first.part.chain(k, "density")
+            raise RecipeError(
+                f"{chain[0].key if chain else entry.key}: trim_scope: model has one density for "
+                "the whole model; give a plain number instead of a gradient or filters"
+            )
+        keep.append(trim_keep_count(densities.pop(), total, first.policy.trim_count))
     return tuple(keep)
 
 
@@ -467,12 +584,12 @@ def _model_keep(
 
 
 def _lay_out(
-    names: list[str], dtypes: dict[str, str], reference: Checkpoint, limit: int
+    named: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str], limit: int
 ) -> tuple[tuple[ShardPlan, ...], dict[str, tuple[int, int]]]:
     """Fill shards in the order of the names; inside a shard wider types come first."""
     groups: list[list[int]] = [[]]
     filled = 0
-    shapes = [reference.tensors[name].shape for name in names]
+    names, shapes = list(named), list(named.values())
     for i, name in enumerate(names):
         nbytes = tensor_nbytes(dtypes[name], shapes[i])
         if groups[-1] and filled + nbytes > limit:
@@ -595,14 +712,18 @@ _HEADER_ENTRY_BYTES = 1_500
 
 
 def _predicted_memory(
-    policy: Policy, inputs: tuple[Checkpoint, ...], threads: int | None, bound: int | None
+    tensors: Sequence[TensorPlan],
+    inputs: tuple[Checkpoint, ...],
+    threads: int | None,
+    bound: int | None,
 ) -> int:
     """Anonymous memory of a merge by the native core: it does not depend on the weights' size."""
     if threads is None:
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    working = threads * (len(inputs) + 2) * _TILE_ELEMENTS * 4
-    if policy.sparsify == "trim":
-        working += threads * len(inputs) * 65_536 * 8
+    most = max(len(tensor.terms) + (tensor.base is not None) for tensor in tensors)
+    working = threads * (most + 2) * _TILE_ELEMENTS * 4
+    if any(tensor.policy.sparsify == "trim" for tensor in tensors):
+        working += threads * most * 65_536 * 8
     if bound is not None:
         working = min(working, bound)
     headers = sum(len(checkpoint.tensors) for checkpoint in inputs) * _HEADER_ENTRY_BYTES

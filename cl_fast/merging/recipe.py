@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -52,15 +52,25 @@ from cl_fast.merging.methods import (
 )
 from cl_fast.ops.policy import Policy
 
-__all__ = ["ModelEntry", "Recipe", "Setting", "load_recipe", "parse_recipe"]
+__all__ = [
+    "Entry",
+    "ModelEntry",
+    "ModuleEntry",
+    "Part",
+    "Recipe",
+    "Setting",
+    "SliceEntry",
+    "SourceEntry",
+    "load_recipe",
+    "map_references",
+    "parse_recipe",
+]
 
 #: What ``dtype`` and ``out_dtype`` may say -> safetensors name.
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 #: Keys of mergekit recipes that this version does not have, and what to do.
 _UNSUPPORTED: dict[str, str] = {
-    "slices": "not supported by this version; list whole models under 'models'",
-    "modules": "not supported by this version; list whole models under 'models'",
     "chat_template": (
         "not supported by this version; the chat template of the tokenizer's source "
         "is copied, change it in the output"
@@ -79,18 +89,45 @@ _Reference = Annotated[
 ]
 
 
-class ModelEntry(BaseModel):
-    """One entry of ``models``."""
-
+class _Block(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @field_validator("parameters", mode="before", check_fields=False)
+    @classmethod
+    def _empty_is_none(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+
+class ModelEntry(_Block):
+    """One entry of ``models``."""
 
     model: _Reference = Field(description="folder or .safetensors file of the checkpoint")
     parameters: dict[str, Any] = Field(default_factory=dict, description="weight, density")
 
-    @field_validator("parameters", mode="before")
-    @classmethod
-    def _empty_is_none(cls, value: Any) -> Any:
-        return {} if value is None else value
+
+class SourceEntry(_Block):
+    """One entry of a slice's ``sources``."""
+
+    model: _Reference = Field(description="folder or .safetensors file of the checkpoint")
+    layer_range: list[int] = Field(description="first layer, and the one after the last")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="weight, density, scale")
+
+
+class SliceEntry(_Block):
+    """One entry of ``slices``: layers of the output, and what they are merged from."""
+
+    sources: list[SourceEntry] = Field(description="the models and their layers")
+    base_model: _Reference | None = Field(None, description="of this slice's deltas")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="for this slice")
+    residual_weight: float | None = Field(None, description="accepted, and without effect")
+
+
+class ModuleEntry(_Block):
+    """One entry of ``modules``: a part of a model that has several stacks of layers."""
+
+    models: list[ModelEntry] = Field(default_factory=list, description="as at the top level")
+    slices: list[SliceEntry] = Field(default_factory=list, description="as at the top level")
+    parameters: dict[str, Any] = Field(default_factory=dict, description="for this module")
 
 
 class Recipe(BaseModel):
@@ -103,7 +140,15 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     merge_method: str = Field(description="linear, task_arithmetic, ties, dare_linear, dare_ties")
-    models: list[ModelEntry] = Field(description="the models to merge, in order")
+    models: list[ModelEntry] = Field(
+        default_factory=list, description="the models to merge, in order"
+    )
+    slices: list[SliceEntry] = Field(
+        default_factory=list, description="the layers of the output, from first to last"
+    )
+    modules: dict[str, ModuleEntry] = Field(
+        default_factory=dict, description="the same for each module of the model"
+    )
     base_model: _Reference | None = Field(None, description="what the deltas are taken from")
     parameters: dict[str, Any] = Field(default_factory=dict, description="for all models")
     dtype: str | None = Field(None, description="type of the output where out_dtype is not given")
@@ -111,10 +156,8 @@ class Recipe(BaseModel):
     tokenizer_source: _Reference | None = Field(None, description="'base' or a model reference")
     seed: int | None = Field(None, ge=0, lt=2**64, description="of the random masks")
 
-    _base_entry: int | None = PrivateAttr(None)
     _policy: Policy = PrivateAttr(default_factory=Policy)
-    _settings: dict[str, Setting] = PrivateAttr(default_factory=dict)
-    _model_settings: tuple[dict[str, Setting], ...] = PrivateAttr(())
+    _parts: tuple[Part, ...] = PrivateAttr(())
     _source: Path | None = PrivateAttr(None)
     _text: str | None = PrivateAttr(None)
 
@@ -131,7 +174,11 @@ class Recipe(BaseModel):
         for key, words in _UNSUPPORTED.items():
             if data.get(key) is not None:
                 raise RecipeError(f"{key}: {words}")
-        data = {key: value for key, value in data.items() if key not in _UNSUPPORTED}
+        data = {
+            key: value
+            for key, value in data.items()
+            if key not in _UNSUPPORTED and (value is not None or key not in ("slices", "modules"))
+        }
         if "tokenizer" in data:
             block = data.pop("tokenizer")
             if block is not None:
@@ -146,78 +193,91 @@ class Recipe(BaseModel):
         for key in ("dtype", "out_dtype"):
             _check_dtype(key, getattr(self, key))
         _check_reference("base_model", self.base_model)
-        for i, entry in enumerate(self.models):
-            _check_reference(f"models[{i}].model", entry.model)
-        self._check_models(method)
         self._check_tokenizer()
         if self.seed is not None and not method.random:
             raise RecipeError(
                 f"seed: has no effect with merge_method {method.name!r}, which draws nothing at "
                 "random; remove it"
             )
-
-        self._settings = {}
-        words: dict[str, Any] = {}
-        for name, value in self.parameters.items():
-            key = f"parameters.{name}"
-            check_parameter(method, name, key)
-            if value is None:
-                raise RecipeError(f"{key}: has no value; give one or remove the key")
-            if name in NUMBERS:
-                self._settings[name] = _setting(name, value, key)
-            elif name == "int8_mask":
-                if not isinstance(value, bool):
-                    raise RecipeError(f"{key}: must be true or false; got {kind_of(value)}")
-            else:
-                words[name] = value
-        self._policy = make_policy(method, words)
-        per_model: list[dict[str, Setting]] = []
-        for i, entry in enumerate(self.models):
-            own: dict[str, Setting] = {}
-            for name, value in entry.parameters.items():
-                key = f"models[{i}].parameters.{name}"
-                check_parameter(method, name, key)
-                if name not in method.model_parameters:
-                    raise RecipeError(
-                        f"{key}: is for the whole merge; move it to the top-level 'parameters'"
-                    )
-                if value is None:
-                    raise RecipeError(f"{key}: has no value; give one or remove the key")
-                own[name] = _setting(name, value, key)
-            per_model.append(own)
-        self._model_settings = tuple(per_model)
+        everywhere = _scope(method, self.parameters, "parameters")
+        self._policy = make_policy(method, everywhere.words)
+        self._parts = tuple(self._make_parts(method, everywhere))
         return self
 
-    def _check_models(self, method: Method) -> None:
-        if not self.models:
-            raise RecipeError("models: is empty; list at least one model")
-        self._base_entry = None
-        if method.needs_base:
-            if self.base_model is None:
+    def _make_parts(self, method: Method, everywhere: _Scope) -> Iterator[Part]:
+        given = [key for key in ("models", "slices", "modules") if getattr(self, key)]
+        if len(given) > 1:
+            raise RecipeError(f"{given[1]}: stands beside {given[0]!r}; give one of them")
+        if not given:
+            empty = [k for k in ("models", "slices", "modules") if k in self.model_fields_set]
+            if empty:
+                raise RecipeError(f"{empty[0]}: is empty; list at least one model")
+            raise RecipeError("models: is required, or 'slices' or 'modules'")
+        if self.models:
+            yield self._whole(method, self.models, None, "", [everywhere])
+        for i, part in enumerate(self.slices):
+            yield self._slice(method, part, None, f"slices[{i}]", [everywhere])
+        for name, module in self.modules.items():
+            key = f"modules.{name}"
+            if bool(module.models) == bool(module.slices):
+                raise RecipeError(f"{key}: must have either 'models' or 'slices'")
+            scopes = [_scope(method, module.parameters, f"{key}.parameters"), everywhere]
+            if module.models:
+                yield self._whole(method, module.models, name, f"{key}.", scopes)
+            for i, part in enumerate(module.slices):
+                yield self._slice(method, part, name, f"{key}.slices[{i}]", scopes)
+
+    def _whole(
+        self,
+        method: Method,
+        models: Sequence[ModelEntry],
+        module: str | None,
+        prefix: str,
+        scopes: list[_Scope],
+    ) -> Part:
+        """The part that merges all layers of whole models."""
+        entries = []
+        for i, entry in enumerate(models):
+            key = f"{prefix}models[{i}]"
+            _check_reference(f"{key}.model", entry.model)
+            settings = _own(method, entry.parameters, f"{key}.parameters")
+            entries.append(Entry(key, entry.model, None, settings))
+        base = None
+        if self.base_model is not None:
+            base = Entry("base_model", self.base_model, None, {})
+        return _part(method, f"{prefix}models", module, base, entries, scopes)
+
+    def _slice(
+        self, method: Method, part: SliceEntry, module: str | None, key: str, scopes: list[_Scope]
+    ) -> Part:
+        entries = []
+        if not part.sources:
+            raise RecipeError(f"{key}.sources: is empty; list at least one model")
+        for i, entry in enumerate(part.sources):
+            where = f"{key}.sources[{i}]"
+            _check_reference(f"{where}.model", entry.model)
+            settings = _own(method, entry.parameters, f"{where}.parameters")
+            layers = _layer_range(entry.layer_range, f"{where}.layer_range")
+            entries.append(Entry(where, entry.model, layers, settings))
+        first = entries[0]
+        for other in entries[1:]:
+            if _length(other) != _length(first):
                 raise RecipeError(
-                    f"base_model: is required by merge_method {method.name!r}, which merges "
-                    "differences from it"
+                    f"{other.key}.layer_range: has {_length(other)} layers, {first.key} has "
+                    f"{_length(first)}; all sources of a slice must have equally many"
                 )
-            for i, entry in enumerate(self.models):
-                if not _same(entry.model, self.base_model):
-                    continue
-                if self._base_entry is not None:
-                    raise RecipeError(f"models[{i}].model: the base_model is listed twice")
-                if entry.parameters:
-                    raise RecipeError(
-                        f"models[{i}].parameters: the model is the base_model, whose difference "
-                        "from itself is zero, so its parameters have no effect; remove them"
-                    )
-                self._base_entry = i
-            if len(self.terms) == 0:
-                raise RecipeError("models: holds only the base_model; list a model to merge")
-        elif self.base_model is not None and not any(
-            _same(entry.model, self.base_model) for entry in self.models
-        ):
-            raise RecipeError(
-                f"base_model: merge_method {method.name!r} averages the models themselves and "
-                "uses no base; list it under 'models' with a weight, or remove it"
-            )
+        _check_reference(f"{key}.base_model", part.base_model)
+        base = None
+        if part.base_model is not None:
+            if not method.needs_base:
+                raise RecipeError(
+                    f"{key}.base_model: has no effect with merge_method {method.name!r}; remove it"
+                )
+            base = Entry(f"{key}.base_model", part.base_model, None, {})
+        elif self.base_model is not None:
+            base = Entry("base_model", self.base_model, None, {})
+        own = _scope(method, part.parameters, f"{key}.parameters")
+        return _part(method, f"{key}.sources", module, base, entries, [own, *scopes])
 
     def _check_tokenizer(self) -> None:
         source = self.tokenizer_source
@@ -246,9 +306,25 @@ class Recipe(BaseModel):
         return find_method(self.merge_method)
 
     @property
+    def parts(self) -> tuple[Part, ...]:
+        """What is merged: one part for ``models``, else one for each slice, in order."""
+        return self._parts
+
+    @property
     def terms(self) -> tuple[int, ...]:
         """Positions in ``models`` of those that are merged; a base listed there is not."""
-        return tuple(i for i in range(len(self.models)) if i != self._base_entry)
+        merged = {entry.key for part in self.parts for entry in part.entries}
+        return tuple(i for i in range(len(self.models)) if f"models[{i}]" in merged)
+
+    @property
+    def whole(self) -> bool:
+        """Whether it merges whole models as they are, so that there is one part."""
+        return bool(self.models)
+
+    @property
+    def layered(self) -> bool:
+        """Whether layers may change their numbers: there are slices."""
+        return any(entry.layers is not None for part in self.parts for entry in part.entries)
 
     @property
     def output_dtype(self) -> str | None:
@@ -285,17 +361,192 @@ class Recipe(BaseModel):
         """What is done to each element."""
         return self._policy
 
-    def chain(self, model: int | None, name: str) -> tuple[Setting, ...]:
-        """The settings that may give ``name``, first the model's own (``None``: global only)."""
-        own = self._model_settings[model].get(name) if model is not None else None
-        everywhere = self._settings.get(name)
-        return tuple(setting for setting in (own, everywhere) if setting is not None)
-
     def settings(self) -> Iterator[Setting]:
         """Every number of the recipe, with its filters and gradients."""
-        yield from self._settings.values()
-        for own in self._model_settings:
-            yield from own.values()
+        found: dict[str, Setting] = {}
+        for part in self.parts:
+            for scope in (*part.scopes[::-1], *(entry.settings for entry in part.entries)):
+                found |= {setting.key: setting for setting in scope.values()}
+        yield from found.values()
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A model in a part.
+
+    Attributes:
+        key: where the recipe lists it: ``models[1]``, ``slices[0].sources[1]``, ``base_model``.
+        model: its reference.
+        layers: the layers that take part, first and after the last; ``None``: all of them.
+        settings: its own numbers.
+    """
+
+    key: str
+    model: str
+    layers: tuple[int, int] | None
+    settings: Mapping[str, Setting]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Models that are merged with one another: all of a recipe's, or those of one slice.
+
+    Attributes:
+        key: where the recipe lists them.
+        module: of which module of the model; ``None`` where the recipe has no ``modules``.
+        base: what the deltas are taken from; ``None`` for methods without deltas.
+        entries: the models that are merged, in order; a base among them is not.
+        scopes: numbers for all of them, the narrowest scope first.
+        policy: what is done to each element.
+    """
+
+    key: str
+    module: str | None
+    base: Entry | None
+    entries: tuple[Entry, ...]
+    scopes: tuple[Mapping[str, Setting], ...]
+    policy: Policy
+
+    def chain(self, entry: int | None, name: str) -> tuple[Setting, ...]:
+        """The settings that may give ``name``, first the model's own (``None``: shared only)."""
+        own = [] if entry is None else [self.entries[entry].settings]
+        found = (scope.get(name) for scope in (*own, *self.scopes))
+        return tuple(setting for setting in found if setting is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Scope:
+    settings: dict[str, Setting]
+    words: dict[str, Any]
+    key: str
+
+
+def _scope(method: Method, parameters: Mapping[str, Any], where: str) -> _Scope:
+    """The parameters of a recipe, a module or a slice."""
+    settings: dict[str, Setting] = {}
+    words: dict[str, Any] = {}
+    for name, value in parameters.items():
+        key = f"{where}.{name}"
+        check_parameter(method, name, key)
+        if value is None:
+            raise RecipeError(f"{key}: has no value; give one or remove the key")
+        if name in NUMBERS:
+            settings[name] = _setting(name, value, key)
+        elif name == "int8_mask":
+            if not isinstance(value, bool):
+                raise RecipeError(f"{key}: must be true or false; got {kind_of(value)}")
+        else:
+            words[name] = value
+    return _Scope(settings, words, where)
+
+
+def _own(method: Method, parameters: Mapping[str, Any], where: str) -> dict[str, Setting]:
+    """The parameters of one model."""
+    own: dict[str, Setting] = {}
+    for name, value in parameters.items():
+        key = f"{where}.{name}"
+        check_parameter(method, name, key)
+        if name not in method.model_parameters:
+            raise RecipeError(
+                f"{key}: is for the whole merge; move it to the top-level 'parameters'"
+            )
+        if value is None:
+            raise RecipeError(f"{key}: has no value; give one or remove the key")
+        own[name] = _setting(name, value, key)
+    return own
+
+
+def _part(
+    method: Method,
+    key: str,
+    module: str | None,
+    base: Entry | None,
+    entries: Sequence[Entry],
+    scopes: Sequence[_Scope],
+) -> Part:
+    """A part, its models checked against the method and its base told from them."""
+    words: dict[str, Any] = {}
+    for scope in reversed(scopes):
+        words |= scope.words
+    where = next((scope.key for scope in scopes if scope.words), "parameters")
+    terms = list(entries)
+    if method.needs_base:
+        base, terms = _split_base(method, key, base, entries)
+    else:
+        if base is not None and entries[0].layers is None:
+            _check_listed(method, base, entries)
+        base = None
+    if method.most is not None and len(terms) > method.most:
+        raise RecipeError(
+            f"{terms[method.most].key}.model: merge_method {method.name!r} takes {method.most} "
+            f"model{'s' if method.most > 1 else ''} here; got {len(terms)}"
+        )
+    numbers = tuple(scope.settings for scope in scopes)
+    policy = make_policy(method, words, where=where)
+    return Part(key, module, base, tuple(terms), numbers, policy)
+
+
+def _split_base(
+    method: Method, key: str, base: Entry | None, entries: Sequence[Entry]
+) -> tuple[Entry, list[Entry]]:
+    """The base with the layers that it takes part with, and the models but for it."""
+    if base is None:
+        raise RecipeError(
+            f"base_model: is required by merge_method {method.name!r}, which merges "
+            "differences from it"
+        )
+    listed: Entry | None = None
+    terms: list[Entry] = []
+    for entry in entries:
+        if not _same(entry.model, base.model):
+            terms.append(entry)
+            continue
+        if listed is not None:
+            raise RecipeError(f"{entry.key}.model: the base_model is listed twice")
+        if entry.settings:
+            raise RecipeError(
+                f"{entry.key}.parameters: the model is the base_model, whose difference "
+                "from itself is zero, so its parameters have no effect; remove them"
+            )
+        listed = entry
+    if not terms:
+        raise RecipeError(f"{key}: holds only the base_model; list a model to merge")
+    ranges = {entry.layers for entry in terms}
+    if listed is None and len(ranges) > 1:
+        raise RecipeError(
+            f"{key}: take different layers of different models; list the base_model "
+            f"{base.model!r} among them, with the layer_range that they differ from"
+        )
+    layers = listed.layers if listed is not None else ranges.pop()
+    return replace(base, layers=layers), terms
+
+
+def _check_listed(method: Method, base: Entry, entries: Sequence[Entry]) -> None:
+    if method.most == 1 or any(_same(entry.model, base.model) for entry in entries):
+        return
+    raise RecipeError(
+        f"base_model: merge_method {method.name!r} averages the models themselves and "
+        "uses no base; list it under 'models' with a weight, or remove it"
+    )
+
+
+def _layer_range(value: Sequence[int], key: str) -> tuple[int, int]:
+    if len(value) != 2:
+        raise RecipeError(
+            f"{key}: must be two numbers, the first layer and the one after the last, as [0, 16]; "
+            f"got {len(value)}"
+        )
+    first, end = value
+    if first < 0 or end < first:
+        raise RecipeError(
+            f"{key}: must run from a layer to a later one, as [0, 16] for the first 16 layers; got "
+            f"[{first}, {end}]"
+        )
+    return first, end
+
+
+def _length(entry: Entry) -> int:
+    return 0 if entry.layers is None else entry.layers[1] - entry.layers[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -418,10 +669,8 @@ def _setting(name: str, value: Any, key: str) -> Setting:
 def _parse(value: Any, key: str, depth: int) -> _Node:
     if depth > _MAX_NESTING:
         raise RecipeError(f"{key}: filters are nested more than {_MAX_NESTING} deep")
-    if isinstance(value, Mapping):
-        raise RecipeError(
-            f"{key}: must be {_WANTED}; got a mapping (put a '-' before 'filter' to make it a list)"
-        )
+    if isinstance(value, Mapping):  # one filter without the '-' of a list
+        return _Filters(key, (_parse_filter(value, key, depth),))
     if not isinstance(value, list):
         return _Value(key, _scalar(value, key))
     if not value:
@@ -520,6 +769,30 @@ def _same(left: str, right: str) -> bool:
         return False
 
 
+def map_references(
+    content: dict[str, Any], change: Callable[[str], str], *, base: bool = True
+) -> dict[str, Any]:
+    """A recipe as a mapping with other references to its models; the tokenizer's stays.
+
+    Args:
+        content: as `Recipe.model_dump` gives it; changed.
+        change: gives the new reference for an old one.
+        base: whether the bases change too.
+    """
+    blocks = [content, *content.get("modules", {}).values()]
+    slices = [part for block in blocks for part in block.get("slices", ())]
+    for block in blocks:
+        for entry in block.get("models", ()):
+            entry["model"] = change(entry["model"])
+    for part in slices:
+        for entry in part["sources"]:
+            entry["model"] = change(entry["model"])
+    for block in [content, *slices] if base else []:
+        if block.get("base_model") is not None:
+            block["base_model"] = change(block["base_model"])
+    return content
+
+
 def load_recipe(path: str | Path) -> Recipe:
     """Read and check a recipe file.
 
@@ -564,7 +837,13 @@ _TYPE_WORDS = {
 }
 
 _TOP_KEYS = (*Recipe.model_fields, *_UNSUPPORTED, "tokenizer")
-_MODEL_KEYS = tuple(ModelEntry.model_fields)
+#: Keys below the top, and what they belong to.
+_INNER_KEYS = {
+    "models": tuple(ModelEntry.model_fields),
+    "slices": tuple(SliceEntry.model_fields),
+    "sources": tuple(SourceEntry.model_fields),
+    "modules": tuple(ModuleEntry.model_fields),
+}
 
 
 def _raise(error: ValidationError, prefix: str) -> NoReturn:
@@ -577,8 +856,8 @@ def _raise(error: ValidationError, prefix: str) -> NoReturn:
     kind, value = first["type"], first.get("input")
     if kind == "extra_forbidden":
         last = first["loc"][-1]
-        in_model = len(first["loc"]) > 1
-        known: Iterable[str] = _MODEL_KEYS if in_model else _TOP_KEYS
+        inside = [part for part in first["loc"][:-1] if part in _INNER_KEYS]
+        known: Iterable[str] = _INNER_KEYS[str(inside[-1])] if inside else _TOP_KEYS
         parameters = (*CHOICES, *SWITCHES, *NUMBERS, "int8_mask", "variant")
         hint = suggest(str(last), known)
         if last in parameters:

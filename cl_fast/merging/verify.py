@@ -246,7 +246,6 @@ def _check_inputs(
 ) -> bool:
     """Whether all inputs are there and are what was merged."""
     sound = True
-    has_base = any(entry["role"] == "base" for entry in manifest["inputs"])
     opened: list[tuple[int, dict[str, Any], Checkpoint]] = []
     for position, entry in enumerate(manifest["inputs"]):
         if not Path(entry["path"]).exists():
@@ -267,13 +266,7 @@ def _check_inputs(
                 check_content(read_patch(entry["path"]))
             except ClFastError as error:
                 changed = str(error)
-        wanted: list[tuple[TensorInfo, int]] = []
-        for name, record in records.items():
-            # Copies of a method without deltas have no base among their sources.
-            index = position - (has_base and len(record.sources) < len(manifest["inputs"]))
-            info = checkpoint.tensors.get(name)
-            if info is not None and 0 <= index < len(record.sources):
-                wanted.append((info, record.sources[index]))
+        wanted = _wanted(position, checkpoint, manifest, records)
 
         def same(item: tuple[TensorInfo, int]) -> bool:
             info, crc = item
@@ -295,6 +288,34 @@ def _check_inputs(
             sound = False
         report.inputs += 1
     return sound
+
+
+def _wanted(
+    position: int,
+    checkpoint: Checkpoint,
+    manifest: dict[str, Any],
+    records: dict[str, TensorRecord],
+) -> list[tuple[TensorInfo, int]]:
+    """The tensors that were read of an input, and what their checksums were."""
+    has_base = any(entry["role"] == "base" for entry in manifest["inputs"])
+    wanted: dict[tuple[str, int], TensorInfo] = {}
+    for name, record in records.items():
+        origins = manifest["tensors"][name].get("from")
+        if origins is not None:
+            read = [
+                (stored, crc)
+                for (place, stored), crc in zip(origins, record.sources, strict=True)
+                if place == position
+            ]
+        else:
+            # Copies of a method without deltas have no base among their sources.
+            index = position - (has_base and len(record.sources) < len(manifest["inputs"]))
+            read = [(name, crc) for crc in record.sources[max(index, 0) :][: index >= 0]]
+        for stored, crc in read:
+            info = checkpoint.tensors.get(stored)
+            if info is not None:
+                wanted[stored, crc] = info
+    return [(info, crc) for (_, crc), info in wanted.items()]
 
 
 def _changed_headers(entry: dict[str, Any], checkpoint: Checkpoint) -> str:
@@ -377,34 +398,29 @@ def _place(entry: dict[str, Any], folder: Path) -> Path:
 
 def _rebuild(manifest: dict[str, Any], folder: Path) -> Plan:
     """The plan as it was: the recorded recipe on the recorded paths, with the recorded streams."""
-    from cl_fast.merging.plan import Term, make_plan
-    from cl_fast.merging.recipe import parse_recipe
+    from cl_fast.merging.plan import make_plan
+    from cl_fast.merging.recipe import map_references, parse_recipe
 
     paths = {entry["reference"]: entry["path"] for entry in manifest["inputs"]}
-    recipe = copy.deepcopy(manifest["recipe"])
-    for entry in recipe.get("models", []):
-        entry["model"] = paths.get(entry["model"], entry["model"])
-    if recipe.get("base_model") is not None:
-        recipe["base_model"] = paths.get(recipe["base_model"], recipe["base_model"])
+    recipe = map_references(copy.deepcopy(manifest["recipe"]), lambda word: paths.get(word, word))
     recipe.pop("tokenizer_source", None)
     # Nothing is written; an input may lie in the folder, as the patch of an edited model does.
     nowhere = folder.with_name(f".{folder.name}.verify")
-    plan = make_plan(parse_recipe(recipe), nowhere, seed=manifest.get("seed"))
+    plan = make_plan(parse_recipe(recipe), nowhere, seed=manifest.get("seed"), allow_crimes=True)
     if plan.seed is None:
         return plan
     # The recorded names, not those of the paths, key the random streams.
+    names = dict(zip(plan.models, manifest["streams"], strict=True))
     tensors = tuple(
         dataclasses.replace(
             tensor,
             terms=tuple(
-                Term(
-                    name,
-                    term.source,
-                    term.weight,
-                    term.density,
-                    stream_key(plan.seed, name, tensor.name),
+                dataclasses.replace(
+                    term,
+                    model=names[term.model],
+                    key=stream_key(plan.seed, names[term.model], tensor.name),
                 )
-                for term, name in zip(tensor.terms, manifest["streams"], strict=True)
+                for term in tensor.terms
             ),
         )
         for tensor in plan.tensors
