@@ -188,8 +188,8 @@ def _weight_files(folder: Path, prefix: str) -> _Files:
         return _one(single)
     if "adapter_config.json" in names or weights == ["adapter_model.safetensors"]:
         raise CheckpointError(
-            f"{prefix}{folder} holds an adapter (LoRA), not a whole checkpoint; merge it into "
-            "its base first: PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(...)"
+            f"{prefix}{folder} holds an adapter (LoRA), not a whole checkpoint; in a recipe name "
+            "it as a model beside its base_model, or as BASE+ADAPTER"
         )
     if len(weights) == 1 and not _SHARD.match(weights[0]):
         return _one(folder / weights[0])
@@ -339,8 +339,8 @@ def _pickle_words(folder: Path, name: str) -> str:
 def _why_missing(written: str, path: Path) -> str:
     if "+" in written and absolute(written.split("+", 1)[0]).exists():
         return (
-            f"{written!r} asks for a base with an adapter, which this version does not merge on "
-            "the fly; merge the adapter into its base first and name the result"
+            f"{written!r} asks for a base with an adapter, but {written.split('+', 1)[1]!r} is no "
+            "folder of an adapter (adapter_config.json and adapter_model.safetensors)"
         )
     if path.parent.is_dir() and written.startswith((".", "/", "~")):
         return f"{path} does not exist"

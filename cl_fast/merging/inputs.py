@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cl_fast.checkpoints.adapters import is_adapter
 from cl_fast.checkpoints.checkpoint import Checkpoint, absolute
 from cl_fast.checkpoints.patches import is_patch
 from cl_fast.errors import CheckpointError, RecipeError
@@ -21,6 +22,7 @@ from cl_fast.merging.sources import Source
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from cl_fast.checkpoints.safetensors import Header
     from cl_fast.merging.plan import Plan
     from cl_fast.merging.recipe import Recipe
 
@@ -28,6 +30,7 @@ __all__ = [
     "OPENERS",
     "Derived",
     "Opener",
+    "base_and_change",
     "check_derived",
     "is_derived",
     "open_inputs",
@@ -54,9 +57,35 @@ class Derived(Checkpoint):
         """What it is, for people."""
         raise TypeError("a derived input says itself what it is")
 
+    @property
+    def content(self) -> str:
+        """The hash of all that its own files hold, as :meth:`Opener.own` tells it."""
+        raise TypeError("a derived input says itself what it holds")
+
+    @property
+    def pair(self) -> bool:
+        """Whether it is a model of its own, ``BASE+CHANGE``."""
+        return False
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences that the user should be told."""
+        return ()
+
     def source(self, name: str) -> Source:
         """Where its tensor ``name`` comes from: the base's source for what it leaves alone."""
         raise TypeError("a derived input says itself where its tensors come from")
+
+    def alone(self, reference: str) -> Derived:
+        """The same as a model of its own, ``BASE+CHANGE``: of the base's types, with its config.
+
+        Raises:
+            RecipeError: this form of input has no such meaning.
+        """
+        raise RecipeError(
+            f"{reference!r}: BASE+CHANGE is for a LoRA adapter on its base; name a {self.role} as "
+            "a model beside the base_model that it changes"
+        )
 
     def check(self) -> None:
         """Read it, and what it changes, and compare with its hashes, before anything is written.
@@ -71,12 +100,14 @@ class Opener:
     """A form of input: how it is told, and ``module:function`` that opens one on its base.
 
     The function is called as ``(base, reference, key=...)`` and returns a :class:`Derived`;
-    ``noun`` is for messages, as "an edit patch".
+    ``noun`` is for messages, as "an edit patch". ``reader`` names a function of the path that
+    reads all of the input's own files: it returns their headers and the hash of what they hold.
     """
 
     noun: str
     is_it: Callable[[Path], bool]
     opener: str
+    reader: str
 
     def open(self, base: Checkpoint, reference: str, *, key: str) -> Derived:
         module, function = self.opener.split(":")
@@ -85,9 +116,28 @@ class Opener:
         )
         return opened
 
+    def own(self, path: Path) -> tuple[tuple[Header, ...], str]:
+        """Headers and hash of the input's own files. Raises CheckpointError for a damaged one."""
+        module, function = self.reader.split(":")
+        read: tuple[tuple[Header, ...], str] = getattr(importlib.import_module(module), function)(
+            path
+        )
+        return read
+
 
 OPENERS: tuple[Opener, ...] = (
-    Opener("an edit patch", is_patch, "cl_fast.merging.patches:open_patch"),
+    Opener(
+        "an edit patch",
+        is_patch,
+        "cl_fast.merging.patches:open_patch",
+        "cl_fast.merging.patches:own",
+    ),
+    Opener(
+        "a LoRA adapter",
+        is_adapter,
+        "cl_fast.merging.adapters:open_adapter",
+        "cl_fast.merging.adapters:own",
+    ),
 )
 
 
@@ -124,6 +174,21 @@ def is_derived(reference: str) -> Opener | None:
     return next((opener for opener in OPENERS if opener.is_it(path)), None)
 
 
+def base_and_change(reference: str) -> tuple[str, str] | None:
+    """The parts of ``BASE+CHANGE``, a change on a base of its own; ``None`` for anything else.
+
+    A path that holds a ``+`` itself is not cut.
+    """
+    if "+" not in reference or absolute(resolve(reference)).exists():
+        return None
+    pieces = reference.split("+")
+    for cut in range(1, len(pieces)):
+        base, change = "+".join(pieces[:cut]), "+".join(pieces[cut:])
+        if base and change and is_derived(change) is not None:
+            return base, change
+    return None
+
+
 def open_inputs(recipe: Recipe) -> tuple[Checkpoint, ...]:
     """Every input of a recipe, in the order of :func:`references`; one that comes twice is shared.
 
@@ -137,8 +202,10 @@ def open_inputs(recipe: Recipe) -> tuple[Checkpoint, ...]:
     bases = len(listing.bases)
     for i, (key, reference) in enumerate(listing.entries):
         if reference not in opened:
-            opener = is_derived(reference)
-            if opener is None:
+            opener, parts = is_derived(reference), base_and_change(reference)
+            if parts is not None:
+                opened[reference] = _open_pair(recipe, key, reference, *parts)
+            elif opener is None:
                 opened[reference] = _open_checkpoint(recipe, key, reference)
             else:
                 over = None if i < bases else listing.over[i - bases]
@@ -163,6 +230,14 @@ def _open_checkpoint(recipe: Recipe, key: str, reference: str) -> Checkpoint:
         ) from None
     checkpoint.refuse_quantised()
     return checkpoint
+
+
+def _open_pair(recipe: Recipe, key: str, reference: str, base: str, change: str) -> Derived:
+    opener = is_derived(change)
+    assert opener is not None
+    below = _open_checkpoint(recipe, key, base)
+    derived = opener.open(below, resolve(change), key=key)
+    return derived.alone(reference)
 
 
 def _open_derived(

@@ -103,6 +103,7 @@ def build(
                     }
                     for header in checkpoint.files
                 ],
+                **_own(checkpoint),
             }
         )
     return {
@@ -137,6 +138,16 @@ def _role(checkpoint: Checkpoint) -> str:
     from cl_fast.merging.inputs import Derived
 
     return checkpoint.role if isinstance(checkpoint, Derived) else "model"
+
+
+def _own(checkpoint: Checkpoint) -> dict[str, str]:
+    """Of a change of a base: the hash of its own files, and its base where that is its own."""
+    from cl_fast.merging.inputs import Derived
+
+    if not isinstance(checkpoint, Derived):
+        return {}
+    own = {"content": checkpoint.content}
+    return own | ({"on": str(checkpoint.base.path)} if checkpoint.pair else {})
 
 
 def dump(manifest: Mapping[str, Any]) -> bytes:

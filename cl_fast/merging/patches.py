@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ from cl_fast.checkpoints.patches import (
     read_patch,
     stored_name,
 )
-from cl_fast.checkpoints.safetensors import TensorInfo
+from cl_fast.checkpoints.safetensors import Header, TensorInfo, tensor_nbytes
 from cl_fast.errors import CheckpointError, OutputError
 from cl_fast.merging.inputs import Derived, source_of
 from cl_fast.merging.sources import Made, Source
@@ -46,6 +46,7 @@ __all__ = [
     "is_patch",
     "make",
     "open_patch",
+    "own",
     "plan_patch",
 ]
 
@@ -81,6 +82,9 @@ class Patched(Made):
         factors = 8 * (m + n) * self.rank
         return self.nbytes + self.base.nbytes + 4 * m * n + 5 * factors + _BLOCK_BYTES
 
+    def rounded(self, dtype: str) -> Patched:
+        return replace(self, dtype=dtype, nbytes=tensor_nbytes(dtype, self.shape))
+
     def make(self, threads: int | None = None) -> bytearray:
         """Its bytes; see the function `make`."""
         return make(self, threads)
@@ -107,6 +111,10 @@ class PatchedCheckpoint(Derived):
     @property
     def role(self) -> str:
         return "patch"
+
+    @property
+    def content(self) -> str:
+        return self.patch.content
 
     @property
     def words(self) -> str:
@@ -201,6 +209,17 @@ class PatchedCheckpoint(Derived):
 def open_patch(base: Checkpoint, reference: str, *, key: str) -> PatchedCheckpoint:
     """A patch file on its base; see `PatchedCheckpoint.over`."""
     return PatchedCheckpoint.over(base, reference, key=key)
+
+
+def own(path: os.PathLike[str]) -> tuple[tuple[Header, ...], str]:
+    """The header of a patch's file, and the hash of its data, which are read and compared with it.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    patch = read_patch(path)
+    check_content(patch)
+    return (patch.header,), patch.content
 
 
 def make(source: Patched, threads: int | None = None) -> bytearray:

@@ -28,6 +28,7 @@ from cl_fast.checkpoints.sidecar import Sidecar, has_tokenizer, plan_sidecars, t
 from cl_fast.errors import CheckpointError, RecipeError
 from cl_fast.merging.inputs import (
     Derived,
+    base_and_change,
     is_derived,
     open_inputs,
     references,
@@ -43,9 +44,8 @@ from cl_fast.merging.matching import (
     out_dtype,
 )
 from cl_fast.merging.numbers import Numbers, Used
-from cl_fast.merging.patches import Patched
 from cl_fast.merging.slices import Cut, Group, cut, edit_config, list_inputs, whole
-from cl_fast.merging.sources import Source, made
+from cl_fast.merging.sources import Made, Source, made
 from cl_fast.ops.policy import Policy, trim_keep_count
 from cl_fast.ops.streams import keep_threshold, stream_key
 
@@ -288,6 +288,9 @@ def _plan(
         edit=partial(edit_config, donor=donor, changed=changed, notes=told) if changed else None,
     )
     notes += [*told, *more]
+    for checkpoint in inputs:
+        if isinstance(checkpoint, Derived):
+            notes += [note for note in checkpoint.notes if note not in notes]
     _note_configs(inputs, donor, notes)
     _note_recipe(recipe, floats, notes)
     index = _index(tensors, shards)
@@ -347,7 +350,8 @@ def _check_output(recipe: Recipe, target: Path) -> None:
     listed = references(recipe)
     if recipe.tokenizer_reference is not None:
         listed.append(("tokenizer_source", recipe.tokenizer_reference))
-    for key, reference in listed:
+    parts = [(key, part) for key, ref in listed for part in base_and_change(ref) or (ref,)]
+    for key, reference in parts:
         folder = same_path(absolute(reference))
         if folder.is_file() and folder.parent == real:
             folder = folder.parent
@@ -468,7 +472,7 @@ class _Draft:
             base = sources[0] if first else None
             if only_changes and kind == "combine" and applied:
                 if method.name == "task_arithmetic" and weights == (1.0,) and lam == 1.0:
-                    terms, alone = _applied(terms[0], dtype)
+                    terms, alone = _applied(terms[0], base, dtype)
                     kind, base = ("copy", None) if alone else (kind, base)
                 if dtype == info.dtype and all(term.source == base for term in terms):
                     kind = "copy"
@@ -494,13 +498,13 @@ class _Draft:
             )
 
 
-def _applied(term: Term, dtype: str) -> tuple[tuple[Term, ...], bool]:
-    """A patch's term as the result itself, rounded once; and whether it is one."""
+def _applied(term: Term, base: Source | None, dtype: str) -> tuple[tuple[Term, ...], bool]:
+    """A changed tensor's term as the result itself, rounded once; and whether it is one."""
     source = term.source
-    if not isinstance(source, Patched):
-        return (term,), False
-    source = replace(source, dtype=dtype, nbytes=tensor_nbytes(dtype, source.shape))
-    return (replace(term, source=source),), True
+    if isinstance(source, Made):
+        made = source.rounded(dtype)
+        return ((term,), False) if made is None else ((replace(term, source=made),), True)
+    return (term,), source != base and source.dtype == dtype
 
 
 def _donor(recipe: Recipe, inputs: tuple[Checkpoint, ...]) -> Checkpoint:

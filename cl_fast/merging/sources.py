@@ -55,6 +55,10 @@ class Made(Source):
         """Peak bytes that making it takes, itself included."""
         raise TypeError("a Made source says itself what making it takes")
 
+    def rounded(self, dtype: str) -> Made | None:
+        """The same in another type, rounded once; ``None`` where that is not possible."""
+        return None
+
     def make(self, threads: int | None = None) -> bytearray:
         """Its bytes; the same for any number of ``threads``.
 

@@ -24,14 +24,13 @@ from typing import TYPE_CHECKING, Any
 
 from cl_fast.backends import native
 from cl_fast.checkpoints.checkpoint import Checkpoint
-from cl_fast.checkpoints.patches import check_content, read_patch
-from cl_fast.checkpoints.safetensors import TensorInfo
-from cl_fast.errors import ClFastError
+from cl_fast.checkpoints.safetensors import Header, TensorInfo
+from cl_fast.errors import CheckpointError, ClFastError
 from cl_fast.merging import manifest as manifests
 from cl_fast.merging.checksum import combine, crc64, crc64_of_file
 from cl_fast.merging.description import bytes_text
 from cl_fast.merging.executors import make_executor, torch_dtype
-from cl_fast.merging.inputs import check_derived
+from cl_fast.merging.inputs import check_derived, is_derived
 from cl_fast.merging.journal import TensorRecord
 from cl_fast.ops.policy import DTYPES
 from cl_fast.ops.streams import stream_key
@@ -246,27 +245,24 @@ def _check_inputs(
 ) -> bool:
     """Whether all inputs are there and are what was merged."""
     sound = True
-    opened: list[tuple[int, dict[str, Any], Checkpoint]] = []
+    opened: list[tuple[int, dict[str, Any], tuple[Header, ...], dict[str, TensorInfo]]] = []
     for position, entry in enumerate(manifest["inputs"]):
-        if not Path(entry["path"]).exists():
-            report.notes.append(f"input {entry['reference']} is not at {entry['path']} any more")
+        gone = [p for p in (entry["path"], entry.get("on")) if p and not Path(p).exists()]
+        if gone:
+            report.notes.append(f"input {entry['reference']} is not at {gone[0]} any more")
             sound = False
             continue
         try:
-            opened.append((position, entry, Checkpoint.open(entry["path"])))
+            opened.append((position, entry, *_open(entry)))
         except ClFastError as error:
-            report.problems.append(str(error))
+            report.problems.append(_not_merged(entry, str(error)))
+            report.inputs += 1
             sound = False
-    total = sum(checkpoint.nbytes for _, _, checkpoint in opened)
+    total = sum(info.nbytes for *_, tensors in opened for info in tensors.values())
     done = 0
-    for position, entry, checkpoint in opened:
-        changed = _changed_headers(entry, checkpoint)
-        if not changed and entry["role"] == "patch":
-            try:
-                check_content(read_patch(entry["path"]))
-            except ClFastError as error:
-                changed = str(error)
-        wanted = _wanted(position, checkpoint, manifest, records)
+    for position, entry, files, tensors in opened:
+        changed = _changed_headers(entry, files)
+        wanted = _wanted(position, tensors, manifest, records)
 
         def same(item: tuple[TensorInfo, int]) -> bool:
             info, crc = item
@@ -281,10 +277,7 @@ def _check_inputs(
                 if progress is not None:
                     progress("inputs", done, total)
         if changed:
-            report.problems.append(
-                f"input {entry['reference']} ({entry['path']}) is not what was merged: {changed} "
-                "differs; --no-inputs leaves the inputs out"
-            )
+            report.problems.append(_not_merged(entry, f"{changed} differs"))
             sound = False
         report.inputs += 1
     return sound
@@ -292,7 +285,7 @@ def _check_inputs(
 
 def _wanted(
     position: int,
-    checkpoint: Checkpoint,
+    tensors: dict[str, TensorInfo],
     manifest: dict[str, Any],
     records: dict[str, TensorRecord],
 ) -> list[tuple[TensorInfo, int]]:
@@ -312,15 +305,37 @@ def _wanted(
             index = position - (has_base and len(record.sources) < len(manifest["inputs"]))
             read = [(name, crc) for crc in record.sources[max(index, 0) :][: index >= 0]]
         for stored, crc in read:
-            info = checkpoint.tensors.get(stored)
+            info = tensors.get(stored)
             if info is not None:
                 wanted[stored, crc] = info
     return [(info, crc) for (_, crc), info in wanted.items()]
 
 
-def _changed_headers(entry: dict[str, Any], checkpoint: Checkpoint) -> str:
+def _not_merged(entry: dict[str, Any], why: str) -> str:
+    return (
+        f"input {entry['reference']} ({entry['path']}) is not what was merged: {why}; --no-inputs "
+        "leaves the inputs out"
+    )
+
+
+def _open(entry: dict[str, Any]) -> tuple[tuple[Header, ...], dict[str, TensorInfo]]:
+    """The files of an input, and the tensors that the records have the checksums of."""
+    opener = is_derived(entry["path"])
+    if opener is None:
+        checkpoint = Checkpoint.open(entry["path"])
+        return checkpoint.files, checkpoint.tensors
+    files, content = opener.own(Path(entry["path"]))
+    tensors: dict[str, TensorInfo] = {}
+    if "on" in entry:
+        files += Checkpoint.open(entry["on"]).files
+    if not _changed_headers(entry, files) and entry.get("content", content) != content:
+        raise CheckpointError("its data differ from those that were merged")
+    return files, tensors
+
+
+def _changed_headers(entry: dict[str, Any], files: tuple[Header, ...]) -> str:
     then = {file["name"]: (file["size"], file["header"]) for file in entry["files"]}
-    now = {Path(h.path).name: (h.file_size, h.digest) for h in checkpoint.files}
+    now = {Path(h.path).name: (h.file_size, h.digest) for h in files}
     for name in sorted(then.keys() | now.keys()):
         if then.get(name) != now.get(name):
             return f"the header of {name}"
@@ -401,7 +416,10 @@ def _rebuild(manifest: dict[str, Any], folder: Path) -> Plan:
     from cl_fast.merging.plan import make_plan
     from cl_fast.merging.recipe import map_references, parse_recipe
 
-    paths = {entry["reference"]: entry["path"] for entry in manifest["inputs"]}
+    paths = {
+        entry["reference"]: f"{entry['on']}+{entry['path']}" if "on" in entry else entry["path"]
+        for entry in manifest["inputs"]
+    }
     recipe = map_references(copy.deepcopy(manifest["recipe"]), lambda word: paths.get(word, word))
     recipe.pop("tokenizer_source", None)
     # Nothing is written; an input may lie in the folder, as the patch of an edited model does.
