@@ -453,6 +453,23 @@ PYBIND11_MODULE(_native, m) {
       .def("run", &Job::run, py::call_guard<py::gil_scoped_release>())
       .def("select_model", &Job::select_model, py::arg("counts"),
            py::call_guard<py::gil_scoped_release>())
+      .def(
+          "count_codes",
+          [](Job& j, const std::vector<std::tuple<int64_t, int64_t, int>>& ranges) {
+            std::vector<Job::CodeRange> wanted;
+            for (const auto& [lo, hi, shift] : ranges) wanted.push_back({lo, hi, shift});
+            std::vector<std::vector<uint64_t>> counts;
+            {
+              py::gil_scoped_release nogil;
+              counts = j.count_codes(wanted);
+            }
+            // As bytes of uint64 in the machine's order: lists of a hundred thousand ints are slow.
+            py::list out;
+            for (const auto& c : counts)
+              out.append(py::bytes(reinterpret_cast<const char*>(c.data()), c.size() * 8));
+            return out;
+          },
+          py::arg("ranges"))
       .def("cancel", &Job::cancel)
       .def("cancelled", &Job::cancelled)
       .def("progress",

@@ -427,6 +427,60 @@ std::vector<int64_t> Job::select_model(const std::vector<int64_t>& counts) {
   return codes;
 }
 
+std::vector<std::vector<uint64_t>> Job::count_codes(const std::vector<CodeRange>& ranges) {
+  const size_t K = ranges.size();
+  std::deque<Selection> selections(K);
+  for (size_t k = 0; k < K; ++k) {
+    const CodeRange& range = ranges[k];
+    Selection& s = selections[k];
+    s.done = range.hi < range.lo;
+    if (s.done) continue;
+    if (range.lo < 0 || range.hi > int64_t(kLargestCode) || range.shift < 0 || range.shift > 31)
+      throw std::invalid_argument("codes have 31 bits");
+    s.lo = uint32_t(range.lo);
+    s.hi = uint32_t(range.hi);
+    s.shift = range.shift;
+    if (s.bins() > kMaxBins) throw std::invalid_argument("more bins than one histogram may have");
+    s.histograms.resize(size_t(threads_));
+  }
+  bytes_total_ = 0;
+  units_.clear();
+  unit_ = 0;
+  unit_tile_ = 0;
+  for (size_t i = 0; i < tasks_.size(); ++i) {
+    const Task& t = *tasks_[i];
+    if (t.spec.copy || t.spec.n == 0) continue;
+    if (t.terms.size() != K)
+      throw std::invalid_argument("model scope needs the same models for every tensor");
+    units_.push_back(Unit{int(i), Phase::Scan, tiles(t)});
+    for (const TermSpec& term : t.terms)
+      bytes_total_ += t.spec.n * (dtype_size(term.x.dtype) +
+                                  (t.spec.difference ? dtype_size(t.spec.base->dtype) : 0));
+  }
+  crew([&](Worker& w) {
+    Unit unit;
+    int64_t tile;
+    while (!stop_ && next(&unit, &tile)) {
+      Task& t = *tasks_[size_t(unit.task)];
+      for (size_t k = 0; k < K; ++k) {
+        if (selections[k].done) continue;
+        scan_tile(t, selections[k], t.terms[k], int(k) + 1, tile, w);
+        bytes_done_ += std::min(tile_, t.spec.n - tile * tile_) *
+                       (dtype_size(t.terms[k].x.dtype) +
+                        (t.spec.difference ? dtype_size(t.spec.base->dtype) : 0));
+      }
+    }
+  });
+  std::vector<std::vector<uint64_t>> totals(K);
+  for (size_t k = 0; k < K; ++k) {
+    if (selections[k].done) continue;
+    totals[k].assign(size_t(selections[k].bins()), 0);
+    for (const auto& h : selections[k].histograms)
+      for (size_t i = 0; i < h.size(); ++i) totals[k][i] += h[i];
+  }
+  return totals;
+}
+
 // ---------------------------------------------------------------- l1 sums
 
 void Job::l1_tile(Task& t, int64_t tile, Worker& w) {

@@ -82,6 +82,13 @@ class Job {
   void run();
   // One threshold per term position over all tasks: the counts[j]-th largest |delta|.
   std::vector<int64_t> select_model(const std::vector<int64_t>& counts);
+  // Per term position over all tasks: how many |delta| have each code of [lo, hi], in bins of
+  // 2^shift codes. What select_model does on one machine, as sums that many can make a part of.
+  struct CodeRange {
+    int64_t lo = 0, hi = -1;  // hi < lo: this position is not read
+    int shift = 0;
+  };
+  std::vector<std::vector<uint64_t>> count_codes(const std::vector<CodeRange>& ranges);
   void cancel() { stop_ = true; }
   bool cancelled() const { return stop_; }
   int64_t bytes_done() const { return bytes_done_; }
