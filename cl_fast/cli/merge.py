@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from cl_fast.cli.arguments import execution, execution_options, seed, size
 from cl_fast.cli.progress import Progress
 
 if TYPE_CHECKING:
+    from cl_fast.merging.executors import Engine
     from cl_fast.merging.plan import Plan
 
 __all__ = ["add"]
@@ -44,11 +46,26 @@ def add(commands: Any) -> None:
         action="store_true",
         help="let slices put layers together of models that are not of one architecture and size",
     )
+    merge.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="who does the work: this machine, or a Ray cluster that shares storage "
+        "(default: local)",
+    )
+    merge.add_argument(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="of the cluster's head, 'auto' (the cluster of this machine), or 'local' (one of this "
+        "machine alone; default: auto)",
+    )
     execution(merge)
     merge.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.ray_address is not None and arguments.engine != "ray":
+        raise ValueError("--ray-address goes with --engine ray")
     gc.disable()  # imports and planning make much and drop little: collecting only takes time
     try:
         from cl_fast.merging.description import bytes_text
@@ -72,9 +89,13 @@ def _run(arguments: argparse.Namespace) -> int:
     if not arguments.quiet:
         for note in plan.notes:
             print(f"note: {note}")
-    with Progress(quiet=arguments.quiet) as progress:
+    with Progress(quiet=arguments.quiet) as progress, _engine(arguments) as engine:
         result = execute(
-            plan, reread=arguments.verify, progress=progress, **execution_options(arguments)
+            plan,
+            reread=arguments.verify,
+            progress=progress,
+            engine=engine,
+            **execution_options(arguments),
         )
     if not arguments.quiet:
         kept = f", {result.resumed} of them from the earlier run" if result.resumed else ""
@@ -85,6 +106,14 @@ def _run(arguments: argparse.Namespace) -> int:
             f"{result.seconds:.1f} s ({bytes_text(speed)}/s read and written, {result.backend})"
         )
     return 0
+
+
+def _engine(arguments: argparse.Namespace) -> AbstractContextManager[Engine | None]:
+    if arguments.engine == "local":
+        return nullcontext()
+    from cl_fast.integrations.ray import RayEngine
+
+    return RayEngine(arguments.ray_address or "auto")
 
 
 def _dry_run(plan: Plan, arguments: argparse.Namespace) -> int:

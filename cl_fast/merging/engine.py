@@ -15,7 +15,7 @@ import contextlib
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -37,9 +37,12 @@ from cl_fast.merging.checksum import crc64_of_file
 from cl_fast.merging.executors import (
     IO_MODES,
     NAN_POLICIES,
+    Engine,
     Executor,
     Io,
     Nan,
+    ShardJob,
+    SpreadExecutor,
     make_executor,
     sources,
 )
@@ -77,9 +80,10 @@ Progress = Callable[[str, int, int], None]
 class Result:
     """A finished merge.
 
-    output: the folder. backend: "native" or "eager". seconds: wall time of this run. shards: how
-    many files of weights. resumed: how many of them an earlier run had finished. bytes_moved: read
-    and written by this run. digest: of all tensors of the output (see `manifest.digest`).
+    output: the folder. backend: "native", "eager", or as "native on 2 Ray nodes". seconds: wall
+    time of this run. shards: how many files of weights. resumed: how many of them an earlier run
+    had finished. bytes_moved: read and written by this run. digest: of all tensors of the output
+    (see `manifest.digest`).
     """
 
     output: Path
@@ -105,6 +109,7 @@ def execute(
     reread: bool = False,
     backend: str | None = None,
     progress: Progress | None = None,
+    engine: Engine | None = None,
 ) -> Result:
     """Carries out `plan` and returns when its output folder is complete and in place.
 
@@ -123,6 +128,9 @@ def execute(
         reread: read the written shards back and compare their checksums before they are moved in.
         backend: "native", "eager" or None for the faster one that is there; same bytes.
         progress: called about twenty times a second, from this thread.
+        engine: who does the work: this process (None), or a cluster of machines that share storage
+            (`cl_fast.integrations.ray.RayEngine`). Checks, journal, and the move into place stay
+            here, and the output has the same bytes.
 
     Raises:
         OutputError: the output exists, lies in an input, cannot be written, or the disk is full;
@@ -154,7 +162,7 @@ def execute(
         _check_output(plan, folder, overwrite=overwrite)
         check_inputs(plan)
         check_derived(plan)
-        executor = make_executor(
+        executor = (engine or make_executor)(
             plan, backend=backend, threads=threads, memory=memory, io=io, nan=nan
         )
         run = _Run(plan, folder, journal, executor, nan, fsync, progress)
@@ -166,6 +174,13 @@ def execute(
             found = None
         else:
             found.check(plan, folder, nan, resume=resume)
+        if isinstance(executor, SpreadExecutor):
+            try:
+                executor.prepare(plan, folder.work, fsync=fsync)
+            except BaseException:
+                if found is None:
+                    folder.discard()
+                raise
         with run.cleanup():
             run.start(found)
             run.merge()
@@ -387,10 +402,11 @@ class _Run:
         with (
             self._phase("merge", sum(_moved(plan, n) for n in missing)) as tick,
             ThreadPoolExecutor(1, "cl_fast journal") as sealer,
+            contextlib.closing(self._computed(missing, tick)) as shards,
         ):
             sealed: list[Future[None]] = []
-            for number in missing:
-                records = self._compute(number, tick)
+            for number, records in shards:
+                self.moved += _moved(plan, number)
                 sealed.append(sealer.submit(self._seal, number, records))
                 for future in sealed:
                     if future.done():
@@ -502,17 +518,27 @@ class _Run:
                 self._finished[number] = records
         self.resumed = len(self._finished)
 
-    def _compute(self, number: int, tick: Callable[[int], None]) -> list[TensorRecord]:
+    def _computed(
+        self, missing: Sequence[int], tick: Callable[[int], None]
+    ) -> Generator[tuple[int, list[TensorRecord]], None, None]:
+        """Shards as they become whole: one after the other by this process, or as they come."""
+        if isinstance(self._executor, SpreadExecutor):
+            jobs = [self._begin(number) for number in missing]
+            yield from self._executor.write_shards(jobs, self._codes, tick)
+            return
+        for number in missing:
+            job = self._begin(number)
+            yield number, self._executor.write(job.tensors, job.path, self._codes, tick)
+
+    def _begin(self, number: int) -> ShardJob:
+        """Writes a shard's header."""
         plan, shard, path = self._plan, self._plan.shards[number], self._shard_path(number)
         try:
             with path.open("r+b", buffering=0) as file:
                 file.write(shard.header)
         except OSError as error:
             raise write_failure(path, error, shard.size) from error
-        tensors = [plan.tensors[i] for i in shard.tensors]
-        records = self._executor.write(tensors, path, self._codes, tick)
-        self.moved += _moved(plan, number)
-        return records
+        return ShardJob(number, tuple(plan.tensors[i] for i in shard.tensors), path)
 
     def _seal(self, number: int, records: list[TensorRecord]) -> None:
         """Makes a shard durable and then says so in the journal, in that order."""

@@ -16,9 +16,10 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from cl_fast.errors import CheckpointError, NonFiniteError, OutputError
 from cl_fast.merging.checksum import crc64
@@ -38,7 +39,21 @@ if TYPE_CHECKING:
 NOTHING = 0x7FFFFFFF
 """A threshold code that no number exceeds: a model-wide trim that keeps nothing."""
 
-__all__ = ["IO_MODES", "NAN_POLICIES", "Executor", "Io", "Nan", "make_executor", "model_codes"]
+__all__ = [
+    "IO_MODES",
+    "NAN_POLICIES",
+    "CodeRange",
+    "Engine",
+    "Executor",
+    "HasTensors",
+    "Io",
+    "Nan",
+    "ShardJob",
+    "SpreadExecutor",
+    "make_executor",
+    "model_codes",
+    "thresholds_by_counts",
+]
 
 Io = Literal["auto", "mmap", "pread", "direct"]
 Nan = Literal["refuse", "propagate", "zero"]
@@ -47,6 +62,12 @@ NAN_POLICIES: tuple[Nan, ...] = ("refuse", "propagate", "zero")
 
 Tick = Callable[[int], None]
 """Called with the bytes read and written since the last call."""
+
+CodeRange = tuple[int, int, int]
+"""Magnitude codes from the first to the second number, in bins of 2**third; empty: not counted."""
+
+_UNCOUNTED: CodeRange = (0, -1, 0)
+_HIGH_BITS: CodeRange = (0, 0x7FFFFFFF, 16)
 
 
 class Executor(Protocol):
@@ -70,9 +91,73 @@ class Executor(Protocol):
         """Computes one tensor into memory."""
         ...
 
+    def count_codes(
+        self, tensors: Sequence[TensorPlan], ranges: Sequence[CodeRange]
+    ) -> list[bytes]:
+        """For every term position how many magnitude codes of `tensors` (all combined) lie in each
+        bin of its range: uint64 in the machine's order, bin by bin from the lowest; empty for an
+        empty range."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ShardJob:
+    """A file of weights to fill: its number in the plan, its tensors, its place."""
+
+    number: int
+    tensors: tuple[TensorPlan, ...]
+    path: Path
+
+
+class HasTensors(Protocol):
+    """A plan, or as much of one as choosing an executor needs."""
+
+    @property
+    def tensors(self) -> Sequence[TensorPlan]:
+        """What will be carried out."""
+        ...
+
+
+@runtime_checkable
+class SpreadExecutor(Executor, Protocol):
+    """An executor that works at several files at once, on other machines."""
+
+    def prepare(self, plan: Plan, work: Path, *, fsync: bool) -> None:
+        """Called before any work. `work` is the working folder, which exists and is locked.
+
+        Raises OutputError where a machine cannot take part: it does not see `work`, or the inputs.
+        """
+        ...
+
+    def write_shards(
+        self, jobs: Sequence[ShardJob], codes: Sequence[int] | None, tick: Tick
+    ) -> Iterator[tuple[int, list[TensorRecord]]]:
+        """Fills the existing files and yields number and records of each when it is whole.
+
+        When the iterator is closed, or fails, what was still at work has ended or has been told to.
+        """
+        ...
+
+
+class Engine(Protocol):
+    """What makes the executor of a run; :func:`make_executor` is the one of this machine."""
+
+    def __call__(
+        self,
+        plan: Plan,
+        *,
+        backend: str | None,
+        threads: int | None,
+        memory: int | None,
+        io: Io,
+        nan: Nan,
+    ) -> Executor:
+        """Raises OutputError when it cannot be had."""
+        ...
+
 
 def make_executor(
-    plan: Plan,
+    plan: HasTensors,
     *,
     backend: str | None,
     threads: int | None,
@@ -134,6 +219,61 @@ def make_executor(
     if threads is not None:
         torch.set_num_threads(threads)
     return EagerExecutor(nan=nan)
+
+
+def thresholds_by_counts(
+    plan: Plan, count: Callable[[Sequence[CodeRange]], Sequence[Any]]
+) -> list[int]:
+    """The thresholds of a model-wide trim from histograms of the whole model, in two rounds.
+
+    The first counts the high 15 bits of the codes, the second the low 16 bits inside the bin that
+    holds the k-th largest: exact, and only sums travel, so many machines can make a part of each.
+
+    Args:
+        plan: with `model_keep`.
+        count: the histograms over all tensors of the plan that are combined, as uint64 arrays.
+    """
+    found = _without_selection(plan)
+    active = [code is None for code in found]
+    if not any(active):
+        return [-1 if code is None else code for code in found]
+    high = count([_HIGH_BITS if wanted else _UNCOUNTED for wanted in active])
+    bins = [
+        _bin_of_rank(high[k], plan.model_keep[k]) if wanted else (0, 0)
+        for k, wanted in enumerate(active)
+    ]
+    low = count(
+        [
+            (bins[k][0] << 16, bins[k][0] << 16 | 0xFFFF, 0) if wanted else _UNCOUNTED
+            for k, wanted in enumerate(active)
+        ]
+    )
+    return [
+        bins[k][0] << 16 | _bin_of_rank(low[k], bins[k][1])[0] if code is None else code
+        for k, code in enumerate(found)
+    ]
+
+
+def _without_selection(plan: Plan) -> list[int | None]:
+    """The thresholds that need no look at the weights: -1 where all is kept, `NOTHING`."""
+    combined = [tensor for tensor in plan.tensors if tensor.kind == "combine"]
+    return [
+        -1
+        if all(tensor.terms[position].density >= 1.0 for tensor in combined)
+        else (None if keep else NOTHING)
+        for position, keep in enumerate(plan.model_keep)
+    ]
+
+
+def _bin_of_rank(counts: Any, rank: int) -> tuple[int, int]:
+    """The bin that holds the element of this rank (1 is the largest), and its rank inside it."""
+    left = rank
+    for position in range(len(counts) - 1, -1, -1):
+        here = int(counts[position])
+        if here >= left:
+            return position, left
+        left -= here
+    raise ValueError(f"rank {rank} of {rank - left} elements")
 
 
 def model_codes(tensor: TensorPlan, codes: Sequence[int] | None) -> list[int]:
@@ -221,8 +361,8 @@ class NativeExecutor:
         codes: list[int] = []
         _watch(job, lambda: codes.extend(job.select_model(wanted)), tick, size)
         return [
-            int(code) if keep else NOTHING
-            for code, keep in zip(codes, plan.model_keep, strict=True)
+            int(code) if known is None else known
+            for code, known in zip(codes, _without_selection(plan), strict=True)
         ]
 
     def write(
@@ -281,6 +421,20 @@ class NativeExecutor:
         task = self._add(job, tensor, codes, {}, ready, out=(_address(data), -1, 0))
         _watch(job, job.run, lambda _: None, 0)
         return data[: tensor.nbytes], self._record(job.result(task), tensor)
+
+    def count_codes(
+        self, tensors: Sequence[TensorPlan], ranges: Sequence[CodeRange]
+    ) -> list[bytes]:
+        """See `Executor`."""
+        job = self._job(self._nan)
+        files: dict[str, tuple[int, int]] = {}
+        ready = self._make(tensors)
+        for tensor in tensors:
+            # Counting writes nothing, but a task must name a place.
+            self._add(job, tensor, None, files, ready, out=(1, -1, 0))
+        counts: list[bytes] = []
+        _watch(job, lambda: counts.extend(job.count_codes(list(ranges))), lambda _: None, 0)
+        return counts
 
     def _make(self, tensors: Sequence[TensorPlan]) -> dict[Source, bytearray]:
         """The bytes of all sources of these tensors that no file holds."""
@@ -447,31 +601,54 @@ class EagerExecutor:
 
     def model_thresholds(self, plan: Plan, tick: Tick) -> list[int]:
         """See `Executor`; every pass reads each tensor of the model anew."""
-        from cl_fast.ops.magnitude import magnitude_codes, select_code
+        from cl_fast.ops.magnitude import select_code
 
         combined = [tensor for tensor in plan.tensors if tensor.kind == "combine"]
 
         def codes_of(position: int) -> Iterator[Tensor]:
             for tensor in combined:
-                base = None if tensor.base is None else self._load(tensor, tensor.base)[1]
-                values = self._load(tensor, tensor.terms[position].source)[1]
-                base, (values,), _ = _finite_inputs(base, [values], tensor, self._nan)
-                delta = values.float()
-                if tensor.policy.difference and base is not None:
-                    delta = delta - base.float()
-                yield magnitude_codes(delta)
+                yield self._codes(tensor, position)
                 tick(sum(s.nbytes for s in (tensor.base, tensor.terms[position].source) if s))
 
         codes = []
-        for position, keep in enumerate(plan.model_keep):
-            densities = [tensor.terms[position].density for tensor in combined]
-            if all(density >= 1.0 for density in densities):
-                codes.append(-1)
-            elif keep == 0:
-                codes.append(NOTHING)
-            else:
-                codes.append(select_code(functools.partial(codes_of, position), keep))
+        for position, known in enumerate(_without_selection(plan)):
+            if known is None:
+                keep = plan.model_keep[position]
+                known = select_code(functools.partial(codes_of, position), keep)
+            codes.append(known)
         return codes
+
+    def count_codes(
+        self, tensors: Sequence[TensorPlan], ranges: Sequence[CodeRange]
+    ) -> list[bytes]:
+        """See `Executor`."""
+        import torch
+
+        counts = []
+        for position, (low, high, shift) in enumerate(ranges):
+            if high < low:
+                counts.append(b"")
+                continue
+            bins = (high >> shift) - (low >> shift) + 1
+            total = torch.zeros(bins, dtype=torch.int64)
+            for tensor in tensors:
+                codes = self._codes(tensor, position)
+                inside = codes[(codes >= low) & (codes <= high)]
+                total += torch.bincount((inside >> shift) - (low >> shift), minlength=bins)
+            counts.append(total.numpy().tobytes())
+        return counts
+
+    def _codes(self, tensor: TensorPlan, position: int) -> Tensor:
+        """The magnitude codes of one model's delta."""
+        from cl_fast.ops.magnitude import magnitude_codes
+
+        base = None if tensor.base is None else self._load(tensor, tensor.base)[1]
+        values = self._load(tensor, tensor.terms[position].source)[1]
+        base, (values,), _ = _finite_inputs(base, [values], tensor, self._nan)
+        delta = values.float()
+        if tensor.policy.difference and base is not None:
+            delta = delta - base.float()
+        return magnitude_codes(delta)
 
     def write(
         self, tensors: Sequence[TensorPlan], path: Path, codes: Sequence[int] | None, tick: Tick
