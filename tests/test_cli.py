@@ -115,6 +115,7 @@ def test_options_reach_the_engine(
         "fsync": False,
         "backend": "eager",
         "reread": True,
+        "engine": None,
     }
 
 
