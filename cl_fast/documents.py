@@ -15,7 +15,7 @@ import yaml
 
 from cl_fast.errors import RecipeError
 
-__all__ = ["key_path", "kind_of", "parse_document", "read_document"]
+__all__ = ["key_path", "kind_of", "parse_document", "parse_documents", "read_document"]
 
 
 def read_document(file: Path, what: str, largest: int) -> str:
@@ -49,6 +49,18 @@ def parse_document(text: str, prefix: str = "") -> Any:
     """
     try:
         return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{prefix}not valid YAML: {_yaml_words(error)}") from None
+
+
+def parse_documents(text: str, prefix: str = "") -> list[Any]:
+    """What each of the documents of a text says, which lines of `---` part.
+
+    Raises:
+        RecipeError: it is no YAML; the message begins with `prefix`.
+    """
+    try:
+        return list(yaml.load_all(text, Loader=_Loader))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"{prefix}not valid YAML: {_yaml_words(error)}") from None
 

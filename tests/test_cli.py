@@ -116,6 +116,7 @@ def test_options_reach_the_engine(
         "backend": "eager",
         "reread": True,
         "engine": None,
+        "write_card": True,
     }
 
 

@@ -133,9 +133,7 @@ class _Tasks:
         )
 
 
-def combine(
-    core: ModuleType, call: Call, into: Sequence[Tensor] | None = None
-) -> list[Tensor]:
+def combine(core: ModuleType, call: Call, into: Sequence[Tensor] | None = None) -> list[Tensor]:
     """All rows of `call`, which has been checked, in one job.
 
     `into`: contiguous tensors for the results, which may be the bases themselves: a block of a base

@@ -61,8 +61,6 @@ def gradients(
     listed, before = [], -1
     for m, i in pairs:
         p = right[i]
-        listed.append(
-            (0, p.data_ptr(), addresses.get(m, 0), new[m].size(0), *p.shape, m != before)
-        )
+        listed.append((0, p.data_ptr(), addresses.get(m, 0), new[m].size(0), *p.shape, m != before))
         before = m
     core.orthogonal_apply(listed, factor.data_ptr())

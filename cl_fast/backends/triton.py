@@ -24,4 +24,3 @@ def load(kernel: str) -> ModuleType | None:
             "pip install 'cl_fast[triton]'"
         )
         return None
-

@@ -71,7 +71,7 @@ class Sidecar:
 
 def plan_sidecars(
     donor: Checkpoint,
-    tokenizer_folder: Path,
+    tokenizer_folder: Path | None,
     dtype: str | None,
     *,
     edit: Callable[[dict[str, Any]], object] | None = None,
@@ -80,7 +80,7 @@ def plan_sidecars(
 
     Args:
         donor: gives config.json, generation and processor configs, and code that they name.
-        tokenizer_folder: gives tokenizer, vocabulary and chat template.
+        tokenizer_folder: gives tokenizer, vocabulary and chat template; ``None``: nobody does.
         dtype: safetensors name of the type of all output tensors, ``None`` if they are mixed.
         edit: changes the content of config.json in place, beside its type.
 
@@ -100,7 +100,7 @@ def plan_sidecars(
 
 def _plan(
     donor: Checkpoint,
-    tokenizer_folder: Path,
+    tokenizer_folder: Path | None,
     dtype: str | None,
     edit: Callable[[dict[str, Any]], object] | None,
 ) -> tuple[tuple[Sidecar, ...], list[str]]:
@@ -126,6 +126,8 @@ def _plan(
                 f"{', '.join(path.name for path in scripts)} copied as found, never run"
             )
 
+    if tokenizer_folder is None:
+        return tuple(found[name] for name in sorted(found)), notes
     for name in _TOKENIZER_FILES:
         _add(found, tokenizer_folder / name)
     for path in sorted(tokenizer_folder.iterdir()):

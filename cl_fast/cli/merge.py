@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import gc
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cl_fast.cli.arguments import execution, execution_options, seed, size
+from cl_fast.cli import mergekit
+from cl_fast.cli.arguments import execution, execution_options, seed
 from cl_fast.cli.progress import Progress
 
 if TYPE_CHECKING:
+    from cl_fast.merging.engine import Result
     from cl_fast.merging.executors import Engine
     from cl_fast.merging.plan import Plan
 
@@ -24,14 +27,25 @@ def add(commands: Any) -> None:
         "merge", help="merge checkpoints by a recipe", description="Merge checkpoints by a recipe."
     )
     merge.add_argument("recipe", type=Path, help="the recipe, a YAML file")
-    merge.add_argument("output", type=Path, help="folder to make; must not exist, or be empty")
+    merge.add_argument(
+        "output",
+        type=Path,
+        nargs="?",
+        help="folder to make; must not exist, or be empty (or --out-path FOLDER)",
+    )
+    merge.add_argument("--out-path", type=Path, help=argparse.SUPPRESS)
     merge.add_argument(
         "--dry-run", action="store_true", help="print what would be done, write nothing"
     )
-    merge.add_argument("--seed", type=seed, help="of the random masks; overrides the recipe's")
+    merge.add_argument(
+        "--seed",
+        "--random-seed",
+        type=seed,
+        help="of the random masks; overrides the recipe's",
+    )
     merge.add_argument(
         "--out-shard-size",
-        type=size,
+        type=mergekit.shard_size,
         default=5_000_000_000,
         metavar="SIZE",
         help="largest file of weights, as 5GB or 512MiB (default: 5GB)",
@@ -40,11 +54,6 @@ def add(commands: Any) -> None:
         "--verify",
         action="store_true",
         help="read the written weights back and compare checksums before they are moved in",
-    )
-    merge.add_argument(
-        "--allow-crimes",
-        action="store_true",
-        help="let slices put layers together of models that are not of one architecture and size",
     )
     merge.add_argument(
         "--engine",
@@ -60,50 +69,50 @@ def add(commands: Any) -> None:
         "machine alone; default: auto)",
     )
     execution(merge)
-    merge.set_defaults(run=_run)
+    mergekit.add(merge)
+    merge.set_defaults(run=_run, usage=merge.error)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.ray_address is not None and arguments.engine != "ray":
         raise ValueError("--ray-address goes with --engine ray")
+    output = _output(arguments)
+    told = mergekit.notes(arguments)
     gc.disable()  # imports and planning make much and drop little: collecting only takes time
     try:
-        from cl_fast.merging.description import bytes_text
-        from cl_fast.merging.engine import execute
-        from cl_fast.merging.plan import make_plan
-        from cl_fast.merging.recipe import load_recipe
+        from cl_fast.merging.stages import load_stages, merge_stages, plan_stages
 
-        plan = make_plan(
-            load_recipe(arguments.recipe),
-            arguments.output,
-            out_shard_size=arguments.out_shard_size,
-            seed=arguments.seed,
-            threads=arguments.threads,
-            memory=arguments.memory,
-            allow_crimes=arguments.allow_crimes,
-        )
+        stages = load_stages(arguments.recipe, output, intermediate=arguments.intermediate_dir)
+        planning = {
+            "out_shard_size": arguments.out_shard_size,
+            "seed": arguments.seed,
+            "threads": arguments.threads,
+            "memory": arguments.memory,
+            "allow_crimes": arguments.allow_crimes,
+            "copy_tokenizer": arguments.copy_tokenizer,
+        }
+        if arguments.dry_run:
+            plans = plan_stages(stages, **planning)
     finally:
         gc.enable()
-    if arguments.dry_run:
-        return _dry_run(plan, arguments)
     if not arguments.quiet:
-        for note in plan.notes:
+        for note in told:
             print(f"note: {note}")
+    if arguments.dry_run:
+        return _dry_run(plans, arguments)
+    options = execution_options(arguments)
+    options["restart"] |= len(stages) > 1 and not arguments.lazy
     with Progress(quiet=arguments.quiet) as progress, _engine(arguments) as engine:
-        result = execute(
-            plan,
+        merge_stages(
+            stages,
+            planning=planning,
             reread=arguments.verify,
+            write_card=arguments.write_model_card,
             progress=progress,
             engine=engine,
-            **execution_options(arguments),
-        )
-    if not arguments.quiet:
-        kept = f", {result.resumed} of them from the earlier run" if result.resumed else ""
-        speed = result.bytes_moved / max(result.seconds, 1e-9)
-        print(
-            f"{result.output}: {len(plan.tensors)} tensors in {result.shards} "
-            f"file{'s' if result.shards != 1 else ''}{kept}, {bytes_text(plan.bytes_written)} in "
-            f"{result.seconds:.1f} s ({bytes_text(speed)}/s read and written, {result.backend})"
+            begin=None if arguments.quiet else _begin,
+            tell=None if arguments.quiet else _tell,
+            **options,
         )
     return 0
 
@@ -116,16 +125,48 @@ def _engine(arguments: argparse.Namespace) -> AbstractContextManager[Engine | No
     return RayEngine(arguments.ray_address or "auto")
 
 
-def _dry_run(plan: Plan, arguments: argparse.Namespace) -> int:
+def _output(arguments: argparse.Namespace) -> Path:
+    given: list[Path] = [p for p in (arguments.output, arguments.out_path) if p is not None]
+    if not given:
+        arguments.usage("the following arguments are required: output")
+    if len(given) > 1:
+        arguments.usage("output and --out-path mean the same; give one")
+    return given[0]
+
+
+def _begin(plan: Plan) -> None:
+    for note in plan.notes:
+        print(f"note: {note}")
+
+
+def _tell(plan: Plan, result: Result | None) -> None:
+    from cl_fast.merging.description import bytes_text
+
+    if result is None:
+        print(f"{plan.output}: finished earlier, and sound")
+        return
+    kept = f", {result.resumed} of them from the earlier run" if result.resumed else ""
+    speed = result.bytes_moved / max(result.seconds, 1e-9)
+    print(
+        f"{result.output}: {len(plan.tensors)} tensors in {result.shards} "
+        f"file{'s' if result.shards != 1 else ''}{kept}, {bytes_text(plan.bytes_written)} in "
+        f"{result.seconds:.1f} s ({bytes_text(speed)}/s read and written, {result.backend})"
+    )
+
+
+def _dry_run(plans: Sequence[Plan], arguments: argparse.Namespace) -> int:
     from cl_fast.environment import available_memory
     from cl_fast.merging.description import bytes_text, describe
     from cl_fast.merging.engine import check_output, read_bandwidth
     from cl_fast.merging.output import free_bytes
 
-    check_output(plan, overwrite=arguments.overwrite)
-    for line in describe(plan, read_bandwidth(plan)):
-        print(line)
+    check_output(plans[-1], overwrite=arguments.overwrite)
+    for plan in plans:
+        for line in describe(plan, read_bandwidth(plan)):
+            print(line)
+        if plan is not plans[-1]:
+            print()
     memory = available_memory()
-    free = f"free     {bytes_text(free_bytes(plan.output.parent))} of disk at the output"
+    free = f"free     {bytes_text(free_bytes(plans[-1].output.parent))} of disk at the output"
     print(free + ("" if memory is None else f", {bytes_text(memory)} of memory"))
     return 0

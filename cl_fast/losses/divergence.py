@@ -433,9 +433,7 @@ def linear_divergence(
     """
     kind_, mix = kind_and_mix(kind, beta, skew)
     check_reduction(reduction, denom)
-    check_tensors(
-        hidden=hidden, weight=weight, bias=bias, labels=labels, token_weight=token_weight
-    )
+    check_tensors(hidden=hidden, weight=weight, bias=bias, labels=labels, token_weight=token_weight)
     _check_teacher(teacher)
     check_pad_vocab(pad_vocab, teacher)
     if process_group is not None:

@@ -26,8 +26,9 @@ def describe(plan: Plan, bandwidth: float | None = None) -> list[str]:
         if isinstance(checkpoint, Derived):
             line += f"{checkpoint.words}, {bytes_text(checkpoint.nbytes)}"
         else:
-            line += f"{bytes_text(checkpoint.nbytes)} in "
-            line += _counted(len(checkpoint.files), "file")
+            line += f"{bytes_text(checkpoint.nbytes)} "
+            count = len(checkpoint.files)
+            line += f"in {_counted(count, 'file')}" if count else "that is made first"
         if k >= plan.bases:
             line += f", {_term_words(plan, k)}"
             if plan.seed is not None:

@@ -107,6 +107,7 @@ def execute(
     overwrite: bool = False,
     fsync: bool = True,
     reread: bool = False,
+    write_card: bool = True,
     backend: str | None = None,
     progress: Progress | None = None,
     engine: Engine | None = None,
@@ -126,6 +127,7 @@ def execute(
         fsync: wait until the disk has what was written. Without it a power failure (not a kill)
             may lose or damage a finished output.
         reread: read the written shards back and compare their checksums before they are moved in.
+        write_card: write README.md, the model card, as well.
         backend: "native", "eager" or None for the faster one that is there; same bytes.
         progress: called about twenty times a second, from this thread.
         engine: who does the work: this process (None), or a cluster of machines that share storage
@@ -184,7 +186,7 @@ def execute(
         with run.cleanup():
             run.start(found)
             run.merge()
-            digest = run.finish(reread=reread)
+            digest = run.finish(reread=reread, write_card=write_card)
             run.publish(overwrite=overwrite)
     finally:
         journal.close()
@@ -414,7 +416,7 @@ class _Run:
             for future in sealed:
                 future.result()
 
-    def finish(self, *, reread: bool) -> str:
+    def finish(self, *, reread: bool, write_card: bool) -> str:
         """Writes all that stands beside the weights, then checks the folder. Returns the digest."""
         plan, model = self._plan, self._folder.model
         records = [record for number in sorted(self._finished) for record in self._finished[number]]
@@ -442,9 +444,11 @@ class _Run:
         if plan.index is not None:
             write(INDEX_NAME, (json.dumps(plan.index, indent=2) + "\n").encode())
         summary = manifest.build(plan, records, codes=self._codes, nan=self._nan, files=files)
-        write("README.md", card(self._folder.path.name, summary).encode())
-        name = "README.md"
-        summary["files"].append({"name": name, "size": files[name][0], "blake2b": files[name][1]})
+        if write_card:
+            name = "README.md"
+            write(name, card(self._folder.path.name, summary).encode())
+            size, value = files[name]
+            summary["files"].append({"name": name, "size": size, "blake2b": value})
         write(manifest.NAME, manifest.dump(summary))
         self._check_written(records, reread=reread)
         check_inputs(plan)

@@ -20,7 +20,7 @@ from cl_fast.merging.slices import Cut, list_inputs
 from cl_fast.merging.sources import Source
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from cl_fast.checkpoints.safetensors import Header
     from cl_fast.merging.plan import Plan
@@ -189,14 +189,18 @@ def base_and_change(reference: str) -> tuple[str, str] | None:
     return None
 
 
-def open_inputs(recipe: Recipe) -> tuple[Checkpoint, ...]:
+def open_inputs(
+    recipe: Recipe, planned: Mapping[str, Checkpoint] | None = None
+) -> tuple[Checkpoint, ...]:
     """Every input of a recipe, in the order of :func:`references`; one that comes twice is shared.
+
+    ``planned``: inputs that are not there yet, by their references.
 
     Raises:
         CheckpointError: an input is missing, malformed, quantised or for another base.
         RecipeError: a change of a model stands where a model must.
     """
-    opened: dict[str, Checkpoint] = {}
+    opened: dict[str, Checkpoint] = dict(planned or {})
     inputs: list[Checkpoint] = []
     listing = list_inputs(recipe)
     bases = len(listing.bases)

@@ -191,6 +191,8 @@ def make_plan(
     threads: int | None = None,
     memory: int | None = None,
     allow_crimes: bool = False,
+    copy_tokenizer: bool = True,
+    planned: Mapping[str, Checkpoint] | None = None,
 ) -> Plan:
     """Read every input header, find every error they can tell, and lay out the output.
 
@@ -204,6 +206,8 @@ def make_plan(
         threads: as the engine will be given; only for the prediction of memory.
         memory: likewise, its bound on working memory in bytes.
         allow_crimes: put layers of models together that are not of one architecture and size.
+        copy_tokenizer: give the output a tokenizer and a chat template.
+        planned: inputs that an earlier merge of the same run will make, by their references.
 
     Raises:
         CheckpointError: an input is missing, malformed, quantised, or does not fit the others.
@@ -217,7 +221,17 @@ def make_plan(
     if seed is not None and (type(seed) is not int or not 0 <= seed < 2**64):
         raise RecipeError(f"seed: must be a whole number of at least 0 and below 2**64; got {seed}")
     with _collector_paused():
-        return _plan(recipe, output, out_shard_size, seed, threads, memory, allow_crimes)
+        return _plan(
+            recipe,
+            output,
+            out_shard_size,
+            seed,
+            threads,
+            memory,
+            allow_crimes,
+            copy_tokenizer,
+            planned,
+        )
 
 
 @contextmanager
@@ -240,6 +254,8 @@ def _plan(
     threads: int | None,
     memory: int | None,
     allow_crimes: bool,
+    copy_tokenizer: bool,
+    planned: Mapping[str, Checkpoint] | None,
 ) -> Plan:
     folder = os.fspath(output)
     if not folder.strip() or "\0" in folder:
@@ -254,7 +270,7 @@ def _plan(
         seed = None
 
     _check_output(recipe, target)
-    inputs = open_inputs(recipe)
+    inputs = open_inputs(recipe, planned)
     listing = list_inputs(recipe)
     bases = len(listing.bases)
     groups, changed = cut(recipe, listing, inputs, allow_crimes=allow_crimes)
@@ -283,7 +299,7 @@ def _plan(
     told = list[str]()
     sidecars, more = plan_sidecars(
         donor,
-        tokenizer_folder,
+        tokenizer_folder if copy_tokenizer else None,
         uniform,
         edit=partial(edit_config, donor=donor, changed=changed, notes=told) if changed else None,
     )
@@ -664,6 +680,11 @@ def _note_configs(inputs: tuple[Checkpoint, ...], donor: Checkpoint, notes: list
 
 
 def _note_recipe(recipe: Recipe, floats: set[str], notes: list[str]) -> None:
+    if recipe.name is not None:
+        notes.append(f"name: {recipe.name!r} has no effect; no other recipe of the file uses it")
+    slices = [*recipe.slices, *(part for m in recipe.modules.values() for part in m.slices)]
+    if any(part.residual_weight is not None for part in slices):
+        notes.append("residual_weight changes nothing, here as in mergekit")
     if "int8_mask" in recipe.parameters:
         notes.append("int8_mask changes no result and is not needed here")
     narrow = recipe.dtype is not None and recipe.dtype.removeprefix("torch.") != "float32"

@@ -19,7 +19,6 @@ This module imports pydantic and yaml; nothing else of cl_fast does.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -38,7 +37,7 @@ from pydantic import (
     model_validator,
 )
 
-from cl_fast.documents import key_path, kind_of, parse_document, read_document
+from cl_fast.documents import key_path, kind_of, parse_documents, read_document
 from cl_fast.errors import RecipeError
 from cl_fast.merging.methods import (
     CHOICES,
@@ -50,6 +49,7 @@ from cl_fast.merging.methods import (
     make_policy,
     suggest,
 )
+from cl_fast.merging.references import BadReference, reference_text
 from cl_fast.ops.policy import Policy
 
 __all__ = [
@@ -79,14 +79,12 @@ _UNSUPPORTED: dict[str, str] = {
 
 _WANTED = "a number, a list of numbers (gradient) or a list of filters"
 
-_MAX_RECIPE_BYTES = 16_000_000
+MAX_RECIPE_BYTES = 16_000_000
 _MAX_NESTING = 8
 _FLOAT32_MAX = 3.4028234663852886e38
 
 
-_Reference = Annotated[
-    str, BeforeValidator(lambda value: os.fspath(value) if isinstance(value, Path) else value)
-]
+_Reference = Annotated[str, BeforeValidator(reference_text)]
 
 
 class _Block(BaseModel):
@@ -139,6 +137,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
+    name: str | None = Field(None, description="of the merge, for the others of its file")
     merge_method: str = Field(description="linear, task_arithmetic, ties, dare_linear, dare_ties")
     models: list[ModelEntry] = Field(
         default_factory=list, description="the models to merge, in order"
@@ -800,7 +799,7 @@ def load_recipe(path: str | Path) -> Recipe:
         RecipeError: the file cannot be read, is not YAML, or anything in it is wrong.
     """
     file = Path(path)
-    return parse_recipe(read_document(file, "recipe", _MAX_RECIPE_BYTES), source=file)
+    return parse_recipe(read_document(file, "recipe", MAX_RECIPE_BYTES), source=file)
 
 
 def parse_recipe(content: str | Mapping[str, Any], *, source: Path | None = None) -> Recipe:
@@ -811,7 +810,15 @@ def parse_recipe(content: str | Mapping[str, Any], *, source: Path | None = None
     """
     prefix = f"{source}: " if source is not None else ""
     text = content if isinstance(content, str) else None
-    data: Any = content if text is None else parse_document(text, prefix)
+    data: Any = content
+    if text is not None:
+        documents = parse_documents(text, prefix)
+        if len(documents) > 1:
+            raise RecipeError(
+                f"{prefix}holds {len(documents)} recipes, parted by '---'; load_stages (or "
+                "cl-fast merge) carries them out in order"
+            )
+        data = documents[0] if documents else None
     if not isinstance(data, Mapping):
         raise RecipeError(
             f"{prefix}a recipe is a mapping with 'merge_method' and 'models'; got {kind_of(data)}"
@@ -850,6 +857,8 @@ def _raise(error: ValidationError, prefix: str) -> NoReturn:
     # A misspelt key is both unknown and missing; "unknown" can say what was meant.
     first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
     cause = (first.get("ctx") or {}).get("error")
+    if isinstance(cause, BadReference):
+        raise RecipeError(f"{prefix}{key_path(first['loc'])}: {cause}") from None
     if isinstance(cause, RecipeError):
         raise RecipeError(f"{prefix}{cause}") from None
     where = key_path(first["loc"]) or "recipe"
@@ -869,11 +878,6 @@ def _raise(error: ValidationError, prefix: str) -> NoReturn:
         raise RecipeError(f"{prefix}{where}: a key must be text; got {kind_of(value)}") from None
     if kind == "missing":
         raise RecipeError(f"{prefix}{where}: is required") from None
-    if where.endswith(".model") and isinstance(value, Mapping):
-        raise RecipeError(
-            f"{prefix}{where}: must be a path; references with revision, lora or "
-            "override_architecture are not supported by this version"
-        ) from None
     words = _TYPE_WORDS.get(kind, str(first["msg"]))
     got = value if isinstance(value, int | float) else kind_of(value)
     raise RecipeError(f"{prefix}{where}: {words}; got {got}") from None

@@ -894,9 +894,7 @@ def combine_many_(
     Raises:
         As `combine_many`; ValueError too if a base shares memory with another tensor of the call.
     """
-    rows, models, policy, rest = _many_arguments(
-        tensors, weights, policy, density, keys, lam, None
-    )
+    rows, models, policy, rest = _many_arguments(tensors, weights, policy, density, keys, lam, None)
     flat = [tensor for row in rows for tensor in row]
     listed = _listed("bases", bases)
     if torch.is_grad_enabled() and any(base.requires_grad for base in listed):

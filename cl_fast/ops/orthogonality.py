@@ -241,9 +241,7 @@ def _gradient_eager(
     return out
 
 
-def _core(
-    backend: str | None, new: Sequence[Tensor], past: Sequence[Tensor]
-) -> ModuleType | None:
+def _core(backend: str | None, new: Sequence[Tensor], past: Sequence[Tensor]) -> ModuleType | None:
     """The C++ core where it is to compute in float32 on the CPU, else None."""
     if backend not in (None, "native") or not orthogonal_ops.takes(new, past):
         return None

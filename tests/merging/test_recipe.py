@@ -431,7 +431,16 @@ BAD: list[Any] = [
     (recipe(models=[{"model": None}]), "models[0].model: must be text; got nothing"),
     (recipe(models=[{"model": " "}]), "models[0].model: is empty"),
     (recipe(models=[{"model": "a\0"}]), "models[0].model: 'a\\x00' is not a path"),
-    (recipe(models=[{"model": {"path": "x"}}]), "models[0].model: must be a path"),
+    (recipe(models=[{"model": {"modle": "x"}}]), "models[0].model: a reference has 'model'"),
+    (recipe(models=[{"model": {"lora": "x"}}]), "models[0].model: a reference needs a 'model'"),
+    (recipe(models=[{"model": {"model": 3}}]), "models[0].model: model: must be a path, or"),
+    (recipe(models=[{"model": {"path": "x", "rev": "y"}}]), "models[0].model: has 'path' and"),
+    (recipe(models=[{"model": {"path": "x", "revision": 3}}]), "revision must be text; got"),
+    (recipe(base_model={"model": "x", "lora": []}), "base_model: lora: must be a path"),
+    (
+        recipe(models=[{"model": {"model": "x", "override_architecture": "LlamaForCausalLM"}}]),
+        "models[0].model: override_architecture has no counterpart",
+    ),
     (recipe(models=[{"model": "/m/a", "weight": 1}]), "models[0].weight: unknown key; it belongs"),
     (
         recipe(models=[{"model": "/m/a", "parameters": 3}]),
@@ -651,7 +660,8 @@ def test_every_recipe_on_the_page_is_valid() -> None:
     blocks = PAGE.read_text().split("```yaml\n")[1:]
     assert len(blocks) >= 2
     for block in blocks:
-        parse_recipe(block.split("```")[0])
+        for document in block.split("```")[0].split("---\n"):
+            parse_recipe(document)
 
 
 def test_the_page_names_every_key_and_choice() -> None:

@@ -1,0 +1,76 @@
+"""How a recipe names a model: a text, or the mapping that mergekit's recipes have for one.
+
+    models/one                       a folder or file
+    org/name@revision                a model of the hub
+    BASE+ADAPTER                     a model with a LoRA adapter on it
+
+    model:                           the same as mappings
+      model: {path: org/name, revision: main}
+      lora: {path: adapters/one}
+
+Everything behind the recipe works with the text.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cl_fast.documents import kind_of
+from cl_fast.errors import RecipeError
+
+__all__ = ["BadReference", "reference_text"]
+
+
+class BadReference(RecipeError):
+    """A reference that cannot be understood; the message has no key yet."""
+
+
+def reference_text(value: Any) -> Any:
+    """The text of a reference; what is neither a mapping nor a path is given back as it is.
+
+    Raises:
+        BadReference: a mapping that names no model, or says what has no meaning here.
+    """
+    if isinstance(value, Path):
+        return os.fspath(value)
+    if not isinstance(value, Mapping):
+        return value
+    if "path" in value:
+        return _path(value, "")
+    known = {"model", "lora", "override_architecture"}
+    if unknown := [key for key in value if key not in known]:
+        raise BadReference(
+            f"a reference has 'model' and 'lora', or 'path' and 'revision'; got {unknown[0]!r}"
+        )
+    if value.get("override_architecture") is not None:
+        raise BadReference(
+            "override_architecture has no counterpart: tensors and layers are found by their "
+            "names, whatever the architecture is called, and config.json's 'architectures' is "
+            "kept; remove it (and change 'architectures' in the output if another class shall "
+            "load it)"
+        )
+    if value.get("model") is None:
+        raise BadReference("a reference needs a 'model' (a text, or 'path' and 'revision')")
+    text = _path(value["model"], "model")
+    if value.get("lora") is not None:
+        text += f"+{_path(value['lora'], 'lora')}"
+    return text
+
+
+def _path(value: Any, name: str) -> str:
+    where = f"{name}: " if name else ""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, Mapping) or not isinstance(value.get("path"), str):
+        raise BadReference(f"{where}must be a path, or 'path' and 'revision'; got {kind_of(value)}")
+    if unknown := [key for key in value if key not in ("path", "revision")]:
+        raise BadReference(f"{where}has 'path' and 'revision'; got {unknown[0]!r}")
+    revision = value.get("revision")
+    if revision is None:
+        return str(value["path"])
+    if not isinstance(revision, str):
+        raise BadReference(f"{where}revision must be text; got {kind_of(revision)}")
+    return f"{value['path']}@{revision}"
