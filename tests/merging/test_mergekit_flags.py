@@ -45,7 +45,7 @@ def test_flags_with_an_effect(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert json.loads((out / "cl_fast_merge.json").read_text())["seed"] == 7
     names = {path.name for path in out.iterdir()}
-    assert "model-00001-of-00005.safetensors" in names
+    assert sum(name.endswith(".safetensors") for name in names) > 4
     assert not names & {"tokenizer.json", "chat_template.jinja", "README.md"}
     assert {"config.json", "generation_config.json"} <= names
     assert main(["verify", str(out), "--quiet"]) == 0
