@@ -394,7 +394,7 @@ PYBIND11_MODULE(_native, m) {
              int64_t out_offset, const std::optional<SourceTuple>& base, bool difference,
              const std::string& sparsify, const std::string& trim_ties, const std::string& rescale,
              const std::string& elect, const std::string& elect_on, const std::string& reduce,
-             const std::string& divisor, double lam, const std::string& kind) {
+             const std::string& divisor, double lam, const std::string& kind, int64_t row) {
             TaskSpec s;
             s.n = n;
             s.copy = one_of<bool>("kind", kind, {{"combine", false}, {"copy", true}});
@@ -406,7 +406,12 @@ PYBIND11_MODULE(_native, m) {
             s.difference = difference;
             s.sparsify = one_of<Sparsify>(
                 "sparsify", sparsify,
-                {{"none", Sparsify::None}, {"trim", Sparsify::Trim}, {"drop", Sparsify::Drop}});
+                {{"none", Sparsify::None},
+                 {"trim", Sparsify::Trim},
+                 {"drop", Sparsify::Drop},
+                 {"band", Sparsify::Band},
+                 {"magprune", Sparsify::Magprune}});
+            s.row = row;
             s.ties = one_of<Ties>("trim_ties", trim_ties,
                                   {{"first", Ties::First}, {"all", Ties::All}, {"none", Ties::None}});
             s.rescale = one_of<Rescale>("rescale", rescale,
@@ -430,12 +435,13 @@ PYBIND11_MODULE(_native, m) {
           py::arg("out_offset") = 0, py::arg("base") = std::nullopt, py::arg("difference") = false,
           py::arg("sparsify") = "none", py::arg("trim_ties") = "first", py::arg("rescale") = "none",
           py::arg("elect") = "none", py::arg("elect_on") = "weighted", py::arg("reduce") = "sum",
-          py::arg("divisor") = "weights", py::arg("lam") = 1.0, py::arg("kind") = "combine")
+          py::arg("divisor") = "weights", py::arg("lam") = 1.0, py::arg("kind") = "combine",
+          py::arg("row") = 0)
       .def(
           "add_term",
           [](Job& j, int task, const std::string& dtype, uintptr_t ptr, int file, int64_t offset,
              double weight, double density, uint64_t key, uint64_t keep_threshold,
-             int64_t keep_count, int64_t fixed_code) {
+             int64_t keep_count, int64_t fixed_code, int64_t drop_count, double epsilon) {
             TermSpec t;
             t.x = source_of(SourceTuple{dtype, ptr, file, offset});
             t.weight = weight;
@@ -444,12 +450,14 @@ PYBIND11_MODULE(_native, m) {
             t.keep_threshold = keep_threshold;
             t.keep_count = keep_count;
             t.fixed_code = fixed_code;
+            t.drop_count = drop_count;
+            t.epsilon = epsilon;
             j.add_term(task, t);
           },
           py::arg("task"), py::arg("dtype"), py::arg("ptr") = 0, py::arg("file") = -1,
           py::arg("offset") = 0, py::arg("weight") = 1.0, py::arg("density") = 1.0,
           py::arg("key") = 0, py::arg("keep_threshold") = 0, py::arg("keep_count") = 0,
-          py::arg("fixed_code") = -1)
+          py::arg("fixed_code") = -1, py::arg("drop_count") = 0, py::arg("epsilon") = 0.0)
       .def("run", &Job::run, py::call_guard<py::gil_scoped_release>())
       .def("select_model", &Job::select_model, py::arg("counts"),
            py::call_guard<py::gil_scoped_release>())

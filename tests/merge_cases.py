@@ -43,6 +43,10 @@ METHODS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "ties frequency max": ("ties", {"density": 0.5}, {"elect": "frequency", "reduce": "max"}),
     "dare_linear": ("dare_linear", {"density": 0.3}, {}),
     "dare_ties": ("dare_ties", {"density": 0.3}, {"variant": "paper"}),
+    "breadcrumbs": ("breadcrumbs", {"density": 0.3, "gamma": 0.05}, {"rescale": True}),
+    "breadcrumbs_ties": ("breadcrumbs_ties", {"density": 0.6}, {}),
+    "della": ("della", {"density": 0.3, "epsilon": 0.2}, {}),
+    "della_linear": ("della_linear", {"density": 0.5}, {"variant": "paper"}),
 }
 
 

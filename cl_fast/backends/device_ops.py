@@ -107,7 +107,11 @@ def takes(call: Call) -> bool:
     """Whether the kernels can carry out `call`; if not, the eager reference does."""
     policy = call.policy
     scaled_whole = policy.trim_scope == "model" and policy.rescale == "l1"
-    return call.models <= MOST_MODELS and not (policy.sparsify == "trim" and scaled_whole)
+    return (
+        call.models <= MOST_MODELS
+        and policy.sparsify not in ("band", "magprune")
+        and not (policy.sparsify == "trim" and scaled_whole)
+    )
 
 
 def combine(call: Call, by: Engine, outs: Sequence[Tensor] | None = None) -> list[Tensor]:

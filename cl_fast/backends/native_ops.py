@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from cl_fast.backends import native
-from cl_fast.ops.policy import Policy, trim_keep_count
+from cl_fast.ops.policy import (
+    LONGEST_SCALED_ROW,
+    Policy,
+    row_length,
+    selection_counts,
+    trim_keep_count,
+)
 from cl_fast.ops.streams import keep_threshold
 
 if TYPE_CHECKING:
@@ -58,8 +64,16 @@ def takes(call: Call) -> bool:
     return (
         call.models <= MOST_MODELS
         and not (policy.sparsify == "trim" and scaled_whole)
+        and longest_row(call) <= LONGEST_SCALED_ROW
         and reads(*call.bases, *call.tensors)
     )
+
+
+def longest_row(call: Call) -> int:
+    """Elements of the longest row that magprune is to scale element by element; else 0."""
+    if (call.policy.sparsify, call.policy.rescale) != ("magprune", "keep_rate"):
+        return 0
+    return max(row_length(tuple(call.first(row).shape)) for row in range(call.rows))
 
 
 def _job(core: ModuleType) -> Any:
@@ -79,7 +93,13 @@ class _Tasks:
         return int(dense.data_ptr())
 
     def add(
-        self, n: int, base: Tensor | None, out: Tensor | None, policy: Policy, lam: float = 1.0
+        self,
+        n: int,
+        base: Tensor | None,
+        out: Tensor | None,
+        policy: Policy,
+        lam: float = 1.0,
+        row: int = 0,
     ) -> int:
         """A task of n elements; out is None where only a threshold is wanted."""
         if out is not None:
@@ -103,6 +123,7 @@ class _Tasks:
                 divisor=policy.divisor,
                 lam=lam,
                 kind="combine",
+                row=row,
             )
         )
 
@@ -117,6 +138,8 @@ class _Tasks:
         keep_threshold: int = 1 << 32,
         keep_count: int = 0,
         fixed_code: int = -1,
+        drop_count: int = 0,
+        epsilon: float = 0.0,
     ) -> None:
         self.job.add_term(
             task,
@@ -130,6 +153,8 @@ class _Tasks:
             keep_threshold,
             keep_count,
             fixed_code,
+            drop_count,
+            epsilon,
         )
 
 
@@ -137,8 +162,14 @@ def combine(core: ModuleType, call: Call, into: Sequence[Tensor] | None = None) 
     """All rows of `call`, which has been checked, in one job.
 
     `into`: contiguous tensors for the results, which may be the bases themselves: a block of a base
-    is read before its result is written, and thresholds and sums are known before the first.
+    is read before its result is written, and thresholds and sums are known before the first. A
+    magprune in place makes one tensor after the other.
     """
+    if into is not None and call.policy.sparsify == "magprune":
+        # Tiles rank whole rows, so a row must not be written before both its tiles have read it.
+        for row, out in enumerate(into):
+            out.copy_(combine(core, call.part([row]))[0])
+        return list(into)
     thresholds = call.thresholds
     if call.selects_over_rows:
         thresholds = _model_thresholds(core, call) * call.rows
@@ -154,9 +185,11 @@ def combine(core: ModuleType, call: Call, into: Sequence[Tensor] | None = None) 
         if out.numel() == 0:
             continue
         base = call.bases[row] if call.bases else None
-        task = tasks.add(out.numel(), base, out, call.policy, call.lam)
+        length = row_length(tuple(first.shape))
+        task = tasks.add(out.numel(), base, out, call.policy, call.lam, length)
         for at in range(row * call.models, (row + 1) * call.models):
             density = call.densities[at]
+            top, keep = selection_counts(call.policy, out.numel(), density, call.gammas[at])
             tasks.add_term(
                 task,
                 call.tensors[at],
@@ -164,8 +197,10 @@ def combine(core: ModuleType, call: Call, into: Sequence[Tensor] | None = None) 
                 density=density,
                 key=call.keys[at],
                 keep_threshold=keep_threshold(density),
-                keep_count=trim_keep_count(density, out.numel(), call.policy.trim_count),
+                keep_count=keep,
                 fixed_code=thresholds[at],
+                drop_count=top,
+                epsilon=call.epsilons[at],
             )
     tasks.job.run()
     return outs

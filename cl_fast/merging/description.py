@@ -70,6 +70,10 @@ def _policy_words(plan: Plan) -> str:
         steps.append(f"trimmed {scope} (count {policy.trim_count}, ties {policy.trim_ties})")
     if policy.sparsify == "drop":
         steps.append("dropped at random")
+    if policy.sparsify == "band":
+        steps.append(f"outliers and small entries dropped per tensor (count {policy.trim_count})")
+    if policy.sparsify == "magprune":
+        steps.append("dropped at random, by the rank in the row")
     if policy.rescale != "none":
         steps.append(f"rescaled by {policy.rescale}")
     if policy.elect != "none":
@@ -98,6 +102,10 @@ def _term_words(plan: Plan, k: int) -> str:
     words = f"{factor} {_range_text({term.weight for term in combined})}"
     if any(tensor.policy.sparsify != "none" for tensor in plan.tensors):
         words += f", density {_range_text({term.density for term in combined})}"
+    if any(tensor.policy.sparsify == "band" for tensor in plan.tensors):
+        words += f", gamma {_range_text({term.gamma for term in combined})}"
+    if any(tensor.policy.sparsify == "magprune" for tensor in plan.tensors):
+        words += f", epsilon {_range_text({term.epsilon for term in combined})}"
     return words
 
 

@@ -27,7 +27,7 @@ from cl_fast.merging.description import bytes_text
 from cl_fast.merging.journal import TensorRecord
 from cl_fast.merging.output import write_failure
 from cl_fast.merging.sources import Made, Source, made
-from cl_fast.ops.policy import trim_keep_count
+from cl_fast.ops.policy import LONGEST_SCALED_ROW, row_length, selection_counts
 from cl_fast.ops.streams import keep_threshold
 
 if TYPE_CHECKING:
@@ -178,6 +178,17 @@ def make_executor(
         for tensor in plan.tensors
     )
     words = "rescale_by: l1 together with trim_scope: model is served by the eager reference only"
+    if not needs_eager and any(
+        (tensor.policy.sparsify, tensor.policy.rescale) == ("magprune", "keep_rate")
+        and tensor.kind == "combine"
+        and row_length(tensor.shape) > LONGEST_SCALED_ROW
+        for tensor in plan.tensors
+    ):
+        needs_eager = True
+        words = (
+            f"rescale_by: keep_rate of a della method on rows of more than {LONGEST_SCALED_ROW} "
+            "elements is served by the eager reference only"
+        )
     if backend == "native":
         core = native.load()
         if core is None:
@@ -489,12 +500,15 @@ class NativeExecutor:
             divisor=policy.divisor,
             lam=tensor.lam,
             kind=tensor.kind,
+            row=row_length(tensor.shape),
         )
         for term, code in zip(tensor.terms, model_codes(tensor, codes), strict=True):
             if copy and term.source == tensor.base:
                 continue  # a patch leaves this tensor alone: it is read once
             dtype, ptr, file, offset = place(term.source)
-            trims = policy.sparsify == "trim" and not copy
+            top, keep = (0, 0) if copy else selection_counts(
+                policy, tensor.numel, term.density, term.gamma
+            )  # fmt: skip
             job.add_term(
                 task,
                 dtype=dtype,
@@ -505,10 +519,10 @@ class NativeExecutor:
                 density=term.density,
                 key=term.key,
                 keep_threshold=keep_threshold(term.density) if term.density < 1.0 else 1 << 32,
-                keep_count=trim_keep_count(term.density, tensor.numel, policy.trim_count)
-                if trims
-                else 0,
+                keep_count=keep,
                 fixed_code=code,
+                drop_count=top,
+                epsilon=term.epsilon,
             )
         return int(task)
 
@@ -690,8 +704,10 @@ class EagerExecutor:
             return read[0], TensorRecord(name=tensor.name, crc64=crcs[0], sources=crcs)
 
         loaded = [self._load(tensor, source) for source in inputs]
-        base = None if tensor.base is None else loaded[0][1]
-        values = [value for _, value in loaded[len(inputs) - len(tensor.terms) :]]
+        base = None if tensor.base is None else loaded[0][1].view(tensor.shape)
+        values = [
+            value.view(tensor.shape) for _, value in loaded[len(inputs) - len(tensor.terms) :]
+        ]
         crcs = tuple(crc for crc, _ in loaded)
         base, values, bad = _finite_inputs(base, values, tensor, self._nan)
         check_finite(
@@ -705,6 +721,8 @@ class EagerExecutor:
             weights=[term.weight for term in tensor.terms],
             policy=tensor.policy,
             density=[term.density for term in tensor.terms],
+            gamma=[term.gamma for term in tensor.terms],
+            epsilon=[term.epsilon for term in tensor.terms],
             keys=[term.key for term in tensor.terms],
             thresholds=model_codes(tensor, codes),
             lam=tensor.lam,

@@ -6,6 +6,10 @@ task_arithmetic    ``base + lambda * sum_k w_k d_k``
 ties               ``base + lambda * mean_elected(w_k trim(d_k))``
 dare_linear        ``base + lambda * sum_k w_k rescale(drop(d_k))``
 dare_ties          ``base + lambda * sum_elected(w_k rescale(drop(d_k)))``
+breadcrumbs        ``base + lambda * sum_k w_k band(d_k)``
+breadcrumbs_ties   ``base + lambda * sum_elected(w_k band(d_k))``
+della_linear       ``base + lambda * sum_k w_k rescale(magprune(d_k))``
+della              ``base + lambda * mean_elected(w_k rescale(magprune(d_k)))``
 passthrough        ``scale x``, of one model: layers put together by ``slices``
 =================  ==========================================================================
 
@@ -91,14 +95,14 @@ NUMBERS: Mapping[str, Number] = MappingProxyType(
         "lambda": Number(),
         "scale": Number(of_model=True),
         "gamma": Number(
-            default=0.0,
+            default=0.01,
             of_model=True,
             low=0.0,
             high=1.0,
             words="the fraction of largest magnitudes that is dropped, from 0 to 1",
         ),
         "epsilon": Number(
-            default=0.0,
+            default=0.15,
             of_model=True,
             low=0.0,
             high=1.0,
@@ -160,7 +164,7 @@ class Method:
     @property
     def random(self) -> bool:
         """Whether the method draws random numbers, so that ``seed`` has a meaning."""
-        return self.policy.sparsify == "drop"
+        return self.policy.sparsify in ("drop", "magprune")
 
     @property
     def _all_numbers(self) -> tuple[str, ...]:
@@ -196,6 +200,8 @@ class Method:
             names += ["rescale", "rescale_by"]
         if self.policy.sparsify == "trim":
             names += ["trim_scope", "trim_count", "trim_ties"]
+        if self.policy.sparsify == "band":
+            names.append("trim_count")
         if self.policy.elect != "none":
             names += ["elect", "elect_on"]
         names += ["reduce", "divisor", "variant"]
@@ -253,6 +259,32 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 },
             ),
             Method(
+                name="breadcrumbs",
+                summary="drop each delta's outliers and its smallest entries, add the weighted sum",
+                policy=Policy(sparsify="band", trim_count="floor"),
+                numbers=("gamma",),
+            ),
+            Method(
+                name="breadcrumbs_ties",
+                summary="breadcrumbs, then elect a sign and add what agrees",
+                policy=Policy(sparsify="band", trim_count="floor", elect="mass"),
+                numbers=("gamma",),
+            ),
+            Method(
+                name="della_linear",
+                summary="drop delta entries at random, small ones more often, rescale, add the sum",
+                policy=Policy(sparsify="magprune", rescale="l1"),
+                variants={"paper": {"rescale_by": "keep_rate"}},
+                numbers=("epsilon",),
+            ),
+            Method(
+                name="della",
+                summary="della_linear's drop, then elect a sign and average what agrees",
+                policy=Policy(sparsify="magprune", rescale="l1", elect="mass", reduce="mean"),
+                variants={"paper": {"rescale_by": "keep_rate"}},
+                numbers=("epsilon",),
+            ),
+            Method(
                 name="passthrough",
                 summary="the tensors of one model as they are, or scaled: layers by slices",
                 policy=Policy(difference=False),
@@ -267,10 +299,6 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 _ELSEWHERE = frozenset(
     [
         "arcee_fusion",
-        "breadcrumbs",
-        "breadcrumbs_ties",
-        "della",
-        "della_linear",
         "karcher",
         "model_stock",
         "multislerp",
@@ -287,8 +315,6 @@ _ELSEWHERE = frozenset(
 _OTHER_PARAMETERS = frozenset(
     [
         "t",
-        "epsilon",
-        "gamma",
         "select_topk",
         "filter_wise",
         "nuslerp_row_wise",

@@ -46,7 +46,12 @@ from cl_fast.merging.matching import (
 from cl_fast.merging.numbers import Numbers, Used
 from cl_fast.merging.slices import Cut, Group, cut, edit_config, list_inputs, whole
 from cl_fast.merging.sources import Made, Source, made
-from cl_fast.ops.policy import Policy, trim_keep_count
+from cl_fast.ops.policy import (
+    Policy,
+    check_keep_probabilities,
+    row_length,
+    trim_keep_count,
+)
 from cl_fast.ops.streams import keep_threshold, stream_key
 
 if TYPE_CHECKING:
@@ -425,6 +430,7 @@ class _Draft:
                 trim_scope="tensor",
                 trim_ties="first",
             )
+        _check_ranked(part, self._policy, self.numbers, self.combined, notes)
         if method.most == 1:
             scale = self.numbers.model[method.factor]
             for name in self.combined:
@@ -468,7 +474,10 @@ class _Draft:
             sources = [source_of(checkpoint, name) for checkpoint in group.inputs]
             weights = numbers.of_models(method.factor, name)
             kept = numbers.of_models("density", name)
-            gammas, epsilons = (numbers.of_models(word, name) for word in ("gamma", "epsilon"))
+            gammas, epsilons = (
+                numbers.of_models(word, name) if word in numbers.model else (0.0,) * len(models)
+                for word in ("gamma", "epsilon")
+            )
             lam = numbers.of_whole("lambda", name)
             kind, dtype = self.kinds[name], self.dtypes[name]
             terms = tuple(
@@ -512,6 +521,30 @@ class _Draft:
                 lam,
                 origins,
             )
+
+
+def _check_ranked(
+    part: Part, policy: Policy, numbers: Numbers, names: list[str], notes: list[str]
+) -> None:
+    """What the numbers of a band or of magprune can have wrong only together."""
+    densities = numbers.model.get("density", {})
+    for k, entry in enumerate(part.entries):
+        if policy.sparsify == "magprune":
+            for name in names:
+                wrong = check_keep_probabilities(
+                    densities[name][k], numbers.model["epsilon"][name][k]
+                )
+                if wrong is not None:
+                    chain = part.chain(k, "epsilon")
+                    key = chain[0].key if chain else f"{entry.key}.parameters.epsilon"
+                    raise RecipeError(f"{key}: {wrong} (tensor {name!r})")
+        for word in ("gamma", "epsilon"):
+            chain = part.chain(k, word)
+            if chain and all(row[k] >= 1.0 for row in densities.values()):
+                notes.append(
+                    f"{chain[0].key}: has no effect on {entry.model!r}, whose density is 1, which "
+                    "leaves the delta as it is"
+                )
 
 
 def _applied(term: Term, base: Source | None, dtype: str) -> tuple[tuple[Term, ...], bool]:
@@ -712,7 +745,7 @@ def _reads(tensors: list[TensorPlan]) -> tuple[int, int]:
         )
         nbytes += tensor.base.stored if tensor.base is not None else 0
         if tensor.kind == "combine" and any(term.density < 1.0 for term in tensor.terms):
-            passes += (policy.sparsify == "trim") + (policy.rescale == "l1")
+            passes += (policy.sparsify in ("trim", "band")) + (policy.rescale == "l1")
         most = max(most, passes)
         total += passes * nbytes
     return most, total
@@ -734,6 +767,8 @@ def _made_memory(tensors: Sequence[TensorPlan], *, whole: bool) -> int:
 _PROCESS_BYTES = 60_000_000
 _TILE_ELEMENTS = 131_072
 _HEADER_ENTRY_BYTES = 1_500
+_WORKING_BYTES = 256 << 20  # the core's allowance where none is given
+_ROW_BYTES = 50  # for each element of the longest row that magprune ranks: keys, thresholds
 
 
 def _predicted_memory(
@@ -742,15 +777,33 @@ def _predicted_memory(
     threads: int | None,
     bound: int | None,
 ) -> int:
-    """Anonymous memory of a merge by the native core: it does not depend on the weights' size."""
+    """Anonymous memory of a merge by the native core.
+
+    It does not depend on the weights' size, but for the rows and the masks of magprune.
+    """
     if threads is None:
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     most = max(len(tensor.terms) + (tensor.base is not None) for tensor in tensors)
     working = threads * (most + 2) * _TILE_ELEMENTS * 4
     if any(tensor.policy.sparsify == "trim" for tensor in tensors):
         working += threads * most * 65_536 * 8
+    if any(tensor.policy.sparsify == "band" for tensor in tensors):
+        working += 2 * threads * most * 65_536 * 8
     if bound is not None:
         working = min(working, bound)
+    ranked = [
+        tensor
+        for tensor in tensors
+        if tensor.kind == "combine" and tensor.policy.sparsify == "magprune"
+    ]
+    if ranked:
+        working += threads * _ROW_BYTES * max(row_length(tensor.shape) for tensor in ranked)
+        masks = max(
+            len(tensor.terms) * tensor.numel // 8 if tensor.policy.rescale == "l1" else 0
+            for tensor in ranked
+        )
+        if masks <= (_WORKING_BYTES if bound is None else bound) // 4:
+            working += 2 * masks  # drawn for the sums and kept for the pass, of two tensors
     headers = sum(len(checkpoint.tensors) for checkpoint in inputs) * _HEADER_ENTRY_BYTES
     return _PROCESS_BYTES + working + headers
 

@@ -35,9 +35,20 @@ from cl_fast.ops.policy import (
     TrimCount,
     TrimScope,
     TrimTies,
+    check_keep_probabilities,
 )
 
-__all__ = ["dare_linear", "dare_ties", "linear", "task_arithmetic", "ties"]
+__all__ = [
+    "breadcrumbs",
+    "breadcrumbs_ties",
+    "dare_linear",
+    "dare_ties",
+    "della",
+    "della_linear",
+    "linear",
+    "task_arithmetic",
+    "ties",
+]
 
 StateDict: TypeAlias = Mapping[str, Tensor]
 Model: TypeAlias = StateDict | nn.Module
@@ -255,6 +266,168 @@ def dare_ties(
     )  # fmt: skip
 
 
+def breadcrumbs(
+    base: Model,
+    models: Models,
+    *,
+    density: PerModel,
+    gamma: PerModel = 0.01,
+    weight: PerModel = 1.0,
+    lam: float = 1.0,
+    normalize: bool | None = None,
+    rescale: bool | None = None,
+    rescale_by: RescaleBy | None = None,
+    trim_count: TrimCount | None = None,
+    divisor: Divisor | None = None,
+    out_dtype: torch.dtype | None = None,
+    into: nn.Module | None = None,
+    nan: Nan = "refuse",
+    backend: str | None = None,
+) -> dict[str, Tensor]:
+    """Drop outliers and small entries of each delta, add the sum (Davari and Belilovsky 2023).
+
+    `gamma` is the fraction of largest magnitudes that is dropped, `density` the fraction that is
+    kept of those below them; both count elements of one tensor. Both may be one value per model,
+    like `weight`. Other arguments and errors: see `ties`.
+    """
+    settings = {
+        "normalize": normalize,
+        "rescale": rescale,
+        "rescale_by": rescale_by,
+        "trim_count": trim_count,
+        "divisor": divisor,
+    }
+    return _merge(
+        "breadcrumbs",
+        base, models, weight, density, lam, None, settings, out_dtype, into, nan, backend,
+        gamma=gamma,
+    )  # fmt: skip
+
+
+def breadcrumbs_ties(
+    base: Model,
+    models: Models,
+    *,
+    density: PerModel,
+    gamma: PerModel = 0.01,
+    weight: PerModel = 1.0,
+    lam: float = 1.0,
+    normalize: bool | None = None,
+    rescale: bool | None = None,
+    rescale_by: RescaleBy | None = None,
+    trim_count: TrimCount | None = None,
+    elect: Elect | None = None,
+    elect_on: ElectOn | None = None,
+    reduce: Reduce | None = None,
+    divisor: Divisor | None = None,
+    out_dtype: torch.dtype | None = None,
+    into: nn.Module | None = None,
+    nan: Nan = "refuse",
+    backend: str | None = None,
+) -> dict[str, Tensor]:
+    """`breadcrumbs` with the sign election of `ties`. Arguments and errors: see those."""
+    settings = {
+        "normalize": normalize,
+        "rescale": rescale,
+        "rescale_by": rescale_by,
+        "trim_count": trim_count,
+        "elect": elect,
+        "elect_on": elect_on,
+        "reduce": reduce,
+        "divisor": divisor,
+    }
+    return _merge(
+        "breadcrumbs_ties",
+        base, models, weight, density, lam, None, settings, out_dtype, into, nan, backend,
+        gamma=gamma,
+    )  # fmt: skip
+
+
+def della_linear(
+    base: Model,
+    models: Models,
+    *,
+    density: PerModel,
+    epsilon: PerModel = 0.15,
+    weight: PerModel = 1.0,
+    lam: float = 1.0,
+    seed: int = 0,
+    variant: Literal["mergekit", "paper"] | None = None,
+    normalize: bool | None = None,
+    rescale: bool | None = None,
+    rescale_by: RescaleBy | None = None,
+    divisor: Divisor | None = None,
+    out_dtype: torch.dtype | None = None,
+    into: nn.Module | None = None,
+    nan: Nan = "refuse",
+    backend: str | None = None,
+) -> dict[str, Tensor]:
+    """Drop at random, the small entries of a row more often, rescale, add the sum (DELLA).
+
+    An element is kept with a probability from `density - epsilon` (the smallest magnitude of its
+    row, a row being the last dimension) to `density + epsilon` (the largest): MAGPRUNE of DELLA
+    (Deep et al. 2024). All of them must lie above 0 and be at most 1. The variant "paper" divides
+    each element that is kept by its own keep probability; "mergekit" rescales a tensor by the ratio
+    of L1 norms. `epsilon` may be one value per model, like `weight`. The masks follow from `seed`
+    as in `dare_linear`. Other arguments and errors: see `ties`.
+    """
+    settings = {
+        "variant": variant,
+        "normalize": normalize,
+        "rescale": rescale,
+        "rescale_by": rescale_by,
+        "divisor": divisor,
+    }
+    return _merge(
+        "della_linear",
+        base, models, weight, density, lam, seed, settings, out_dtype, into, nan, backend,
+        epsilon=epsilon,
+    )  # fmt: skip
+
+
+def della(
+    base: Model,
+    models: Models,
+    *,
+    density: PerModel,
+    epsilon: PerModel = 0.15,
+    weight: PerModel = 1.0,
+    lam: float = 1.0,
+    seed: int = 0,
+    variant: Literal["mergekit", "paper"] | None = None,
+    normalize: bool | None = None,
+    rescale: bool | None = None,
+    rescale_by: RescaleBy | None = None,
+    elect: Elect | None = None,
+    elect_on: ElectOn | None = None,
+    reduce: Reduce | None = None,
+    divisor: Divisor | None = None,
+    out_dtype: torch.dtype | None = None,
+    into: nn.Module | None = None,
+    nan: Nan = "refuse",
+    backend: str | None = None,
+) -> dict[str, Tensor]:
+    """`della_linear` with the sign election of `ties`, averaged over the weights that agree.
+
+    Arguments and errors: see those.
+    """
+    settings = {
+        "variant": variant,
+        "normalize": normalize,
+        "rescale": rescale,
+        "rescale_by": rescale_by,
+        "elect": elect,
+        "elect_on": elect_on,
+        "reduce": reduce,
+        "divisor": divisor,
+    }
+    return _merge(
+        "della",
+        base, models, weight, density, lam, seed, settings, out_dtype, into, nan, backend,
+        epsilon=epsilon,
+    )  # fmt: skip
+
+
 def _merge(
     method: str,
     base: Model | None,
@@ -268,6 +441,9 @@ def _merge(
     into: nn.Module | None,
     nan: Nan,
     backend: str | None,
+    *,
+    gamma: PerModel | None = None,
+    epsilon: PerModel | None = None,
 ) -> dict[str, Tensor]:
     policy = make_policy(find_method(method), settings, where=method)
     if nan not in ("refuse", "propagate"):
@@ -281,12 +457,18 @@ def _merge(
             inputs.refuse_nonfinite(names)
         weights = _PerModel("weight", weight, inputs.names).rows(names)
         densities = _PerModel("density", density, inputs.names).rows(names)
+        gammas, epsilons = (
+            None if value is None else _PerModel(word, value, inputs.names).rows(names)
+            for word, value in (("gamma", gamma), ("epsilon", epsilon))
+        )
         _check_rows(policy, names, weights, densities)
+        if epsilons is not None:
+            _check_epsilons(inputs.names, names, densities, epsilons)
         if all(entry >= 1.0 for row in densities for entry in row):
-            policy = _unsparsified(policy)
+            policy, gammas, epsilons = _unsparsified(policy), None, None
         rows = [[model[name] for model in inputs.models] for name in names]
         keys = None
-        if policy.sparsify == "drop":
+        if policy.sparsify in ("drop", "magprune"):
             keys = [[stream_key(seed or 0, m, name) for m in inputs.names] for name in names]
         merged = (
             combine_many(
@@ -295,6 +477,8 @@ def _merge(
                 weights=weights,
                 policy=policy,
                 density=densities,
+                gamma=gammas,
+                epsilon=epsilons,
                 keys=keys,
                 lam=lam,
                 out_dtype=out_dtype,
@@ -319,6 +503,19 @@ def _merge(
 def _unsparsified(policy: Policy) -> Policy:
     kept = {name: getattr(policy, name) for name in ("difference", "elect", "elect_on", "reduce")}
     return Policy(**kept, divisor=policy.divisor)
+
+
+def _check_epsilons(
+    models: list[str],
+    names: list[str],
+    densities: list[list[float]],
+    epsilons: list[list[float]],
+) -> None:
+    for name, kept, halves in zip(names, densities, epsilons, strict=True):
+        for model, density, epsilon in zip(models, kept, halves, strict=True):
+            wrong = check_keep_probabilities(density, epsilon)
+            if wrong is not None:
+                raise ValueError(f"epsilon of models[{model!r}] for tensor {name!r}: {wrong}")
 
 
 def _check_rows(
@@ -512,7 +709,7 @@ def first_nonfinite(tensors: Iterable[tuple[Label, Tensor]]) -> Label | None:
 
 
 class _PerModel:
-    """`weight` or `density`: the numbers of each tensor, one per model."""
+    """`weight`, `density` and the like: the numbers of each tensor, one per model."""
 
     def __init__(self, argument: str, value: PerModel, models: list[str]) -> None:
         self.argument = argument
@@ -557,5 +754,9 @@ class _PerModel:
         if self.argument == "density" and not 0.0 < number <= 1.0:
             raise ValueError(
                 f"density of models[{model!r}] must be in (0, 1] for tensor {name!r}; got {number}"
+            )
+        if self.argument == "gamma" and not 0.0 <= number <= 1.0:
+            raise ValueError(
+                f"gamma of models[{model!r}] must be in [0, 1] for tensor {name!r}; got {number}"
             )
         return float(number)

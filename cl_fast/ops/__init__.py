@@ -4,13 +4,14 @@
     combine_, combine_many_  the same, written over the base
     dare                     drop and rescale one delta
     magnitude_threshold      the exact k-th largest magnitude and how many of its ties stay
+    magnitude_band, magprune  what Model Breadcrumbs keeps; DELLA's drop by rank
     PackedDelta, pack, unpack  the kept values of a drop, without their mask
     rank_update, gram        W + U V^T with one rounding; second moments of keys
     nearest_key          the gate of stores of facts: the best key of each query, and its score
     orthogonal_penalty, orthogonal_project  O-LoRA's penalty and the projection off a subspace
     anchor_gradient_, anchor_pull_  the pull of EWC and L2-SP, without temporaries
     gated_low_rank           n low-rank adapters behind a softmax gate, as two products
-    Policy, trim_keep_count  the variants of a merge
+    Policy, trim_keep_count, band_counts  the variants of a merge
     stream_key, keep_threshold  the documented random stream
 
 Torch is imported when an op is first named; Policy and the stream need the standard library only.
@@ -21,7 +22,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from cl_fast.ops.policy import Policy, trim_keep_count
+from cl_fast.ops.policy import Policy, band_counts, trim_keep_count
 from cl_fast.ops.streams import keep_threshold, stream_key
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
         orthogonal_project_,
     )
     from cl_fast.ops.packing import PackedDelta, pack, unpack
+    from cl_fast.ops.ranking import magnitude_band, magprune
 
 __all__ = [
     "PackedDelta",
@@ -52,6 +54,7 @@ __all__ = [
     "anchor_gradient_",
     "anchor_penalty",
     "anchor_pull_",
+    "band_counts",
     "combine",
     "combine_",
     "combine_many",
@@ -63,7 +66,9 @@ __all__ = [
     "gram_",
     "keep_mask",
     "keep_threshold",
+    "magnitude_band",
     "magnitude_threshold",
+    "magprune",
     "model_thresholds",
     "nearest_key",
     "orthogonal_penalty",
@@ -94,7 +99,9 @@ _HOMES = {
     "gram": "low_rank",
     "gram_": "low_rank",
     "keep_mask": "dropping",
+    "magnitude_band": "ranking",
     "magnitude_threshold": "magnitude",
+    "magprune": "ranking",
     "model_thresholds": "combining",
     "nearest_key": "nearest",
     "orthogonal_penalty": "orthogonality",

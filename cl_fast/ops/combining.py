@@ -4,7 +4,8 @@ For models k = 0 .. K-1 with tensors x_k, base b, weights w_k and densities rho_
 in this order on every backend (no product is fused with a sum, so all agree bit for bit):
 
     d_k = x_k - b                              difference=True, else x_k
-    d_k = +0 where not kept                    sparsify: trim (magnitude) or drop (random stream)
+    d_k = +0 where not kept                    sparsify: trim, band (magnitude), drop, magprune
+                                               (random stream)
     v_k = d_k * float32(w_k r_k)               r_k: see below; the product w_k r_k is float64
     no election:
         D = v_0 + v_1 + ...                    reduce="sum"
@@ -20,13 +21,16 @@ in this order on every backend (no product is fused with a sum, so all agree bit
     D   = D * float32(lam)                     skipped for lam = 1
     out = b + D, or D                          rounded once to the output dtype, to nearest even
 
-    r_k    none: 1;  keep_rate: 1 / rho_k for trim, 2^32 / T_k for drop (the exact keep rate);
+    r_k    none: 1;  keep_rate: 1 / rho_k for trim and band, 2^32 / T_k for drop (the exact rate);
            l1: sum |d_k| / sum |d_k kept|, sums in float64 in a fixed order, 1 if either < 1e-7
-    trim   the magnitudes of d_k, see cl_fast.ops.magnitude; drop: see cl_fast.ops.streams
+           magprune with keep_rate: d_k times float32(2^32 / T of the element) first, and r_k = 1
+    trim   the magnitudes of d_k, see cl_fast.ops.magnitude; drop: see cl_fast.ops.streams; band
+           and magprune, with their gamma_k and epsilon_k: see cl_fast.ops.ranking
     rho_k >= 1 leaves d_k as it is: no trim, no drop, no rescale.
 
 Sources of the steps: Model Soups (Wortsman et al. 2022), Task Arithmetic (Ilharco et al. 2023),
-TIES-Merging (Yadav et al. 2023), DARE (Yu et al. 2024). `Policy` names the variants.
+TIES-Merging (Yadav et al. 2023), DARE (Yu et al. 2024), Model Breadcrumbs (Davari and Belilovsky
+2023), DELLA-Merging (Deep et al. 2024). `Policy` names the variants.
 """
 
 from __future__ import annotations
@@ -40,7 +44,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from cl_fast.backends import check_backend, device_ops, native_ops, native_or_say, require_native
+from cl_fast.backends import (
+    check_backend,
+    device_ops,
+    native_ops,
+    native_or_say,
+    require_native,
+    say_once,
+)
 from cl_fast.ops.dropping import (
     absolute_sum,
     drop_factor,
@@ -57,7 +68,14 @@ from cl_fast.ops.magnitude import (
     magnitude_codes,
     select_code,
 )
-from cl_fast.ops.policy import Policy, trim_keep_count
+from cl_fast.ops.policy import (
+    LONGEST_SCALED_ROW,
+    Policy,
+    band_counts,
+    row_length,
+    trim_keep_count,
+)
+from cl_fast.ops.ranking import band_mask, check_epsilon, magprune_mask
 from cl_fast.ops.streams import keep_threshold
 
 if TYPE_CHECKING:
@@ -97,8 +115,61 @@ def _delta(base: Tensor | None, tensor: Tensor, policy: Policy, wide: torch.dtyp
     return values
 
 
+def _tied_sum(code: int, count: int) -> float:
+    """The sum of `count` magnitudes that have one code."""
+    if count == 0:
+        return 0.0
+    return float(torch.tensor(code, dtype=torch.int32).view(torch.float32)) * count
+
+
+def _band(
+    delta: Tensor, magnitudes: Tensor, policy: Policy, density: float, gamma: float
+) -> tuple[Tensor, float]:
+    counts = band_counts(density, gamma, delta.numel(), policy.trim_count)
+    keep, low, at_low, high, at_high = band_mask(magnitudes, *counts)
+    kept = torch.where(keep, delta, 0.0)
+    if policy.rescale == "keep_rate":
+        return kept, 1.0 / density
+    if policy.rescale == "l1":
+        # What is inside first, then those at each end at once: no order among them matters.
+        inside = keep & (magnitudes > low)
+        if high >= 0:
+            inside &= magnitudes < high
+        some = absolute_sum(torch.where(inside, delta, 0.0)) if counts[1] else 0.0
+        some = some + _tied_sum(high, at_high) + _tied_sum(low, at_low)
+        return kept, l1_factor(absolute_sum(delta), some)
+    return kept, 1.0
+
+
+def _magprune(
+    delta: Tensor,
+    magnitudes: Tensor,
+    policy: Policy,
+    row: int,
+    density: float,
+    epsilon: float,
+    key: int,
+) -> tuple[Tensor, float]:
+    keep, thresholds = magprune_mask(magnitudes, row, density, epsilon, key)
+    kept = torch.where(keep, delta, 0.0)
+    if policy.rescale == "keep_rate":
+        factors = 2.0**32 / thresholds.double()
+        return kept * (factors.float() if delta.dtype == torch.float32 else factors), 1.0
+    if policy.rescale == "l1":
+        return kept, l1_factor(absolute_sum(delta), absolute_sum(kept))
+    return kept, 1.0
+
+
 def _sparsify(
-    delta: Tensor, codes: Callable[[], Tensor], policy: Policy, density: float, key: int, code: int
+    delta: Tensor,
+    codes: Callable[[], Tensor],
+    policy: Policy,
+    row: int,
+    density: float,
+    gamma: float,
+    epsilon: float,
+    key: int,
+    code: int,
 ) -> tuple[Tensor, float]:
     """The kept delta and its factor r. `code` is a threshold given for the model, or -1."""
     if policy.sparsify == "none" or density >= 1.0:
@@ -110,6 +181,10 @@ def _sparsify(
         return kept, drop_factor(policy.rescale, threshold, delta, kept)
 
     magnitudes = codes()
+    if policy.sparsify == "band":
+        return _band(delta, magnitudes, policy, density, gamma)
+    if policy.sparsify == "magprune":
+        return _magprune(delta, magnitudes, policy, row, density, epsilon, key)
     if code >= 0:
         wanted = delta.numel()  # the model's choice: nothing is counted per tensor
     else:
@@ -122,8 +197,7 @@ def _sparsify(
     if policy.rescale == "l1":
         # What is above the threshold first, then the ties at once: no order among them matters.
         above = absolute_sum(torch.where(magnitudes > code, delta, 0.0)) if wanted else 0.0
-        tie = float(torch.tensor(max(code, 0), dtype=torch.int32).view(torch.float32))
-        return kept, l1_factor(absolute_sum(delta), above + tie * at)
+        return kept, l1_factor(absolute_sum(delta), above + _tied_sum(code, at))
     return kept, 1.0
 
 
@@ -172,6 +246,8 @@ def combine_reference(
     weights: float | Sequence[float],
     policy: Policy,
     density: float | Sequence[float] = 1.0,
+    gamma: float | Sequence[float] = 0.0,
+    epsilon: float | Sequence[float] = 0.0,
     keys: Sequence[int] | None = None,
     thresholds: Sequence[int] | None = None,
     lam: float = 1.0,
@@ -181,8 +257,8 @@ def combine_reference(
     """The whole pass in plain torch, on any device: the definition that every backend must meet.
 
     With `compute_dtype=torch.float32` the result is the one that all backends give, bit for bit.
-    With `torch.float64` nothing is rounded on the way: the oracle for tests. What a trim keeps is
-    decided on float32 magnitudes in both, because that is how it is defined.
+    With `torch.float64` nothing is rounded on the way: the oracle for tests. What a trim, a band or
+    magprune keeps is decided on float32 magnitudes in both, because that is how it is defined.
 
     Args:
         base: the base tensor; None without differences.
@@ -190,7 +266,10 @@ def combine_reference(
         weights: one per model, or one for all.
         policy: the variants of the steps.
         density: the fraction kept, one per model, or one for all; 1 keeps everything.
-        keys: the stream key of each model (`stream_key`), for sparsify="drop".
+        gamma: for sparsify="band", the fraction of largest magnitudes dropped, likewise.
+        epsilon: for sparsify="magprune", half the range of the keep probabilities, likewise. Rows
+            are the last dimension of `base` or of the first tensor.
+        keys: the stream key of each model (`stream_key`), for sparsify="drop" and "magprune".
         thresholds: the magnitude code of each model's threshold where the trim spans a whole
             model (`model_thresholds`); an entry of -1 selects in this tensor alone.
         lam: the factor on the combined delta.
@@ -207,6 +286,7 @@ def combine_reference(
     count = len(tensors)
     weights = _per_model("weights", weights, count)
     densities = _per_model("density", density, count)
+    gammas, epsilons = _per_model("gamma", gamma, count), _per_model("epsilon", epsilon, count)
     first = base if base is not None else tensors[0]
     if out_dtype is None:
         out_dtype = torch.float64 if compute_dtype == torch.float64 else first.dtype
@@ -222,7 +302,10 @@ def combine_reference(
             delta,
             codes,
             policy,
+            row_length(tuple(first.shape)),
             densities[k],
+            gammas[k],
+            epsilons[k],
             keys[k] if keys is not None else 0,
             thresholds[k] if thresholds is not None else -1,
         )
@@ -301,8 +384,10 @@ class Call:
     tensors: Sequence[Tensor]
     models: int
     weights: Sequence[float]
-    """This and the next three: one entry per entry of `tensors`."""
+    """This and the next five: one entry per entry of `tensors`."""
     densities: Sequence[float]
+    gammas: Sequence[float]
+    epsilons: Sequence[float]
     keys: Sequence[int]
     """Stream keys as int64."""
     thresholds: Sequence[int]
@@ -361,7 +446,7 @@ class Call:
             )
         if self.bases and not self.policy.difference:
             raise ValueError("base has no effect with policy.difference=False; leave it out")
-        for argument in ("weights", "densities", "keys", "thresholds"):
+        for argument in ("weights", "densities", "gammas", "epsilons", "keys", "thresholds"):
             length = len(getattr(self, argument))
             if length != len(self.tensors):
                 raise ValueError(
@@ -384,6 +469,13 @@ class Call:
                 raise ValueError(
                     f"density={density} has no effect with policy.sparsify='none'; leave it out"
                 )
+        for density, gamma, epsilon in zip(
+            self.densities, self.gammas, self.epsilons, strict=True
+        ):
+            if not 0.0 <= gamma <= 1.0:
+                raise ValueError(f"gamma must be in [0, 1]; got {gamma}")
+            if self.policy.sparsify == "magprune":
+                check_epsilon(density, epsilon)
         if self.selects_over_rows:
             for row in range(1, self.rows):
                 if self.densities[self.row(row)] != self.densities[self.row(0)]:
@@ -411,6 +503,8 @@ class Call:
                 weights=self.weights[self.row(row)],
                 policy=self.policy,
                 density=self.densities[self.row(row)],
+                gamma=self.gammas[self.row(row)],
+                epsilon=self.epsilons[self.row(row)],
                 keys=self.keys[self.row(row)],
                 thresholds=thresholds[self.row(row)],
                 lam=self.lam,
@@ -421,19 +515,31 @@ class Call:
 
     def run_cpu(self, outs: Sequence[Tensor] | None = None) -> list[Tensor]:
         core = native_or_say()
-        if core is None or not native_ops.takes(self):
+        if core is None:
+            return _stored(self.run_eager(), outs)
+        if not native_ops.takes(self):
+            if native_ops.longest_row(self) > LONGEST_SCALED_ROW:
+                say_once(
+                    f"magprune with rescale='keep_rate' on rows of more than "
+                    f"{LONGEST_SCALED_ROW} elements is served by the eager reference"
+                )
             return _stored(self.run_eager(), outs)
         return native_ops.combine(core, self, outs)
 
     def run_device(self, outs: Sequence[Tensor] | None = None) -> list[Tensor]:
         """On GPU tensors: one call of the kernels per device."""
         devices = dict.fromkeys(self.first(row).device for row in range(self.rows))
+        if self.policy.sparsify in ("band", "magprune"):
+            say_once(
+                f"combine with sparsify={self.policy.sparsify!r} has no kernel for GPUs yet: the "
+                "eager reference serves it on the device of its tensors"
+            )
         if not device_ops.takes(self) or (len(devices) > 1 and self.selects_over_rows):
             return _stored(self.run_eager(), outs)
         results: dict[int, Tensor] = {}
         for device in devices:
             rows = [row for row in range(self.rows) if self.first(row).device == device]
-            part = self if len(devices) == 1 else self._part(rows)
+            part = self if len(devices) == 1 else self.part(rows)
             into = None if outs is None else [outs[row] for row in rows]
             by = device_ops.engine(device)
             done = _stored(part.run_eager(), into) if by is None else device_ops.combine(
@@ -442,7 +548,9 @@ class Call:
             results.update(zip(rows, done, strict=True))
         return [results[row] for row in range(self.rows)]
 
-    def _part(self, rows: list[int]) -> Call:
+    def part(self, rows: list[int]) -> Call:
+        """The call for some of the rows."""
+
         def of(entries: Sequence[Any]) -> list[Any]:
             return [entry for row in rows for entry in entries[self.row(row)]]
 
@@ -452,6 +560,8 @@ class Call:
             tensors=of(self.tensors),
             weights=of(self.weights),
             densities=of(self.densities),
+            gammas=of(self.gammas),
+            epsilons=of(self.epsilons),
             keys=of(self.keys),
             thresholds=of(self.thresholds),
         )
@@ -472,14 +582,17 @@ class Call:
             core = require_native(backend, "cpu")
             if not native_ops.takes(self):
                 raise ValueError(
-                    f"backend='native' takes at most {native_ops.MOST_MODELS} models, and no "
-                    "policy.rescale='l1' with policy.trim_scope='model'; leave backend out"
+                    f"backend='native' takes at most {native_ops.MOST_MODELS} models, no "
+                    "policy.rescale='l1' with policy.trim_scope='model', and no magprune with "
+                    f"rescale='keep_rate' on rows of more than {LONGEST_SCALED_ROW} elements; "
+                    "leave backend out"
                 )
             return native_ops.combine(core, self, outs)
         if not device_ops.takes(self):
             raise ValueError(
-                f"backend={backend!r} takes at most {device_ops.MOST_MODELS} models, and no "
-                "policy.rescale='l1' with policy.trim_scope='model'; leave backend out"
+                f"backend={backend!r} takes at most {device_ops.MOST_MODELS} models, no "
+                "policy.rescale='l1' with policy.trim_scope='model', and no policy.sparsify="
+                "'band' or 'magprune'; leave backend out"
             )
         return device_ops.combine(self, device_ops.require(backend, self.first(0).device), outs)
 
@@ -540,20 +653,23 @@ def _stored(results: list[Tensor], outs: Sequence[Tensor] | None) -> list[Tensor
 
 _POLICY_FIELDS = tuple(field.name for field in fields(Policy))
 _COMMON_SCHEMA = (
-    "float[] weights, float[] densities, int[] keys, int[] thresholds, "
+    "float[] weights, float[] densities, float[] gammas, float[] epsilons, int[] keys, "
+    "int[] thresholds, "
     + ", ".join(f"{'bool' if name == 'difference' else 'str'} {name}" for name in _POLICY_FIELDS)
     + ", float lam, ScalarType? out_dtype"
 )
 
 
 def _call(bases: Sequence[Tensor], tensors: Sequence[Tensor], models: int, *rest: Any) -> Call:
-    weights, densities, keys, thresholds, *choices, lam, out_dtype = rest
+    weights, densities, gammas, epsilons, keys, thresholds, *choices, lam, out_dtype = rest
     call = Call(
         bases=bases,
         tensors=tensors,
         models=models,
         weights=weights,
         densities=densities,
+        gammas=gammas,
+        epsilons=epsilons,
         keys=keys,
         thresholds=thresholds,
         policy=Policy(**dict(zip(_POLICY_FIELDS, choices, strict=True))),
@@ -698,6 +814,8 @@ def _arguments(
     weights: Any,
     policy: Policy,
     density: Any,
+    gamma: Any,
+    epsilon: Any,
     keys: Any,
     thresholds: Any,
     lam: float,
@@ -710,10 +828,20 @@ def _arguments(
         raise ValueError(
             f"density must be given with policy.sparsify={policy.sparsify!r}: the fraction to keep"
         )
-    if keys is not None and policy.sparsify != "drop":
+    for argument, value, user in (("gamma", gamma, "band"), ("epsilon", epsilon, "magprune")):
+        if value is not None and policy.sparsify != user:
+            raise ValueError(
+                f"{argument} has no effect with policy.sparsify={policy.sparsify!r}; leave it out"
+            )
+        if value is None and policy.sparsify == user:
+            raise ValueError(f"{argument} must be given with policy.sparsify={user!r}")
+    random = policy.sparsify in ("drop", "magprune")
+    if keys is not None and not random:
         raise ValueError(f"keys have no effect with policy.sparsify={policy.sparsify!r}")
-    if keys is None and policy.sparsify == "drop":
-        raise ValueError("keys must be given for policy.sparsify='drop'; see stream_key")
+    if keys is None and random:
+        raise ValueError(
+            f"keys must be given for policy.sparsify={policy.sparsify!r}; see stream_key"
+        )
     if thresholds is not None and (policy.sparsify, policy.trim_scope) != ("trim", "model"):
         raise ValueError("thresholds have no effect without policy.trim_scope='model'")
     for key in keys or ():
@@ -723,6 +851,8 @@ def _arguments(
     return [
         [float(weight) for weight in _numbers("weights", weights, rows, models)],
         [float(share) for share in _numbers("density", density, rows, models, default=1.0)],
+        [float(share) for share in _numbers("gamma", gamma, rows, models, default=0.0)],
+        [float(half) for half in _numbers("epsilon", epsilon, rows, models, default=0.0)],
         [signed_key(key) for key in _numbers("keys", keys, rows, models, default=0)],
         [_code(code) for code in _numbers("thresholds", thresholds, rows, models, default=-1)],
         *(getattr(policy, name) for name in _POLICY_FIELDS),
@@ -738,6 +868,8 @@ def combine(
     weights: float | Sequence[float],
     policy: Policy | None = None,
     density: float | Sequence[float] | None = None,
+    gamma: float | Sequence[float] | None = None,
+    epsilon: float | Sequence[float] | None = None,
     keys: Sequence[int] | None = None,
     thresholds: Sequence[int] | None = None,
     lam: float = 1.0,
@@ -755,8 +887,13 @@ def combine(
         weights: one per model, or one for all.
         policy: the variants of the steps; the default is Task Arithmetic.
         density: the fraction of a delta to keep, in (0, 1]: one per model, or one for all. To be
-            given with sparsify="trim" and "drop", and only with them.
-        keys: one stream key per model (`stream_key(seed, model, tensor)`), for sparsify="drop".
+            given where something is sparsified, and only there.
+        gamma: the fraction of largest magnitudes to drop, in [0, 1], for sparsify="band".
+        epsilon: half the range of the keep probabilities, for sparsify="magprune", where
+            density - epsilon must be above 0 and density + epsilon at most 1. Rows are the last
+            dimension.
+        keys: one stream key per model (`stream_key(seed, model, tensor)`), for sparsify="drop" and
+            "magprune".
         thresholds: one magnitude code per model (`model_thresholds`) for a trim over more tensors
             than this one, beside the density that they were found for; without,
             trim_scope="model" takes this tensor for the whole model.
@@ -780,15 +917,18 @@ def combine(
 
         if any(isinstance(tensor, PackedDelta) for tensor in tensors):
             _refuse_beside_packed(
-                density=(density, None), keys=(keys, None), thresholds=(thresholds, None)
-            )
+                density=(density, None), gamma=(gamma, None), epsilon=(epsilon, None),
+                keys=(keys, None), thresholds=(thresholds, None),
+            )  # fmt: skip
             return combine_packed(
                 base, tensors, weights=weights, policy=policy, lam=lam, out_dtype=out_dtype,
                 backend=backend,
             )  # fmt: skip
     tensors = _listed("tensors", tensors)
     policy = Policy() if policy is None else policy
-    rest = _arguments(1, len(tensors), weights, policy, density, keys, thresholds, lam, out_dtype)
+    rest = _arguments(
+        1, len(tensors), weights, policy, density, gamma, epsilon, keys, thresholds, lam, out_dtype
+    )
     if backend is None:
         return cast(Tensor, _op(base, tensors, *rest))
     return _call_one(base, tensors, *rest).run_on(backend)[0]
@@ -801,6 +941,8 @@ def combine_many(
     weights: float | Sequence[float] | Sequence[Sequence[float]],
     policy: Policy | None = None,
     density: float | Sequence[float] | Sequence[Sequence[float]] | None = None,
+    gamma: float | Sequence[float] | Sequence[Sequence[float]] | None = None,
+    epsilon: float | Sequence[float] | Sequence[Sequence[float]] | None = None,
     keys: Sequence[Sequence[int]] | None = None,
     lam: float = 1.0,
     out_dtype: torch.dtype | None = None,
@@ -815,7 +957,8 @@ def combine_many(
         bases: one base per tensor of the model; None with `Policy(difference=False)`.
         tensors: for each tensor of the model the list of its K versions; packed ones as in
             `combine`.
-        weights, density: one number; one per model; or for each tensor one per model.
+        weights, density, gamma, epsilon: one number; one per model; or for each tensor one per
+            model.
         keys: for each tensor one stream key per model.
         policy, lam, out_dtype, backend: as in `combine`.
 
@@ -829,13 +972,16 @@ def combine_many(
         from cl_fast.ops.packing import PackedDelta, combine_packed_many
 
         if any(isinstance(x, PackedDelta) for row in tensors for x in row):
-            _refuse_beside_packed(density=(density, None), keys=(keys, None))
+            _refuse_beside_packed(
+                density=(density, None), gamma=(gamma, None), epsilon=(epsilon, None),
+                keys=(keys, None),
+            )  # fmt: skip
             return combine_packed_many(
                 bases, tensors, weights=weights, policy=policy, lam=lam, out_dtype=out_dtype,
                 backend=backend,
             )  # fmt: skip
     rows, models, policy, rest = _many_arguments(
-        tensors, weights, policy, density, keys, lam, out_dtype
+        tensors, weights, policy, density, gamma, epsilon, keys, lam, out_dtype
     )
     flat = [tensor for row in rows for tensor in row]
     listed = [] if bases is None else list(bases)
@@ -859,6 +1005,8 @@ def combine_(
     weights: float | Sequence[float],
     policy: Policy | None = None,
     density: float | Sequence[float] | None = None,
+    gamma: float | Sequence[float] | None = None,
+    epsilon: float | Sequence[float] | None = None,
     keys: Sequence[int] | None = None,
     lam: float = 1.0,
     backend: str | None = None,
@@ -869,8 +1017,8 @@ def combine_(
         As `combine`; ValueError too if `base` shares memory with one of `tensors`.
     """
     one_each = None if keys is None else [keys]
-    combine_many_([base], [tensors], weights=weights, policy=policy, density=density,
-                  keys=one_each, lam=lam, backend=backend)  # fmt: skip
+    combine_many_([base], [tensors], weights=weights, policy=policy, density=density, gamma=gamma,
+                  epsilon=epsilon, keys=one_each, lam=lam, backend=backend)  # fmt: skip
     return base
 
 
@@ -881,6 +1029,8 @@ def combine_many_(
     weights: float | Sequence[float] | Sequence[Sequence[float]],
     policy: Policy | None = None,
     density: float | Sequence[float] | Sequence[Sequence[float]] | None = None,
+    gamma: float | Sequence[float] | Sequence[Sequence[float]] | None = None,
+    epsilon: float | Sequence[float] | Sequence[Sequence[float]] | None = None,
     keys: Sequence[Sequence[int]] | None = None,
     lam: float = 1.0,
     backend: str | None = None,
@@ -889,12 +1039,15 @@ def combine_many_(
 
     Args:
         bases: one per entry of `tensors`, bfloat16, float16 or float32; contiguous or not.
-        tensors, weights, policy, density, keys, lam, backend: as in `combine_many`.
+        tensors, weights, policy, density, gamma, epsilon, keys, lam, backend: as in
+            `combine_many`.
 
     Raises:
         As `combine_many`; ValueError too if a base shares memory with another tensor of the call.
     """
-    rows, models, policy, rest = _many_arguments(tensors, weights, policy, density, keys, lam, None)
+    rows, models, policy, rest = _many_arguments(
+        tensors, weights, policy, density, gamma, epsilon, keys, lam, None
+    )
     flat = [tensor for row in rows for tensor in row]
     listed = _listed("bases", bases)
     if torch.is_grad_enabled() and any(base.requires_grad for base in listed):
@@ -914,6 +1067,8 @@ def _many_arguments(
     weights: Any,
     policy: Policy | None,
     density: Any,
+    gamma: Any,
+    epsilon: Any,
     keys: Any,
     lam: float,
     out_dtype: torch.dtype | None,
@@ -927,7 +1082,9 @@ def _many_arguments(
                 f"row {number} has {len(row)}"
             )
     policy = Policy() if policy is None else policy
-    rest = _arguments(len(rows), models, weights, policy, density, keys, None, lam, out_dtype)
+    rest = _arguments(
+        len(rows), models, weights, policy, density, gamma, epsilon, keys, None, lam, out_dtype
+    )
     return rows, models, policy, rest
 
 

@@ -79,6 +79,27 @@ def _keep_block(key: int, start: int, n: int, threshold: int, device: Any) -> Te
     return keep
 
 
+def below_thresholds(key: int, thresholds: Tensor, *, start: int = 0) -> Tensor:
+    """Which of the elements start, start + 1, ... of a stream have a draw below their threshold.
+
+    Args:
+        key: the stream's key.
+        thresholds: flat int64, one per element, in [0, 2^32].
+    """
+    keep = torch.empty(thresholds.shape, dtype=torch.bool, device=thresholds.device)
+    for first in range(0, thresholds.numel(), _BLOCK):
+        part = thresholds[first : first + _BLOCK]
+        at = start + first
+        groups = torch.arange(
+            at >> 4, (at + part.numel() + 15) >> 4, dtype=torch.int64, device=part.device
+        )
+        draws = torch.zeros(groups.numel() * 16, dtype=torch.int64, device=part.device)
+        for level in range(4):
+            draws = draws << 8 | _level_bytes(groups, level, key).reshape(-1)
+        keep[first : first + _BLOCK] = draws[at & 15 :][: part.numel()] < part
+    return keep
+
+
 def _level_bytes(groups: Tensor, level: int, key: int) -> Tensor:
     """The 16 bytes of one level for each group: uint8 [groups, 16]."""
     c0, c1 = groups & _MASK32, groups >> 32
@@ -197,6 +218,8 @@ class _Drop:
             models=1,
             weights=[1.0],
             densities=[self.density],
+            gammas=[0.0],
+            epsilons=[0.0],
             keys=[self.key],
             thresholds=[-1],
             policy=Policy(difference=False, sparsify="drop", rescale=self.rescale),  # type: ignore[arg-type]

@@ -1115,8 +1115,8 @@ def _check_policy(policy: Policy, bases: Any, any_packed: bool) -> None:
         raise ValueError(
             f"policy.sparsify must be 'drop' with packed deltas; got {policy.sparsify!r}"
         )
-    if policy.sparsify == "trim":
-        raise ValueError("policy.sparsify must be 'drop' or 'none'; got 'trim'")
+    if policy.sparsify not in ("drop", "none"):
+        raise ValueError(f"policy.sparsify must be 'drop' or 'none'; got {policy.sparsify!r}")
     if policy.difference and bases is None:
         raise ValueError("base must be given, since policy.difference is True")
     if bases is not None and not policy.difference:

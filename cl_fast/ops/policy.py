@@ -3,7 +3,8 @@
 Every delta merge of this library is the same pass over the elements of a tensor::
 
     d_k = x_k - base                                  (difference=True; else d_k = x_k)
-    d_k = 0 where not kept                            (sparsify: trim by magnitude | drop at random)
+    d_k = 0 where not kept                            (sparsify: trim, band by magnitude; drop,
+                                                       magprune at random)
     v_k = d_k * (weight_k * rescale_k)
     D   = reduce_k(v_k where its sign is the elected) (elect, reduce, divisor)
     out = base + lambda * D                           (difference=True; else lambda * D)
@@ -13,18 +14,21 @@ weights, densities and lambda travel beside it. The module imports nothing but t
 library, so that planning a merge needs neither torch nor the native core.
 
 Sources of the variants: TIES-Merging (Yadav et al. 2023), DARE (Yu et al. 2024), Task Arithmetic
-(Ilharco et al. 2023), Model Soups (Wortsman et al. 2022), and the behaviour of the libraries that
-implement them; docs/merge-recipes.md tells which library does what.
+(Ilharco et al. 2023), Model Soups (Wortsman et al. 2022), Model Breadcrumbs (Davari and Belilovsky
+2023), DELLA-Merging (Deep et al. 2024), and the behaviour of the libraries that implement them;
+docs/merge-recipes.md tells which library does what.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, get_args, get_type_hints
 
 __all__ = [
     "DTYPES",
+    "LONGEST_SCALED_ROW",
     "OUTPUT_DTYPES",
     "Divisor",
     "Elect",
@@ -36,6 +40,10 @@ __all__ = [
     "TrimCount",
     "TrimScope",
     "TrimTies",
+    "band_counts",
+    "check_keep_probabilities",
+    "row_length",
+    "selection_counts",
     "trim_keep_count",
 ]
 
@@ -46,7 +54,7 @@ DTYPES: dict[str, int] = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2"
 #: tensor they cannot hold a merged weight to half a spacing of anything useful.
 OUTPUT_DTYPES: tuple[str, ...] = ("F32", "BF16", "F16")
 
-Sparsify = Literal["none", "trim", "drop"]
+Sparsify = Literal["none", "trim", "drop", "band", "magprune"]
 TrimScope = Literal["tensor", "model"]
 TrimCount = Literal["at_least_one", "floor", "floor_plus_one"]
 TrimTies = Literal["first", "all", "none"]
@@ -65,14 +73,18 @@ class Policy:
         difference: combine the deltas ``x_k - base`` and add the base back; ``False`` combines
             the ``x_k`` themselves (soups).
         sparsify: ``none``; ``trim`` keeps the largest magnitudes (TIES); ``drop`` keeps each
-            element with probability ``density`` (DARE).
+            element with probability ``density`` (DARE); ``band`` drops the ``gamma`` largest
+            magnitudes and keeps ``density`` of those below (Model Breadcrumbs); ``magprune`` keeps
+            an element with a probability of ``density - epsilon`` to ``density + epsilon`` that
+            rises with the rank of its magnitude in its row (DELLA).
         trim_scope: the elements that compete for the kept places: those of one ``tensor``, or of
             the whole ``model``.
-        trim_count: how many places there are, see :func:`trim_keep_count`.
+        trim_count: how many places there are, see :func:`trim_keep_count`; of a band, too.
         trim_ties: of the elements exactly at the threshold keep the ``first`` by flat index until
             the count is met, ``all`` of them (more than the count), or ``none`` (fewer).
-        rescale: factor on what was kept: ``none``; ``keep_rate`` divides by the fraction kept;
-            ``l1`` multiplies by ``sum|d| / sum|d kept|``.
+        rescale: factor on what was kept: ``none``; ``keep_rate`` divides by the fraction kept (in
+            ``magprune`` each element by its own keep rate); ``l1`` multiplies by
+            ``sum|d| / sum|d kept|``.
         elect: one sign per element: ``none``; ``mass`` takes the sign of the sum of the votes;
             ``frequency`` the sign that more models have. A draw elects ``+``.
         elect_on: votes are the deltas times their weights (``weighted``) or without them.
@@ -105,6 +117,12 @@ class Policy:
             raise ValueError(
                 "Policy.trim_ties='first' needs trim_scope='tensor': the order of the tensors in "
                 "a model must not decide what is kept; use trim_ties='all' or 'none'"
+            )
+        if self.sparsify == "band" and (self.trim_scope, self.trim_ties) != ("tensor", "first"):
+            raise ValueError(
+                "Policy.sparsify='band' takes the magnitudes of one tensor, and of equal ones the "
+                "first: trim_scope='tensor' and trim_ties='first'; got "
+                f"{self.trim_scope!r} and {self.trim_ties!r}"
             )
         if self.sparsify == "none" and self.rescale != "none":
             raise ValueError(
@@ -159,3 +177,58 @@ def trim_keep_count(density: float, n: int, rule: TrimCount = "at_least_one") ->
     elif rule == "floor_plus_one":
         count += 1
     return min(n, count)
+
+
+def band_counts(density: float, gamma: float, n: int, rule: TrimCount = "floor") -> tuple[int, int]:
+    """How many of ``n`` magnitudes a band drops at the top, and how many it keeps below them.
+
+    ``n_keep`` follows from the density as in :func:`trim_keep_count`; ``n_top = int(gamma n)``, or
+    fewer where that would not leave ``n_keep``: the density comes first, as in mergekit. A
+    ``density >= 1`` keeps everything, whatever ``gamma`` says.
+
+    Raises:
+        ValueError: as :func:`trim_keep_count`; ``gamma`` is not a number in [0, 1].
+    """
+    if not 0.0 <= gamma <= 1.0:
+        raise ValueError(f"gamma must be in [0, 1]; got {gamma!r}")
+    keep = trim_keep_count(density, n, rule)
+    return min(int(gamma * n), n - keep), keep
+
+
+def check_keep_probabilities(density: float, epsilon: float) -> str | None:
+    """What is wrong with the keep probabilities ``density -+ epsilon`` of magprune, if anything.
+
+    All of them must be above 0 (at least 2^-32, the finest keep rate) and at most 1.
+    """
+    if density >= 1.0:
+        return None
+    most = min(density - 2.0**-32, 1.0 - density)
+    if 0.0 <= epsilon <= 1.0 and density - epsilon >= 2.0**-32 and density + epsilon <= 1.0:
+        return None
+    return (
+        f"the keep probabilities run from density - epsilon to density + epsilon and must lie in "
+        f"(0, 1]; got density {density:g} and epsilon {epsilon:g}, choose an epsilon of at most "
+        f"{max(0.0, most):.4g}"
+    )
+
+
+def row_length(shape: Sequence[int]) -> int:
+    """Elements of a row of a tensor: its last dimension; 1 for a tensor without dimensions."""
+    return shape[-1] if shape else 1
+
+
+#: Elements of a row up to which the C++ core scales what magprune keeps one by one
+#: (``rescale="keep_rate"``): each tile of a longer row would rank all of it again.
+LONGEST_SCALED_ROW = 1 << 20
+
+
+def selection_counts(policy: Policy, n: int, density: float, gamma: float) -> tuple[int, int]:
+    """How many of ``n`` magnitudes a term drops at the top, and how many it keeps below them.
+
+    Zeros where the policy selects nothing by magnitude.
+    """
+    if policy.sparsify == "band":
+        return band_counts(density, gamma, n, policy.trim_count)
+    if policy.sparsify == "trim":
+        return 0, trim_keep_count(density, n, policy.trim_count)
+    return 0, 0

@@ -10,7 +10,8 @@
 
 namespace clf {
 
-enum class Sparsify : int { None = 0, Trim = 1, Drop = 2 };
+// A band and magprune reach the kernels as a drop whose keep bits are given.
+enum class Sparsify : int { None = 0, Trim = 1, Drop = 2, Band = 3, Magprune = 4 };
 enum class Elect : int { None = 0, Mass = 1, Frequency = 2 };
 enum class Reduce : int { Sum = 0, Mean = 1, Max = 2 };
 
@@ -27,6 +28,7 @@ struct TermView {
   uint64_t key = 0;        // drop: random stream and threshold, position relative to `index0`
   uint32_t threshold = 0;
   const uint64_t* bits = nullptr;  // drop: the keep bits from element 0 on, where already drawn
+  const float* factors = nullptr;  // drop: a factor for each kept delta, beside bits
   float weight = 1.0f;   // for the divisor
   float scale = 1.0f;    // weight times rescale factor
   float rescale = 1.0f;  // for unweighted votes
@@ -56,6 +58,13 @@ struct TileView {
 
 constexpr int64_t scratch_floats(int64_t n_terms) { return (n_terms + 3) * kBlock; }
 
+// A band of magnitudes: |d| codes above `low` and below `high`; of those equal to `low` the ones at
+// positions below low_until, of those equal to `high` the ones from high_from on.
+struct BandView {
+  uint32_t low = 0, high = 0xffffffffu;
+  int64_t low_until = 0, high_from = 0;  // relative to the call
+};
+
 struct Kernels {
   const char* name;
   void (*combine)(TileView& t);
@@ -66,11 +75,20 @@ struct Kernels {
   int64_t (*count_equal)(DType tx, const uint8_t* x, DType tb, const uint8_t* base, int64_t n,
                          bool replace_nonfinite, uint32_t code);
   // Sums of |d| over one statistics chunk (n <= kStatChunk): all, and those kept by the term (for
-  // trimming: those above the threshold). Drawn keep bits go to `bits`, room for kStatChunk.
+  // trimming: those above the threshold). Keep bits are the term's own, or drawn into `bits`, room
+  // for kStatChunk.
   void (*l1)(const TermView& term, DType tb, const uint8_t* base, int64_t n, int64_t index0,
              bool replace_nonfinite, uint64_t* bits, double* all, double* kept);
   // One bit per element, n rounded up to 64 bits; index0 a multiple of 256.
   void (*keep_bits)(uint64_t key, int64_t index0, int64_t n, uint32_t threshold, uint64_t* bits);
+  // The leading byte of each element's draw; room for n rounded up to 256, index0 a multiple of 256.
+  void (*stream_bytes)(uint64_t key, int64_t index0, int64_t n, uint8_t* out);
+  // The codes |x - base| in order; room for n + 16.
+  void (*codes)(DType tx, const uint8_t* x, DType tb, const uint8_t* base, int64_t n,
+                bool replace_nonfinite, uint32_t* out);
+  // One bit per element: whether it is in the band.
+  void (*band_bits)(DType tx, const uint8_t* x, DType tb, const uint8_t* base, int64_t n,
+                    bool replace_nonfinite, const BandView& band, uint64_t* bits);
   void (*to_f32)(DType t, const uint8_t* x, int64_t n, float* out);
   void (*from_f32)(DType t, const float* x, int64_t n, uint8_t* out);
 };

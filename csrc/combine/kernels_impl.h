@@ -97,6 +97,11 @@ void keep_bits(uint64_t key, int64_t index0, int64_t n, uint32_t threshold, uint
   if (pending) settle();
 }
 
+void stream_bytes(uint64_t key, int64_t index0, int64_t n, uint8_t* out) {
+  for (int64_t o = 0; o < n; o += kFirstBytes)
+    store_first_bytes(key, uint64_t(index0 + o), out + o);
+}
+
 // ---------------------------------------------------------------- deltas of one block
 
 struct Scratch {
@@ -129,6 +134,7 @@ void fold_block(const TileView& t, TermView& term, int64_t offset, int64_t n, co
                 float* into, const uint64_t* bits) {
   const F scale = set1(term.scale);
   const int64_t until = term.ties_until - offset;
+  const float* factors = S == Sparsify::Magprune ? term.factors + offset : nullptr;
   for_deltas<T>(at(term.x, T, offset), base, n, t.replace_nonfinite, &term.nonfinite,
                 [&](int64_t i, F d) {
                   if (S == Sparsify::Trim) {
@@ -140,9 +146,10 @@ void fold_block(const TileView& t, TermView& term, int64_t offset, int64_t n, co
                                          : mask_and(tied, from_bits((1u << (until - i)) - 1u)));
                     }
                     d = keep(m, d);
-                  } else if (S == Sparsify::Drop) {
+                  } else if (S == Sparsify::Drop || S == Sparsify::Magprune) {
                     d = keep(from_bits(uint32_t(bits[i >> 6] >> (i & 63)) & 0xffffu), d);
                   }
+                  if (S == Sparsify::Magprune) d = mul(d, loadf(factors + i));
                   if (I == Into::Delta) {
                     storef(into + i, d);
                   } else {
@@ -174,7 +181,11 @@ void fold(const TileView& t, TermView& term, int64_t offset, int64_t n, const fl
         fold_block<T, Sparsify::Trim, I>(t, term, offset, n, base, into, bits);
         break;
       default:
-        fold_block<T, Sparsify::Drop, I>(t, term, offset, n, base, into, bits);
+        if (term.factors) {
+          fold_block<T, Sparsify::Magprune, I>(t, term, offset, n, base, into, bits);
+        } else {
+          fold_block<T, Sparsify::Drop, I>(t, term, offset, n, base, into, bits);
+        }
     }
   });
 }
@@ -424,7 +435,7 @@ bool fusable(const TileView& t, Sparsify* s) {
   if (t.difference && t.base_dtype != t.out_dtype) return false;
   *s = Sparsify::None;
   for (int k = 0; k < t.n_terms; ++k) {
-    if (t.terms[k].dtype != t.out_dtype) return false;
+    if (t.terms[k].dtype != t.out_dtype || t.terms[k].factors) return false;
     if (t.terms[k].sparsify != Sparsify::None) *s = t.terms[k].sparsify;
   }
   return true;
@@ -609,6 +620,32 @@ int64_t count_equal(DType tx, const uint8_t* x, DType tb, const uint8_t* base, i
   return count;
 }
 
+void codes(DType tx, const uint8_t* x, DType tb, const uint8_t* base, int64_t n, bool replace,
+           uint32_t* out) {
+  for_run(tx, x, tb, base, n, replace, [&](int64_t i, F d) {
+    storef(reinterpret_cast<float*>(out + i), flip(d, d));  // its sign taken away
+  });
+}
+
+void band_bits(DType tx, const uint8_t* x, DType tb, const uint8_t* base, int64_t n, bool replace,
+               const BandView& band, uint64_t* bits) {
+  const auto until = [](int64_t from, int64_t to) {  // lanes whose position is below `to`
+    return to - from >= 16 ? 0xffffu : to <= from ? 0u : (1u << (to - from)) - 1u;
+  };
+  uint64_t word = 0;
+  for_run(tx, x, tb, base, n, replace, [&](int64_t i, F d) {
+    uint32_t m = to_bits(code_gt(d, band.low)) |
+                 (to_bits(code_eq(d, band.low)) & until(i, band.low_until));
+    m &= ~to_bits(code_ge(d, band.high)) |
+         (to_bits(code_eq(d, band.high)) & ~until(i, band.high_from));
+    word |= uint64_t(m & 0xffffu) << (i & 63);
+    if ((i & 63) == 48 || i + 16 >= n) {
+      bits[i >> 6] = word;
+      word = 0;
+    }
+  });
+}
+
 template <DType T, DType TB>
 void l1_of(const TermView& term, const uint8_t* base, int64_t n, bool replace,
            const uint64_t* bits, double* all, double* kept) {
@@ -662,12 +699,14 @@ void l1_of(const TermView& term, const uint8_t* base, int64_t n, bool replace,
 
 void l1(const TermView& term, DType tb, const uint8_t* base, int64_t n, int64_t index0,
         bool replace, uint64_t* bits, double* all, double* kept) {
-  if (term.sparsify == Sparsify::Drop) keep_bits(term.key, index0, n, term.threshold, bits);
+  const uint64_t* kept_bits = term.bits ? term.bits : bits;
+  if (term.sparsify == Sparsify::Drop && !term.bits)
+    keep_bits(term.key, index0, n, term.threshold, bits);
   dispatch_dtype(term.dtype, [&](auto dx) {
     constexpr DType T = decltype(dx)::value;
-    if (!base || tb == T) return l1_of<T, T>(term, base, n, replace, bits, all, kept);
+    if (!base || tb == T) return l1_of<T, T>(term, base, n, replace, kept_bits, all, kept);
     dispatch_dtype(tb, [&](auto db) {
-      l1_of<T, decltype(db)::value>(term, base, n, replace, bits, all, kept);
+      l1_of<T, decltype(db)::value>(term, base, n, replace, kept_bits, all, kept);
     });
   });
 }
@@ -714,8 +753,8 @@ void from_f32(DType t, const float* x, int64_t n, uint8_t* out) {
 }  // namespace
 }  // namespace clf
 
-#define CLF_KERNEL_TABLE(symbol, name)                                                     \
-  namespace clf {                                                                          \
-  const Kernels symbol = {name,      combine, scan,   count_equal, l1, keep_bits, to_f32, \
-                          from_f32};                                                       \
+#define CLF_KERNEL_TABLE(symbol, name)                                                          \
+  namespace clf {                                                                               \
+  const Kernels symbol = {name, combine, scan, count_equal, l1, keep_bits, stream_bytes, codes, \
+                          band_bits, to_f32, from_f32};                                         \
   }

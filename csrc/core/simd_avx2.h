@@ -239,8 +239,8 @@ inline void philox_rounds(Philox4* s, uint64_t key) {
 }
 
 constexpr int64_t kFirstBytes = 128;
-inline void first_bytes(uint64_t key, uint64_t index, uint32_t want, uint64_t* below,
-                        uint64_t* equal) {
+// The level-0 bytes of 128 elements from a multiple of 128 on, 32 to a register.
+inline void level0_bytes(uint64_t key, uint64_t index, __m256i* bytes) {
   const __m256i lane = _mm256_setr_epi64x(0, 2, 1, 3);
   const uint64_t group = index >> 4;
   Philox4 s[2];
@@ -249,11 +249,26 @@ inline void first_bytes(uint64_t key, uint64_t index, uint32_t want, uint64_t* b
     s[c] = Philox4{g, _mm256_srli_epi64(g, 32), _mm256_setzero_si256(), _mm256_setzero_si256()};
   }
   philox_rounds<2>(s, key);
-  const __m256i t = _mm256_set1_epi8(char(want));
   for (int c = 0; c < 2; ++c) {
     const __m256i lo = _mm256_blend_epi32(s[c].c0, _mm256_slli_epi64(s[c].c1, 32), 0xAA);
     const __m256i hi = _mm256_blend_epi32(s[c].c2, _mm256_slli_epi64(s[c].c3, 32), 0xAA);
-    const __m256i a = _mm256_unpacklo_epi64(lo, hi), b = _mm256_unpackhi_epi64(lo, hi);
+    bytes[2 * c] = _mm256_unpacklo_epi64(lo, hi);
+    bytes[2 * c + 1] = _mm256_unpackhi_epi64(lo, hi);
+  }
+}
+inline void store_first_bytes(uint64_t key, uint64_t index, uint8_t* out) {
+  __m256i bytes[4];
+  level0_bytes(key, index, bytes);
+  for (int c = 0; c < 4; ++c)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32 * c), bytes[c]);
+}
+inline void first_bytes(uint64_t key, uint64_t index, uint32_t want, uint64_t* below,
+                        uint64_t* equal) {
+  __m256i bytes[4];
+  level0_bytes(key, index, bytes);
+  const __m256i t = _mm256_set1_epi8(char(want));
+  for (int c = 0; c < 2; ++c) {
+    const __m256i a = bytes[2 * c], b = bytes[2 * c + 1];
     const __m256i ea = _mm256_cmpeq_epi8(a, t), eb = _mm256_cmpeq_epi8(b, t);
     const __m256i ga = _mm256_cmpeq_epi8(_mm256_max_epu8(a, t), a);  // a >= t
     const __m256i gb = _mm256_cmpeq_epi8(_mm256_max_epu8(b, t), b);

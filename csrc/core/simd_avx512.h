@@ -182,8 +182,8 @@ inline void philox_rounds(Philox8* s, uint64_t key) {
 }
 
 constexpr int64_t kFirstBytes = 256;
-inline void first_bytes(uint64_t key, uint64_t index, uint32_t want, uint64_t* below,
-                        uint64_t* equal) {
+// The level-0 bytes of 256 elements from a multiple of 256 on, 64 to a register.
+inline void level0_bytes(uint64_t key, uint64_t index, __m512i* bytes) {
   // lane order such that the unpacks below leave the groups in sequence
   const __m512i lane = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
   const uint64_t group = index >> 4;
@@ -194,17 +194,29 @@ inline void first_bytes(uint64_t key, uint64_t index, uint32_t want, uint64_t* b
     s[c] = Philox8{g, _mm512_srli_epi64(g, 32), _mm512_setzero_si512(), _mm512_setzero_si512()};
   }
   philox_rounds<2>(s, key);
-  const __m512i t = _mm512_set1_epi8(char(want));
 #pragma GCC unroll 4
   for (int c = 0; c < 2; ++c) {
     const __m512i lo = _mm512_mask_mov_epi32(s[c].c0, 0xAAAA, _mm512_slli_epi64(s[c].c1, 32));
     const __m512i hi = _mm512_mask_mov_epi32(s[c].c2, 0xAAAA, _mm512_slli_epi64(s[c].c3, 32));
-    const __m512i a = _mm512_unpacklo_epi64(lo, hi), b = _mm512_unpackhi_epi64(lo, hi);
-    below[2 * c] = _mm512_cmplt_epu8_mask(a, t);
-    below[2 * c + 1] = _mm512_cmplt_epu8_mask(b, t);
-    equal[2 * c] = _mm512_cmpeq_epu8_mask(a, t);
-    equal[2 * c + 1] = _mm512_cmpeq_epu8_mask(b, t);
+    bytes[2 * c] = _mm512_unpacklo_epi64(lo, hi);
+    bytes[2 * c + 1] = _mm512_unpackhi_epi64(lo, hi);
   }
+}
+inline void first_bytes(uint64_t key, uint64_t index, uint32_t want, uint64_t* below,
+                        uint64_t* equal) {
+  __m512i bytes[4];
+  level0_bytes(key, index, bytes);
+  const __m512i t = _mm512_set1_epi8(char(want));
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    below[c] = _mm512_cmplt_epu8_mask(bytes[c], t);
+    equal[c] = _mm512_cmpeq_epu8_mask(bytes[c], t);
+  }
+}
+inline void store_first_bytes(uint64_t key, uint64_t index, uint8_t* out) {
+  __m512i bytes[4];
+  level0_bytes(key, index, bytes);
+  for (int c = 0; c < 4; ++c) _mm512_storeu_si512(out + 64 * c, bytes[c]);
 }
 
 inline void bytes_at(uint64_t key, const uint64_t* index, uint32_t level, uint32_t* bytes) {

@@ -170,6 +170,14 @@ inline void first_bytes(uint64_t key, uint64_t index, uint32_t want, uint64_t* b
   *equal = eq;
 }
 constexpr int64_t kFirstBytes = 64;  // elements per call of first_bytes
+inline void store_first_bytes(uint64_t key, uint64_t index, uint8_t* out) {
+  for (int g = 0; g < 4; ++g) {
+    const uint64_t group = (index >> 4) + uint64_t(g);
+    const Block b = philox4x32_10(uint32_t(group), uint32_t(group >> 32), 0, 0, uint32_t(key),
+                                  uint32_t(key >> 32));
+    for (int j = 0; j < 16; ++j) out[16 * g + j] = uint8_t(b.w[j >> 2] >> (8 * (j & 3)));
+  }
+}
 
 // Byte `level` of the streams at eight positions.
 inline void bytes_at(uint64_t key, const uint64_t* index, uint32_t level, uint32_t* bytes) {

@@ -21,6 +21,8 @@ constexpr int64_t kModelRuns = 4096;      // samples per model
 constexpr int64_t kMaxBins = int64_t(1) << 19;
 constexpr uint32_t kLargestCode = 0x7fffffffu;
 constexpr int64_t kReadAhead = int64_t(8) << 20;
+constexpr int64_t kRowElements = 32768;  // rows are ranked so many elements at a time, or one by one
+constexpr int64_t kLongestRow = int64_t(1) << 31;
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
@@ -70,14 +72,15 @@ struct Job::Selection {
 struct Job::Task {
   TaskSpec spec;
   std::vector<TermSpec> terms;
-  std::deque<Selection> selections;  // one per term
+  std::deque<Selection> selections;  // one per term; band: then the upper ends, one per term
   std::vector<Phase> phases;
   std::atomic<int64_t> remaining{0};  // tiles of the current phase
   int completed = 0;                  // phases, guarded by the job's mutex
   float denominator = 1.0f;
   std::vector<TermView> views;         // templates for the kernels
-  std::vector<int64_t> ties_kept;      // per term: how many of the tied; -1 all
-  std::deque<std::atomic<int64_t>> tied_until;  // [term][tile] inclusive prefix of ties, -1 unknown
+  std::vector<BandView> bands;         // likewise, for a band
+  std::vector<int64_t> ties_kept;      // per selection: how many of the tied are taken; -1 all
+  std::deque<std::atomic<int64_t>> tied_until;  // [selection][tile] inclusive prefix, -1 unknown
   std::vector<double> l1_all, l1_kept;  // [term][chunk]
   bool keep_bits = false;      // whether the bits drawn for the sums are small enough to keep
   std::vector<uint64_t> bits;  // [term][chunk], while the task is worked on
@@ -88,6 +91,7 @@ struct Job::Task {
   std::mutex mutex;
 
   int sources() const { return int(terms.size()) + (spec.base ? 1 : 0); }
+  const TermSpec& term_of(size_t selection) const { return terms[selection % terms.size()]; }
   bool has_phase(Phase p) const { return std::find(phases.begin(), phases.end(), p) != phases.end(); }
 };
 
@@ -95,6 +99,9 @@ struct Job::Worker {
   size_t id = 0;
   std::vector<AlignedBuffer> inputs;
   AlignedBuffer output, scratch, codes;
+  AlignedBuffer row_codes, row_bytes, keep_bits, factors;  // magprune, and the bits of a band
+  RankScratch ranks;
+  std::vector<KeepTable> tables;  // per term
   std::vector<TermView> views;
 };
 
@@ -139,6 +146,11 @@ int Job::add_task(const TaskSpec& spec) {
   if (spec.difference && !spec.base) throw std::invalid_argument("difference needs a base");
   if (spec.elect == Elect::None && spec.reduce == Reduce::Max)
     throw std::invalid_argument("reduce max needs an election");
+  if (spec.sparsify == Sparsify::Magprune) {
+    const int64_t row = spec.row > 0 ? spec.row : spec.n;
+    if (row >= kLongestRow) throw std::invalid_argument("a row of magprune is 2^31 elements or more");
+    if (row > 0 && spec.n % row) throw std::invalid_argument("n must be whole rows");
+  }
   if (spec.base) check(*spec.base, spec.n);
   auto t = std::make_unique<Task>();
   t->spec = spec;
@@ -299,21 +311,26 @@ void Job::scan_tile(Task& t, Selection& s, const TermSpec& term, int slot, int64
 }
 
 void Job::sample(Task& t, Worker& w) {
-  for (size_t k = 0; k < t.terms.size(); ++k) {
+  for (size_t k = 0; k < t.selections.size(); ++k) {
     if (!t.selections[k].active || t.selections[k].done) continue;
     std::vector<uint32_t> codes;
     std::vector<int64_t> run_ends;
-    sample_into(t, t.terms[k], w, kRuns, &codes, &run_ends);
-    bracket(t.selections[k], codes, run_ends, t.spec.n, int(t.terms.size()));
+    sample_into(t, t.term_of(k), w, kRuns, &codes, &run_ends);
+    bracket(t.selections[k], codes, run_ends, t.spec.n, int(t.selections.size()));
   }
 }
 
 // The thresholds are known: how many of the tied elements stay, and the kernels' templates.
 void Job::settle(Task& t) {
-  for (size_t k = 0; k < t.terms.size(); ++k) {
+  const size_t K = t.terms.size();
+  for (size_t k = 0; k < t.selections.size(); ++k) {
     const Selection& s = t.selections[k];
     if (!s.active) continue;
-    t.views[k].code = s.code;
+    if (t.spec.sparsify == Sparsify::Band) {
+      (k < K ? t.bands[k].low : t.bands[k - K].high) = s.code;
+    } else {
+      t.views[k].code = s.code;
+    }
     if (t.spec.ties == Ties::None) {
       t.ties_kept[k] = 0;
     } else if (t.spec.ties == Ties::First && s.k - s.greater < s.equal) {
@@ -330,18 +347,18 @@ void Job::select_whole(Task& t, Worker& w) {
   const uint8_t* base = t.spec.difference ? fetch(w, *t.spec.base, 0, 0, n) : nullptr;
   const DType tb = base ? t.spec.base->dtype : DType::F32;
   const bool replace = nan_ == NanPolicy::Zero;
-  for (size_t k = 0; k < t.terms.size(); ++k) {
+  for (size_t k = 0; k < t.selections.size(); ++k) {
     Selection& s = t.selections[k];
     if (!s.active || s.done) continue;
-    const TermSpec& term = t.terms[k];
+    const TermSpec& term = t.term_of(k);
     std::vector<uint32_t> sampled;
     std::vector<int64_t> run_ends;
     if (n > 4 * kRuns * kRun) {
       sample_into(t, term, w, kRuns, &sampled, &run_ends);
       base = t.spec.difference ? fetch(w, *t.spec.base, 0, 0, n) : nullptr;
     }
-    bracket(s, sampled, run_ends, n, int(t.terms.size()));
-    const uint8_t* x = fetch(w, term.x, int(k) + 1, 0, n);
+    bracket(s, sampled, run_ends, n, int(t.selections.size()));
+    const uint8_t* x = fetch(w, term.x, int(k % t.terms.size()) + 1, 0, n);
     int64_t above = 0;
     int64_t found =
         kernels().scan(term.x.dtype, x, tb, base, n, replace, s.lo, s.hi, codes, &above);
@@ -481,6 +498,36 @@ std::vector<std::vector<uint64_t>> Job::count_codes(const std::vector<CodeRange>
   return totals;
 }
 
+// ---------------------------------------------------------------- magprune
+
+// Keep bits, and factors if wanted, of the elements [first, first + n) of a term. A row that the
+// tile cuts is ranked whole, by both its tiles.
+void Job::magprune_tile(Task& t, size_t k, int64_t first, int64_t n, Worker& w, uint64_t* bits,
+                        float* factors) {
+  const TermSpec& term = t.terms[k];
+  const int64_t length = t.spec.row > 0 ? t.spec.row : t.spec.n;
+  if (w.tables.size() < t.terms.size()) w.tables.resize(t.terms.size());
+  KeepTable& table = w.tables[k];
+  table.make(length, term.density, term.epsilon);
+  uint8_t* bytes = w.row_bytes.reserve(n + 256);
+  kernels().stream_bytes(term.key, first, n, bytes);
+  const int slot = int(t.terms.size()) + 1;  // the tile itself stays in the slots before
+  const int64_t group = std::max<int64_t>(1, kRowElements / length) * length;
+  for (int64_t at = first / length * length; at < first + n; at += group) {
+    const int64_t m = std::min(group, (first + n - at + length - 1) / length * length);
+    const uint8_t* x = fetch(w, term.x, slot, at, m);
+    const uint8_t* base = t.spec.difference ? fetch(w, *t.spec.base, slot + 1, at, m) : nullptr;
+    auto* codes = reinterpret_cast<uint32_t*>(w.row_codes.reserve((m + 16) * 4));
+    kernels().codes(term.x.dtype, x, base ? t.spec.base->dtype : DType::F32, base, m,
+                    nan_ == NanPolicy::Zero, codes);
+    for (int64_t row = at; row < at + m; row += length)
+      magprune_row(codes + (row - at), table, term.key, row, std::max<int64_t>(0, first - row),
+                   std::min(length, first + n - row), bytes + (row - first),
+                   factors ? factors + (row - first) : nullptr, w.ranks);
+  }
+  pack_bytes(bytes, n, bits);
+}
+
 // ---------------------------------------------------------------- l1 sums
 
 void Job::l1_tile(Task& t, int64_t tile, Worker& w) {
@@ -496,9 +543,23 @@ void Job::l1_tile(Task& t, int64_t tile, Worker& w) {
     TermView view = t.views[k];
     if (view.sparsify == Sparsify::None) continue;
     const uint8_t* x = fetch(w, t.terms[k].x, int(k) + 1, first, n);
+    uint64_t* given = nullptr;  // the keep bits of the tile, unless they are drawn chunk by chunk
+    if (t.spec.sparsify == Sparsify::Band) {
+      given = reinterpret_cast<uint64_t*>(w.keep_bits.reserve((n + 64) / 8 + 8));
+      BandView inside = t.bands[k];  // without those at its ends
+      inside.low_until = 0;
+      inside.high_from = n;
+      kernels().band_bits(view.dtype, x, tb, base, n, nan_ == NanPolicy::Zero, inside, given);
+    } else if (t.spec.sparsify == Sparsify::Magprune) {
+      given = t.bits.empty()
+                  ? reinterpret_cast<uint64_t*>(w.keep_bits.reserve((n + 64) / 8 + 8))
+                  : &t.bits[(k * size_t(chunks) + size_t(first / kStatChunk)) * (kStatChunk / 64)];
+      magprune_tile(t, k, first, n, w, given, nullptr);
+    }
     for (int64_t o = 0; o < n; o += kStatChunk) {
       const size_t at = k * size_t(chunks) + size_t((first + o) / kStatChunk);
       view.x = x + o * dtype_size(view.dtype);
+      view.bits = given ? given + o / 64 : nullptr;
       uint64_t* bits = t.bits.empty() ? reinterpret_cast<uint64_t*>(w.codes.reserve(kStatChunk / 8))
                                       : &t.bits[at * (kStatChunk / 64)];
       kernels().l1(view, tb, base ? base + o * dtype_size(tb) : nullptr,
@@ -521,6 +582,21 @@ void Job::finish_l1(Task& t) {
       const Selection& s = t.selections[k];
       const int64_t tied = t.ties_kept[k] < 0 ? s.equal : t.ties_kept[k];
       kept += double(bits_f32(s.code)) * double(tied);
+    } else if (t.spec.sparsify == Sparsify::Band && t.terms[k].keep_count > 0) {
+      // What is kept at both ends, which may be one.
+      const Selection &low = t.selections[k], &high = t.selections[k + t.terms.size()];
+      double at_low = 0.0;
+      if (low.active) at_low = double(t.ties_kept[k] < 0 ? low.equal : t.ties_kept[k]);
+      if (high.active) {
+        const int64_t cut = t.ties_kept[k + t.terms.size()];
+        const double dropped = double(cut < 0 ? high.equal : cut);
+        if (low.active && low.code == high.code) {
+          at_low -= dropped;
+        } else {
+          kept += double(bits_f32(high.code)) * (double(high.equal) - dropped);
+        }
+      }
+      if (low.active) kept += double(bits_f32(low.code)) * at_low;
     }
     const double r = all < 1e-7 || kept < 1e-7 ? 1.0 : all / kept;
     t.rescale[k] = r;
@@ -545,47 +621,67 @@ void Job::combine_tile(Task& t, int64_t tile, Worker& w) {
 
   // Which of the elements tied at a threshold stay: the first ones of the tensor. Each tile counts
   // its own and adds the total before it, which the owner of the tile before publishes.
-  for (size_t k = 0; k < K; ++k) {
-    TermView& v = w.views[k];
-    if (v.sparsify != Sparsify::Trim) continue;
-    const int64_t kept = t.ties_kept[k];
-    if (kept <= 0) {
-      v.ties_until = kept < 0 ? n : 0;
-      continue;
-    }
+  // Returns the position in the tile before which the tied elements are taken; -1 when stopped.
+  const auto ties_before = [&](const TermView& v, uint32_t code, size_t selection) -> int64_t {
+    const int64_t kept = t.ties_kept[selection];
+    if (kept <= 0) return kept < 0 ? n : 0;
     const auto equal = [&](int64_t from, int64_t count) {
       return kernels().count_equal(v.dtype, v.x + from * dtype_size(v.dtype), tb,
                                    base ? base + from * dtype_size(tb) : nullptr, count, replace,
-                                   v.code);
+                                   code);
     };
     const int64_t here = equal(0, n);
-    const size_t at = k * size_t(n_tiles) + size_t(tile);
+    const size_t at = selection * size_t(n_tiles) + size_t(tile);
     int64_t before = 0;
     if (tile > 0) {
       while ((before = t.tied_until[at - 1].load(std::memory_order_acquire)) < 0) {
-        if (stop_) return;
+        if (stop_) return -1;
         std::this_thread::yield();
       }
     }
     t.tied_until[at].store(before + here, std::memory_order_release);
-    if (before + here <= kept) {
-      v.ties_until = n;
-    } else if (before >= kept) {
-      v.ties_until = 0;
-    } else {  // the boundary is in this tile: halve until it is found
-      int64_t need = kept - before, from = 0, length = n;
-      while (length > 1) {
-        const int64_t half = (length + 1) / 2;
-        const int64_t in_half = equal(from, half);
-        if (in_half >= need) {
-          length = half;
-        } else {
-          need -= in_half;
-          from += half;
-          length -= half;
-        }
+    if (before + here <= kept) return n;
+    if (before >= kept) return 0;
+    // the boundary is in this tile: halve until it is found
+    int64_t need = kept - before, from = 0, length = n;
+    while (length > 1) {
+      const int64_t half = (length + 1) / 2;
+      const int64_t in_half = equal(from, half);
+      if (in_half >= need) {
+        length = half;
+      } else {
+        need -= in_half;
+        from += half;
+        length -= half;
       }
-      v.ties_until = from + 1;
+    }
+    return from + 1;
+  };
+  const int64_t words = (n + 63) / 64;
+  for (size_t k = 0; k < K; ++k) {
+    TermView& v = w.views[k];
+    if (v.sparsify == Sparsify::Trim) {
+      if ((v.ties_until = ties_before(v, v.code, k)) < 0) return;
+    } else if (v.sparsify == Sparsify::Drop && spec.sparsify == Sparsify::Band) {
+      BandView band = t.bands[k];
+      if ((band.low_until = ties_before(v, band.low, k)) < 0) return;
+      if ((band.high_from = ties_before(v, band.high, k + K)) < 0) return;
+      uint64_t* bits =
+          reinterpret_cast<uint64_t*>(w.keep_bits.reserve(int64_t(K) * words * 8)) + k * words;
+      kernels().band_bits(v.dtype, v.x, tb, base, n, replace, band, bits);
+      v.bits = bits;
+    } else if (v.sparsify == Sparsify::Drop && spec.sparsify == Sparsify::Magprune &&
+               t.bits.empty()) {
+      uint64_t* bits =
+          reinterpret_cast<uint64_t*>(w.keep_bits.reserve(int64_t(K) * words * 8)) + k * words;
+      float* factors = nullptr;
+      if (spec.rescale == Rescale::KeepRate) {
+        const int64_t room = (n + 15) / 16 * 16;
+        factors = reinterpret_cast<float*>(w.factors.reserve(int64_t(K) * room * 4)) + k * room;
+      }
+      magprune_tile(t, k, first, n, w, bits, factors);
+      v.bits = bits;
+      v.factors = factors;
     }
   }
 
@@ -618,8 +714,12 @@ void Job::combine_tile(Task& t, int64_t tile, Worker& w) {
     for (size_t k = 0; k < K; ++k) {
       terms[k].x = w.views[k].x + o * dtype_size(terms[k].dtype);
       terms[k].ties_until = w.views[k].ties_until - o;
-      if (!t.bits.empty() && terms[k].sparsify == Sparsify::Drop)
+      if (!t.bits.empty() && terms[k].sparsify == Sparsify::Drop) {
         terms[k].bits = &t.bits[(k * size_t(chunks) * kStatChunk + size_t(first + o)) / 64];
+      } else if (w.views[k].bits) {
+        terms[k].bits = w.views[k].bits + o / 64;
+        if (w.views[k].factors) terms[k].factors = w.views[k].factors + o;
+      }
     }
     kernels().combine(view);
     if (checksums_) {
@@ -687,9 +787,11 @@ void Job::prepare(Task& t) {
     t.phases = {Phase::Combine};
     return;
   }
-  t.selections.resize(K);
+  const bool band = spec.sparsify == Sparsify::Band, magprune = spec.sparsify == Sparsify::Magprune;
+  t.selections.resize(band ? 2 * K : K);
   t.views.assign(K, TermView());
-  t.ties_kept.assign(K, -1);
+  t.bands.assign(band ? K : 0, BandView());
+  t.ties_kept.assign(t.selections.size(), -1);
   t.rescale.assign(K, 1.0);
   bool select = false, sums = false, ordered = false;
   double weights = 0.0;
@@ -701,7 +803,32 @@ void Job::prepare(Task& t) {
     v.dtype = term.x.dtype;
     v.weight = float(term.weight);
     if (term.density < 1.0) v.sparsify = spec.sparsify;
-    if (v.sparsify == Sparsify::Drop) {
+    if (v.sparsify == Sparsify::Band) {
+      v.sparsify = Sparsify::Drop;
+      const int64_t top = std::clamp<int64_t>(term.drop_count, 0, spec.n);
+      const int64_t end = std::min(top + std::max<int64_t>(term.keep_count, 0), spec.n);
+      Selection& upper = t.selections[K + k];
+      if (end <= top) {  // nothing stays
+        t.bands[k].low = 0xffffffffu;
+        t.ties_kept[k] = 0;
+      } else {
+        const auto want = [&](Selection& one, int64_t count) {
+          one.active = true;
+          one.k = count;
+          select = ordered = true;
+        };
+        if (end < spec.n) want(s, end);  // else everything down to zero, and all that is zero
+        if (top > 0) want(upper, top);
+      }
+      if (!upper.active) t.ties_kept[K + k] = 0;
+    }
+    if (v.sparsify == Sparsify::Magprune) {
+      v.sparsify = Sparsify::Drop;
+      if (!(term.density - term.epsilon > 0.0) || !(term.density + term.epsilon <= 1.0) ||
+          !(term.epsilon >= 0.0))
+        throw std::invalid_argument("keep probabilities of magprune outside of (0, 1]");
+    }
+    if (v.sparsify == Sparsify::Drop && spec.sparsify == Sparsify::Drop) {
       v.key = term.key;
       v.threshold = uint32_t(term.keep_threshold);
       if (term.keep_threshold >> 32) v.sparsify = Sparsify::None;
@@ -724,7 +851,8 @@ void Job::prepare(Task& t) {
     }
     if (v.sparsify != Sparsify::None) {
       if (spec.rescale == Rescale::KeepRate)
-        t.rescale[k] = v.sparsify == Sparsify::Drop
+        t.rescale[k] = magprune ? 1.0  // each element has a factor of its own
+                       : v.sparsify == Sparsify::Drop && !band
                            ? 4294967296.0 / double(std::max<uint64_t>(term.keep_threshold, 1))
                            : 1.0 / term.density;
       sums = sums || spec.rescale == Rescale::L1;
@@ -740,7 +868,7 @@ void Job::prepare(Task& t) {
     const size_t chunks = size_t((spec.n + kStatChunk - 1) / kStatChunk);
     t.l1_all.assign(K * chunks, 0.0);
     t.l1_kept.assign(K * chunks, 0.0);
-    t.keep_bits = spec.sparsify == Sparsify::Drop &&
+    t.keep_bits = (spec.sparsify == Sparsify::Drop || magprune) &&
                   int64_t(K * chunks) * (kStatChunk / 8) <= memory_ / 4;
   }
   if (n_tiles == 1 && (select || sums)) {
@@ -755,7 +883,8 @@ void Job::prepare(Task& t) {
   }
   if (ordered) {
     t.tied_until.clear();
-    for (size_t i = 0; i < K * size_t(n_tiles); ++i) t.tied_until.emplace_back(-1);
+    for (size_t i = 0; i < t.selections.size() * size_t(n_tiles); ++i)
+      t.tied_until.emplace_back(-1);
   }
   settle(t);
 }
@@ -799,13 +928,13 @@ bool Job::wait_for(Task& t, int phases) {
 
 void Job::finish_phase(Task& t, Phase phase, Worker& w) {
   if (phase == Phase::Scan) {
-    for (size_t k = 0; k < t.terms.size(); ++k) {
+    for (size_t k = 0; k < t.selections.size(); ++k) {
       Selection& s = t.selections[k];
       if (!s.active || s.done) continue;
       // nearly always one scan is enough; a range that was missed is scanned again right here
       while (!resolve(s)) {
         for (int64_t tile = 0; tile < tiles(t) && !stop_; ++tile)
-          scan_tile(t, s, t.terms[k], int(k) + 1, tile, w);
+          scan_tile(t, s, t.term_of(k), int(k % t.terms.size()) + 1, tile, w);
         if (stop_) return;
       }
     }
@@ -839,15 +968,15 @@ void Job::execute(Worker& w, const Unit& unit, int64_t tile) {
       sample(t, w);
       break;
     case Phase::Scan:
-      for (size_t k = 0; k < t.terms.size(); ++k)
+      for (size_t k = 0; k < t.selections.size(); ++k)
         if (t.selections[k].active && !t.selections[k].done)
-          scan_tile(t, t.selections[k], t.terms[k], int(k) + 1, tile, w);
+          scan_tile(t, t.selections[k], t.term_of(k), int(k % t.terms.size()) + 1, tile, w);
       break;
     case Phase::L1:
       l1_tile(t, tile, w);
       break;
     case Phase::Whole:
-      if (t.spec.sparsify == Sparsify::Trim) {
+      if (t.spec.sparsify == Sparsify::Trim || t.spec.sparsify == Sparsify::Band) {
         select_whole(t, w);
         settle(t);
       }
@@ -966,6 +1095,12 @@ TaskResult Job::result(int task) const {
   for (size_t k = 0; k < t.terms.size() && !t.spec.copy && !t.views.empty(); ++k) {
     const Selection& s = t.selections[k];
     r.codes.push_back(s.active ? int64_t(s.code) : -1);
+    if (t.spec.sparsify == Sparsify::Band) {
+      const int64_t room = t.spec.n - std::min(t.terms[k].drop_count, t.spec.n);
+      r.kept.push_back(t.terms[k].density < 1.0 ? std::min(t.terms[k].keep_count, room) : -1);
+      r.rescale.push_back(t.rescale[k]);
+      continue;
+    }
     r.kept.push_back(!s.active || t.terms[k].fixed_code >= 0
                          ? -1
                          : s.greater + (t.ties_kept[k] < 0 ? s.equal : t.ties_kept[k]));

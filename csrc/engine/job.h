@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "../combine/kernels.h"
+#include "../combine/magprune.h"
 #include "files.h"
 
 namespace clf {
@@ -38,7 +39,9 @@ struct TermSpec {
   double density = 1.0;
   uint64_t key = 0;             // drop
   uint64_t keep_threshold = 0;  // drop, of 2^32
-  int64_t keep_count = 0;       // trim
+  int64_t keep_count = 0;       // trim and band
+  int64_t drop_count = 0;       // band: the largest ones, which are not kept
+  double epsilon = 0.0;         // magprune: half of the range of the keep probabilities
   int64_t fixed_code = -1;      // trim: threshold given by the caller
 };
 
@@ -52,6 +55,7 @@ struct TaskSpec {
   std::optional<Source> base;
   bool difference = false;
   Sparsify sparsify = Sparsify::None;
+  int64_t row = 0;  // magprune: elements of a row; 0: all are one
   Ties ties = Ties::First;
   Rescale rescale = Rescale::None;
   Elect elect = Elect::None;
@@ -126,6 +130,8 @@ class Job {
   void scan_tile(Task& t, Selection& s, const TermSpec& term, int slot, int64_t tile, Worker& w);
   bool resolve(Selection& s);
   void settle(Task& t);
+  void magprune_tile(Task& t, size_t k, int64_t first, int64_t n, Worker& w, uint64_t* bits,
+                     float* factors);
   void select_whole(Task& t, Worker& w);
   void l1_tile(Task& t, int64_t tile, Worker& w);
   void finish_l1(Task& t);

@@ -51,6 +51,8 @@ def reference(root: Path, method: str) -> dict[str, torch.Tensor]:
             weights=[1.0, 0.5, 0.25],
             policy=tensor.policy,
             density=[term.density for term in tensor.terms],
+            gamma=[term.gamma for term in tensor.terms],
+            epsilon=[term.epsilon for term in tensor.terms],
             keys=[stream_key(0, name, tensor.name) for name in ("one", "two", "three")],
             thresholds=codes,
             lam=tensor.lam,
@@ -72,7 +74,9 @@ def test_every_method_writes_what_its_definition_says(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("method", ["ties", "ties paper", "dare_linear"])
+@pytest.mark.parametrize(
+    "method", ["ties", "ties paper", "dare_linear", "breadcrumbs", "della", "della_linear"]
+)
 def test_nothing_but_the_recipe_and_the_inputs_decides_the_bytes(
     root: Path, tmp_path: Path, method: str
 ) -> None:

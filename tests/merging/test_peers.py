@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from cl_fast.merging import dare_linear, dare_ties, linear, task_arithmetic, ties
+from cl_fast.merging.state_dicts import breadcrumbs, breadcrumbs_ties, della, della_linear
 from cl_fast.ops import Policy, combine, keep_mask, keep_threshold, stream_key
+from cl_fast.ops.magnitude import magnitude_codes
+from cl_fast.ops.ranking import magprune_mask
 
 pytestmark = pytest.mark.peers
 
@@ -110,6 +113,98 @@ def test_mergekit_ties(mergekit: Any, density: float, normalize: bool | None, ba
     theirs = by_mergekit(mergekit, "ties", base, models, **parameters)
     ours = ties(base, models, weight=WEIGHTS, density=density, normalize=normalize, backend=backend)
     assert_equal_within_rounding(ours, theirs, base, models)
+
+
+@pytest.mark.parametrize("method", [breadcrumbs, breadcrumbs_ties])
+@pytest.mark.parametrize(
+    ("density", "gamma"), [(0.3, 0.05), (0.5, 0.01), (0.95, 0.2), (0.4, 0.0), (1.0, 0.5)]
+)
+def test_mergekit_breadcrumbs(
+    mergekit: Any, method: Any, density: float, gamma: float, backend: str
+) -> None:
+    base, models = family()
+    gammas = (gamma, gamma / 2, gamma)
+    theirs = by_mergekit(
+        mergekit, method.__name__, base, models,
+        weight=per_model(*WEIGHTS), density=density, gamma=per_model(*gammas),
+    )  # fmt: skip
+    ours = method(
+        base, models, weight=WEIGHTS, density=density, gamma=list(gammas), backend=backend
+    )
+    assert_equal_within_rounding(ours, theirs, base, models)
+
+
+@pytest.mark.parametrize("method", [della_linear, della])
+@pytest.mark.parametrize(("density", "epsilon", "rescale"), [(0.3, 0.15, True), (0.5, 0.2, False)])
+def test_mergekit_della(
+    mergekit: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    method: Any,
+    density: float,
+    epsilon: float,
+    rescale: bool,
+    backend: str,
+) -> None:
+    """Its keep probabilities are ours; its generator is made to draw our masks."""
+    whole, all_models = family()
+    for key in whole:
+        base = {key: whole[key]}
+        models = {name: {key: state[key]} for name, state in all_models.items()}
+        waiting = list(NAMES)
+
+        def bernoulli(p: Tensor, key: str = key, waiting: list[str] = waiting) -> Tensor:
+            name = waiting.pop(0)
+            codes = magnitude_codes((all_models[name][key] - whole[key]).reshape(-1))
+            keep, thresholds = magprune_mask(
+                codes, p.shape[-1], density, epsilon, stream_key(0, name, key)
+            )
+            ours = (thresholds.double() / 2**32).reshape(p.shape)
+            assert torch.allclose(p.double(), ours, rtol=0, atol=1e-6)
+            return keep.reshape(p.shape).to(p.dtype)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "bernoulli", bernoulli)
+            theirs = by_mergekit(
+                mergekit, method.__name__, base, models,
+                weight=per_model(*WEIGHTS), density=density, epsilon=epsilon, rescale=rescale,
+            )  # fmt: skip
+        assert not waiting
+        ours = method(
+            base, models, weight=WEIGHTS, density=density, epsilon=epsilon, rescale=rescale,
+            backend=backend,
+        )  # fmt: skip
+        assert_equal_within_rounding(ours, theirs, base, models)
+
+
+@pytest.mark.parametrize("method", [breadcrumbs, breadcrumbs_ties])
+def test_closer_than_mergekit_in_bfloat16(mergekit: Any, method: Any, backend: str) -> None:
+    """At its own setting, the storage type, against the sorted definition in float64."""
+    base, models = family(torch.bfloat16)
+    theirs = mergekit.merge_state_dicts(
+        {"base": base, **models},
+        method.__name__,
+        parameters={"weight": per_model(*WEIGHTS), "density": 0.5, "gamma": 0.1},
+        base="base",
+    )
+    ours = method(base, models, weight=WEIGHTS, density=0.5, gamma=0.1, backend=backend)
+    error = {"ours": 0.0, "theirs": 0.0}
+    for key, b in base.items():
+        total, n = [], b.numel()
+        for weight, state in zip(WEIGHTS, models.values(), strict=True):
+            d = (state[key].double() - b.double()).flatten()
+            order = d.abs().sort(descending=True, stable=True).indices
+            kept = torch.zeros_like(d)
+            band = order[int(0.1 * n) : int(0.1 * n) + int(0.5 * n)]
+            kept[band] = weight * d[band]
+            total.append(kept.view(b.shape))
+        votes = torch.stack(total)
+        if method is breadcrumbs_ties:
+            majority = torch.where(votes.sum(0) >= 0, 1.0, -1.0)
+            votes = torch.where(votes.sign() == majority, votes, 0.0)
+        want = b.double() + votes.sum(0)
+        for name, state in (("ours", ours), ("theirs", theirs)):
+            error[name] += float((state[key].double() - want).abs().sum())
+    assert error["ours"] < 0.9 * error["theirs"], error
 
 
 @pytest.fixture

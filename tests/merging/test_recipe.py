@@ -466,7 +466,7 @@ BAD: list[Any] = [
     (parameters(wieght=1), "parameters.wieght: unknown parameter; did you mean 'weight'?"),
     (parameters(xyzzy=1), "parameters.xyzzy: unknown parameter; 'ties' takes weight, density"),
     (parameters(t=0.5), "'t' belongs to other merge methods"),
-    (parameters(epsilon=0.5), "belongs to other merge methods"),
+    (parameters(select_topk=0.5), "belongs to other merge methods"),
     (parameters("linear", density=0.5), "'density' has no effect with merge_method 'linear'"),
     (parameters("linear", **{"lambda": 1}), "'lambda' has no effect"),
     (parameters("linear", rescale=True), "'rescale' has no effect"),

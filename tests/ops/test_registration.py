@@ -19,6 +19,8 @@ from cl_fast.ops.dropping import _Drop
 
 TIES = Policy(sparsify="trim", elect="mass", reduce="mean")
 DARE = Policy(sparsify="drop", rescale="l1")
+BAND = Policy(sparsify="band", trim_count="floor")
+MAGPRUNE = Policy(sparsify="magprune", rescale="keep_rate", elect="mass")
 LINEAR = Policy(difference=False, reduce="mean")
 KEYS = [stream_key(0, f"m{k}", "w") for k in range(3)]
 
@@ -27,11 +29,16 @@ def numbers(policy: Policy, entries: int, density: float = 0.5) -> list:
     """What follows the tensors in the schemas."""
     fields = [getattr(policy, name) for name in Policy.__dataclass_fields__]
     keys = [key - (1 << 64) if key >= 1 << 63 else key for key in KEYS[:entries]]
-    return [[1.0] * entries, [density] * entries, keys, [-1] * entries, *fields, 0.5, None]
+    halves = [0.25 if policy.sparsify == "magprune" else 0.0] * entries
+    gammas = [0.0] * entries
+    settings = [[1.0] * entries, [density] * entries, gammas, halves, keys, [-1] * entries]
+    return [*settings, *fields, 0.5, None]
 
 
 @pytest.mark.parametrize("dtype", nasty.DTYPES)
-@pytest.mark.parametrize("policy", [TIES, DARE], ids=["ties", "dare"])
+@pytest.mark.parametrize(
+    "policy", [TIES, DARE, BAND, MAGPRUNE], ids=["ties", "dare", "breadcrumbs", "della"]
+)
 def test_opcheck_combine(policy: Policy, dtype: torch.dtype) -> None:
     base, tensors = nasty.models("normal", 40, 3, dtype)
     arguments = (base.view(5, 8), [t.view(5, 8) for t in tensors], *numbers(policy, 3))
