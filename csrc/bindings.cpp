@@ -50,7 +50,33 @@ uint8_t* writable(uintptr_t p) { return reinterpret_cast<uint8_t*>(p); }
 using SourceTuple = std::tuple<std::string, uintptr_t, int, int64_t>;
 
 Source source_of(const SourceTuple& s) {
-  return Source{dtype_of(std::get<0>(s)), pointer(std::get<1>(s)), std::get<2>(s), std::get<3>(s)};
+  return Source{dtype_of(std::get<0>(s)), pointer(std::get<1>(s)), std::get<2>(s), std::get<3>(s),
+                nullptr};
+}
+
+// dtype of the values, address, file, offset; key, threshold; block offsets and their number;
+// factor; what it stands for; base
+using PackedSourceTuple =
+    std::tuple<SourceTuple, uint64_t, uint32_t, uintptr_t, int64_t, double, std::string,
+               SourceTuple>;
+
+Source packed_source_of(const PackedSourceTuple& t) {
+  const auto& [values, key, threshold, blocks, count, factor, as, base] = t;
+  auto packed = std::make_shared<PackedSource>();
+  packed->values = source_of(values);
+  packed->stream = Stream{key, threshold};
+  const auto* from = reinterpret_cast<const int64_t*>(blocks);
+  packed->blocks.assign(from, from + count);
+  packed->base = source_of(base);
+  packed->factor = factor;
+  packed->as = one_of<PackedAs>(
+      "as", as,
+      {{"parts", PackedAs::Parts}, {"model", PackedAs::Model}, {"delta", PackedAs::Delta}});
+  Source s;
+  const bool exact = packed->as == PackedAs::Parts && packed->values.dtype == packed->base.dtype;
+  s.dtype = exact ? packed->values.dtype : DType::F32;
+  s.packed = std::move(packed);
+  return s;
 }
 
 using MaybeTensor = std::optional<std::pair<std::string, uintptr_t>>;
@@ -310,6 +336,24 @@ PYBIND11_MODULE(_native, m) {
       },
       py::arg("x"), py::arg("base"), py::arg("to"), py::arg("n"), py::arg("threads"));
   m.def(
+      "pack_run",
+      [](const MaybeTensor& x, const MaybeTensor& base, uint64_t key, uint32_t threshold,
+         int64_t first, int64_t n, uintptr_t values, uintptr_t counts, double all, double kept,
+         int threads) {
+        const Tensor from = tensor_of(x), subtracted = tensor_of(base);
+        double sums[2] = {all, kept};
+        int64_t number = 0;
+        {
+          py::gil_scoped_release release;
+          number = pack_run(from, subtracted, Stream{key, threshold}, first, n, writable(values),
+                            reinterpret_cast<int64_t*>(counts), sums, threads);
+        }
+        return std::make_tuple(number, sums[0], sums[1]);
+      },
+      py::arg("x"), py::arg("base"), py::arg("key"), py::arg("threshold"), py::arg("first"),
+      py::arg("n"), py::arg("values_ptr"), py::arg("counts_ptr"), py::arg("all"), py::arg("kept"),
+      py::arg("threads"), "Kept values and counts of a run of chunks; the sums grow.");
+  m.def(
       "unpack_values",
       [](const PackedTuple& from, const MaybeTensor& base, float factor,
          const std::string& out_dtype, uintptr_t out, int64_t n, int threads) {
@@ -441,9 +485,11 @@ PYBIND11_MODULE(_native, m) {
           "add_term",
           [](Job& j, int task, const std::string& dtype, uintptr_t ptr, int file, int64_t offset,
              double weight, double density, uint64_t key, uint64_t keep_threshold,
-             int64_t keep_count, int64_t fixed_code, int64_t drop_count, double epsilon) {
+             int64_t keep_count, int64_t fixed_code, int64_t drop_count, double epsilon,
+             const std::optional<PackedSourceTuple>& packed) {
             TermSpec t;
-            t.x = source_of(SourceTuple{dtype, ptr, file, offset});
+            t.x = packed ? packed_source_of(*packed)
+                         : source_of(SourceTuple{dtype, ptr, file, offset});
             t.weight = weight;
             t.density = density;
             t.key = key;
@@ -457,7 +503,8 @@ PYBIND11_MODULE(_native, m) {
           py::arg("task"), py::arg("dtype"), py::arg("ptr") = 0, py::arg("file") = -1,
           py::arg("offset") = 0, py::arg("weight") = 1.0, py::arg("density") = 1.0,
           py::arg("key") = 0, py::arg("keep_threshold") = 0, py::arg("keep_count") = 0,
-          py::arg("fixed_code") = -1, py::arg("drop_count") = 0, py::arg("epsilon") = 0.0)
+          py::arg("fixed_code") = -1, py::arg("drop_count") = 0, py::arg("epsilon") = 0.0,
+          py::arg("packed") = std::nullopt)
       .def("run", &Job::run, py::call_guard<py::gil_scoped_release>())
       .def("select_model", &Job::select_model, py::arg("counts"),
            py::call_guard<py::gil_scoped_release>())

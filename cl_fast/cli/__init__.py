@@ -15,20 +15,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from cl_fast._version import __version__
-from cl_fast.cli import adapter, edit, env, merge, soup, train, verify
+from cl_fast.cli import adapter, delta, edit, env, merge, soup, train, verify
 from cl_fast.errors import ClFastError, Interrupted
 
 __all__ = ["main"]
 
 #: In the order of `--help`.
-_COMMANDS = (merge, verify, soup, adapter, train, edit, env)
+_COMMANDS = (merge, verify, delta, soup, adapter, train, edit, env)
 
 _DESCRIPTION = (
     "Merge language models at memory speed, train on without forgetting, and edit what they know."
 )
 _EPILOG = (
     "docs: docs/engine.md (how a merge runs), docs/merge-recipes.md (recipes and methods), "
-    "docs/train-plan.md (plans of train), docs/editing.md (edit)"
+    "docs/delta-format.md (packed deltas), docs/train-plan.md (plans of train), "
+    "docs/editing.md (edit)"
 )
 
 

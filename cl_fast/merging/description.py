@@ -31,7 +31,8 @@ def describe(plan: Plan, bandwidth: float | None = None) -> list[str]:
             line += f"in {_counted(count, 'file')}" if count else "that is made first"
         if k >= plan.bases:
             line += f", {_term_words(plan, k)}"
-            if plan.seed is not None:
+            drawn = not isinstance(checkpoint, Derived) or checkpoint.role != "delta"
+            if plan.seed is not None and drawn:
                 line += f", random stream {role!r}"
         lines.append(line)
     dtypes = sorted({TORCH_NAMES.get(t.dtype, t.dtype) for t in plan.tensors})

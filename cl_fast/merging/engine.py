@@ -626,7 +626,7 @@ def _written(plan: Plan, number: int) -> int:
 def _moved(plan: Plan, number: int) -> int:
     """Bytes of a shard's tensors and of all that they are made from, each once."""
     return sum(
-        plan.tensors[i].nbytes + sum(source.nbytes for _, source in sources(plan.tensors[i]))
+        plan.tensors[i].nbytes + sum(source.stored for _, source in sources(plan.tensors[i]))
         for i in plan.shards[number].tensors
     )
 

@@ -26,7 +26,7 @@ from cl_fast.merging.checksum import crc64
 from cl_fast.merging.description import bytes_text
 from cl_fast.merging.journal import TensorRecord
 from cl_fast.merging.output import write_failure
-from cl_fast.merging.sources import Made, Source, made
+from cl_fast.merging.sources import Made, Packed, Source, made, made_whole
 from cl_fast.ops.policy import LONGEST_SCALED_ROW, row_length, selection_counts
 from cl_fast.ops.streams import keep_threshold
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from cl_fast.merging.plan import Plan, TensorPlan
+    from cl_fast.merging.plan import Plan, TensorPlan, Term
 
 NOTHING = 0x7FFFFFFF
 """A threshold code that no number exceeds: a model-wide trim that keeps nothing."""
@@ -202,7 +202,7 @@ def make_executor(
     if core is not None:
         if memory is not None:
             needed, name = max(
-                (sum(source.memory for source in made(t)), t.name) for t in plan.tensors
+                (sum(source.memory for source in made_whole(t)), t.name) for t in plan.tensors
             )
             if needed > memory:
                 raise OutputError(
@@ -321,6 +321,25 @@ def check_finite(tensor: TensorPlan, record: TensorRecord, nan: Nan) -> None:
         )
 
 
+def check_checksums(tensor: TensorPlan, record: TensorRecord) -> None:
+    """Raises CheckpointError where what was read is not what a packed delta says it must be."""
+    for (model, source), crc in zip(sources(tensor), record.sources, strict=True):
+        if source.crc64 is None or source.crc64 == crc:
+            continue
+        if source is not tensor.base:
+            raise CheckpointError(
+                f"{source.path}: the values of tensor {tensor.name} of {model} are not those that "
+                f"were packed (checksum {crc:016x}, the header says {source.crc64:016x}); copy or "
+                "pack the delta again"
+            )
+        deltas = [term.source.path for term in tensor.terms if isinstance(term.source, Packed)]
+        raise CheckpointError(
+            f"{source.path}: tensor {tensor.name} is not that of the base of "
+            f"{deltas[0] if deltas else 'the packed delta'} (checksum {crc:016x}, the delta says "
+            f"{source.crc64:016x}); give the base that it was packed on"
+        )
+
+
 def _mismatch(tensor: TensorPlan, terms: Sequence[int]) -> CheckpointError:
     models = ", ".join(tensor.terms[i].model for i in terms)
     reference = "the base" if tensor.base is not None else f"model {tensor.terms[0].model}"
@@ -367,7 +386,7 @@ class NativeExecutor:
         for tensor in combined:
             # A selection writes nothing, but a task must name a place.
             self._add(job, tensor, None, files, ready, out=(1, -1, 0))
-            size += sum(source.nbytes for _, source in sources(tensor))
+            size += sum(source.stored for _, source in sources(tensor))
         wanted = [max(1, keep) for keep in plan.model_keep]
         codes: list[int] = []
         _watch(job, lambda: codes.extend(job.select_model(wanted)), tick, size)
@@ -380,7 +399,7 @@ class NativeExecutor:
         self, tensors: Sequence[TensorPlan], path: Path, codes: Sequence[int] | None, tick: Tick
     ) -> list[TensorRecord]:
         """See `Executor`."""
-        plain = [tensor for tensor in tensors if not made(tensor)]
+        plain = [tensor for tensor in tensors if not made_whole(tensor)]
         found = dict(
             zip((t.name for t in plain), self._write(plain, path, codes, tick), strict=True)
         )
@@ -402,7 +421,7 @@ class NativeExecutor:
             self._add(job, tensor, codes, files, ready, out=(0, output, tensor.offset))
             for tensor in tensors
         ]
-        size = sum(t.nbytes + sum(source.nbytes for _, source in sources(t)) for t in tensors)
+        size = sum(t.nbytes + sum(source.stored for _, source in sources(t)) for t in tensors)
         try:
             _watch(job, job.run, tick, size)
         except OSError as error:
@@ -431,7 +450,10 @@ class NativeExecutor:
         job = self._job(self._nan)
         task = self._add(job, tensor, codes, {}, ready, out=(_address(data), -1, 0))
         _watch(job, job.run, lambda _: None, 0)
-        return data[: tensor.nbytes], self._record(job.result(task), tensor)
+        result = job.result(task)
+        # A job that stopped at a NaN has not read all.
+        whole = self._nan != "refuse" or not any(result["nonfinite"])
+        return data[: tensor.nbytes], self._record(result, tensor, whole=whole)
 
     def count_codes(
         self, tensors: Sequence[TensorPlan], ranges: Sequence[CodeRange]
@@ -452,7 +474,7 @@ class NativeExecutor:
         return {
             source: _made(tensor, source, self._nan, self._asked)
             for tensor in tensors
-            for source in made(tensor)
+            for source in made_whole(tensor)
         }
 
     def _job(self, nan: Nan) -> Any:
@@ -470,6 +492,8 @@ class NativeExecutor:
         out: tuple[int, int, int],
     ) -> int:
         def place(source: Source) -> tuple[str, int, int, int]:
+            if isinstance(source, Packed):
+                return source.dtype, 0, -1, 0
             if source in ready:
                 return "BYTES" if copy else source.dtype, _address(ready[source]), -1, 0
             if source.path not in files:
@@ -509,6 +533,22 @@ class NativeExecutor:
             top, keep = (0, 0) if copy else selection_counts(
                 policy, tensor.numel, term.density, term.gamma
             )  # fmt: skip
+            packed = None
+            if isinstance(source := term.source, Packed):
+                from cl_fast.merging.deltas import native_blocks
+
+                blocks = native_blocks(source)  # alive until the core has its copy
+                address, length = blocks.buffer_info()
+                packed = (
+                    place(source.values),
+                    source.key,
+                    source.threshold,
+                    address,
+                    length,
+                    source.factor,
+                    source.as_,
+                    place(source.base),
+                )
             job.add_term(
                 task,
                 dtype=dtype,
@@ -523,10 +563,13 @@ class NativeExecutor:
                 fixed_code=code,
                 drop_count=top,
                 epsilon=term.epsilon,
+                packed=packed,
             )
         return int(task)
 
-    def _record(self, result: dict[str, Any], tensor: TensorPlan) -> TensorRecord:
+    def _record(
+        self, result: dict[str, Any], tensor: TensorPlan, *, whole: bool = True
+    ) -> TensorRecord:
         read = [int(crc) for crc in result["crc_in"]]
         first = 0 if tensor.base is None else 1
         own = [
@@ -546,6 +589,8 @@ class NativeExecutor:
             sources=tuple(read),
             nonfinite=bad if any(bad) else (),
         )
+        if whole:
+            check_checksums(tensor, record)
         check_finite(tensor, record, self._nan)
         return record
 
@@ -597,6 +642,10 @@ def _watch(job: Any, work: Callable[[], object], tick: Tick, size: int) -> None:
         if isinstance(error, OSError) and "shorter than its header" in str(error.filename):
             raise CheckpointError(
                 f"{error.filename}: truncated, or changed while it was read"
+            ) from error
+        if isinstance(error, OSError) and "not those of its random stream" in str(error.filename):
+            raise CheckpointError(
+                f"{error.filename}; the delta is damaged, pack it again"
             ) from error
         raise error
     tick(size - seen)
@@ -657,7 +706,11 @@ class EagerExecutor:
         from cl_fast.ops.magnitude import magnitude_codes
 
         base = None if tensor.base is None else self._load(tensor, tensor.base)[1]
-        values = self._load(tensor, tensor.terms[position].source)[1]
+        term = tensor.terms[position]
+        if isinstance(term.source, Packed):
+            values = _load_packed(tensor, term)[1]
+        else:
+            values = self._load(tensor, term.source)[1]
         base, (values,), _ = _finite_inputs(base, [values], tensor, self._nan)
         delta = values.float()
         if tensor.policy.difference and base is not None:
@@ -701,14 +754,26 @@ class EagerExecutor:
             if differs:
                 raise _mismatch(tensor, differs)
             crcs = tuple(crc64(data) for data in read)
-            return read[0], TensorRecord(name=tensor.name, crc64=crcs[0], sources=crcs)
+            record = TensorRecord(name=tensor.name, crc64=crcs[0], sources=crcs)
+            check_checksums(tensor, record)
+            return read[0], record
 
-        loaded = [self._load(tensor, source) for source in inputs]
+        masks: list[Tensor | None] = [None] * len(tensor.terms)
+        factors = [1.0] * len(tensor.terms)
+        loaded = [] if tensor.base is None else [self._load(tensor, tensor.base)]
+        for k, term in enumerate(tensor.terms):
+            if isinstance(term.source, Packed):
+                crc, value, masks[k] = _load_packed(tensor, term)
+                loaded.append((crc, value))
+                factors[k] = term.source.factor if term.source.as_ == "parts" else 1.0
+            else:
+                loaded.append(self._load(tensor, term.source))
         base = None if tensor.base is None else loaded[0][1].view(tensor.shape)
         values = [
             value.view(tensor.shape) for _, value in loaded[len(inputs) - len(tensor.terms) :]
         ]
         crcs = tuple(crc for crc, _ in loaded)
+        check_checksums(tensor, TensorRecord(name=tensor.name, crc64=0, sources=crcs))
         base, values, bad = _finite_inputs(base, values, tensor, self._nan)
         check_finite(
             tensor,
@@ -725,6 +790,8 @@ class EagerExecutor:
             epsilon=[term.epsilon for term in tensor.terms],
             keys=[term.key for term in tensor.terms],
             thresholds=model_codes(tensor, codes),
+            masks=masks,
+            factors=factors,
             lam=tensor.lam,
             out_dtype=torch_dtype(tensor.dtype),
         )
@@ -752,6 +819,26 @@ class EagerExecutor:
 
         data = self._load_bytes(tensor, source)
         return crc64(data), torch.frombuffer(data, dtype=torch_dtype(source.dtype))
+
+
+def _load_packed(tensor: TensorPlan, term: Term) -> tuple[int, Tensor, Tensor | None]:
+    """The CRC of the kept values; a dense tensor; and which of its elements count, if not all.
+
+    Where nothing selects by magnitude what was dropped is masked, otherwise it is the base's.
+    """
+    import torch
+
+    from cl_fast.merging.deltas import expand, read_packed
+
+    source = term.source
+    assert isinstance(source, Packed)
+    data, values, keep = read_packed(source)
+    trims = tensor.policy.sparsify not in ("none", "drop") and term.density < 1.0
+    if source.as_ == "parts" and tensor.policy.difference and not trims:
+        dense = torch.zeros(source.numel, dtype=values.dtype)
+        dense[keep] = values
+        return crc64(data), dense, keep
+    return crc64(data), torch.frombuffer(expand(source), dtype=torch_dtype(source.dtype)), None
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from cl_fast.checkpoints.adapters import is_adapter
 from cl_fast.checkpoints.checkpoint import Checkpoint, absolute
+from cl_fast.checkpoints.deltas import is_delta
 from cl_fast.checkpoints.patches import is_patch
 from cl_fast.errors import CheckpointError, RecipeError
 from cl_fast.merging.slices import Cut, list_inputs
@@ -83,8 +84,8 @@ class Derived(Checkpoint):
             RecipeError: this form of input has no such meaning.
         """
         raise RecipeError(
-            f"{reference!r}: BASE+CHANGE is for a LoRA adapter on its base; name a {self.role} as "
-            "a model beside the base_model that it changes"
+            f"{reference!r}: BASE+CHANGE is for a LoRA adapter or a packed delta on its base; name "
+            f"a {self.role} as a model beside the base_model that it changes"
         )
 
     def check(self) -> None:
@@ -137,6 +138,12 @@ OPENERS: tuple[Opener, ...] = (
         is_adapter,
         "cl_fast.merging.adapters:open_adapter",
         "cl_fast.merging.adapters:own",
+    ),
+    Opener(
+        "a packed delta",
+        is_delta,
+        "cl_fast.merging.deltas:open_delta",
+        "cl_fast.merging.deltas:own",
     ),
 )
 

@@ -11,8 +11,9 @@ or thread counts: the same recipe on the same inputs gives the same manifest.
     nan                            policy for NaN and infinity
     thresholds                     codes of a model-wide trim, one per model, or null
     digest                         of the output's tensors, see `digest`
-    inputs                         role (base, model, patch), name, reference, path, digest, files
-                                   (name, size, header); a patch's digest is of the base with it on
+    inputs                         role (base, model, patch, delta), name, reference, path, digest,
+                                   files (name, size, header); a patch's digest is of the base with
+                                   it on, a packed delta's of its kept values
     files                          name, size of every shard; name, size, blake2b of the rest
     tensors                        name -> crc64 of the output's bytes, then of each input's bytes
                                    (base first), nonfinite counts where there were any; of

@@ -86,6 +86,8 @@ class Numbers:
         stored: Sequence[Mapping[str, str]],
         used: Used,
         notes: list[str],
+        *,
+        dropped: Sequence[int] = (),
     ) -> None:
         """Resolves them.
 
@@ -96,6 +98,7 @@ class Numbers:
             stored: for each model the names that its tensors have there, where it is another.
             used: told what took part.
             notes: told what is odd.
+            dropped: the models that need no density, since their elements were dropped already.
         """
         self._count = len(part.entries)
         method = recipe.method
@@ -136,7 +139,7 @@ class Numbers:
         for k, entry in enumerate(part.entries):
             if weight and all(row[k] == 0.0 for row in weight.values()):
                 notes.append(f"{entry.key}: the weight of {entry.model!r} is 0 in every tensor")
-            if part.policy.sparsify != "none" and not chains["density"][k]:
+            if part.policy.sparsify != "none" and not chains["density"][k] and k not in dropped:
                 notes.append(
                     f"{entry.key}: no density is given, so all of the delta of "
                     f"{entry.model!r} is kept"

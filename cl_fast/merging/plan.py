@@ -26,6 +26,7 @@ from cl_fast.checkpoints.checkpoint import SINGLE_NAME, Checkpoint, absolute
 from cl_fast.checkpoints.safetensors import DTYPE_BITS, build_header, tensor_nbytes
 from cl_fast.checkpoints.sidecar import Sidecar, has_tokenizer, plan_sidecars, token_count
 from cl_fast.errors import CheckpointError, RecipeError
+from cl_fast.merging.deltas import DeltaCheckpoint
 from cl_fast.merging.inputs import (
     Derived,
     base_and_change,
@@ -45,7 +46,7 @@ from cl_fast.merging.matching import (
 )
 from cl_fast.merging.numbers import Numbers, Used
 from cl_fast.merging.slices import Cut, Group, cut, edit_config, list_inputs, whole
-from cl_fast.merging.sources import Made, Source, made
+from cl_fast.merging.sources import Made, Packed, Source, made_whole
 from cl_fast.ops.policy import (
     Policy,
     check_keep_probabilities,
@@ -308,12 +309,16 @@ def _plan(
         uniform,
         edit=partial(edit_config, donor=donor, changed=changed, notes=told) if changed else None,
     )
+    if len(drafts) == 1 and drafts[0].alone and isinstance(inputs[1], DeltaCheckpoint):
+        own = {sidecar.name: sidecar for sidecar in inputs[1].sidecars(uniform)}
+        sidecars = tuple(own.pop(file.name, file) for file in sidecars) + tuple(own.values())
     notes += [*told, *more]
     for checkpoint in inputs:
         if isinstance(checkpoint, Derived):
             notes += [note for note in checkpoint.notes if note not in notes]
     _note_configs(inputs, donor, notes)
     _note_recipe(recipe, floats, notes)
+    inputs = _compared(inputs, tensors)
     index = _index(tensors, shards)
     passes, bytes_read = _reads(tensors)
     written = sum(shard.size for shard in shards) + sum(file.nbytes for file in sidecars)
@@ -342,6 +347,24 @@ def _plan(
         model_keep=model_keep,
     )
     return replace(plan, fingerprint=_fingerprint(plan))
+
+
+def _compared(
+    inputs: tuple[Checkpoint, ...], tensors: Sequence[TensorPlan]
+) -> tuple[Checkpoint, ...]:
+    """Packed deltas are told whether the merge reads all of the base, and so compares it."""
+    apart = {
+        source.path
+        for tensor in tensors
+        for term in tensor.terms
+        if isinstance(source := term.source, Packed) and source.apart
+    }
+    return tuple(
+        replace(checkpoint, apart=True)
+        if isinstance(checkpoint, DeltaCheckpoint) and checkpoint.delta.header.path in apart
+        else checkpoint
+        for checkpoint in inputs
+    )
 
 
 # Inputs.
@@ -420,7 +443,19 @@ class _Draft:
         self.combined = [name for name in names if self.kinds[name] == "combine"]
         depths, layered = group.depths_of(self.combined)
         used.layered |= layered
-        self.numbers = Numbers(recipe, part, self.combined, depths, group.stored, used, notes)
+        models = [whole(checkpoint) for checkpoint in inputs[part.base is not None :]]
+        packed = [k for k, model in enumerate(models) if isinstance(model, DeltaCheckpoint)]
+        self.numbers = Numbers(
+            recipe,
+            part,
+            self.combined,
+            depths,
+            group.stored,
+            used,
+            notes,
+            dropped=packed if part.policy.sparsify == "drop" else (),
+        )
+        _check_dropped(part, self.numbers, packed)
         densities = self.numbers.model.get("density", {}).values()
         if all(density >= 1.0 for row in densities for density in row):
             self._policy = replace(
@@ -435,7 +470,9 @@ class _Draft:
             scale = self.numbers.model[method.factor]
             for name in self.combined:
                 # As it is: a copy of bytes, whatever the type.
-                if scale[name] == (1.0,) and recipe.output_dtype in (None, self.infos[name].dtype):
+                as_stored = recipe.output_dtype in (None, self.infos[name].dtype)
+                packed_here = isinstance(source_of(inputs[0], name), Packed)
+                if scale[name] == (1.0,) and as_stored and not packed_here:
                     self.kinds[name] = "copy"
         self.dtypes = {
             name: out_dtype(recipe, info, self.kinds[name]) for name, info in self.infos.items()
@@ -448,6 +485,18 @@ class _Draft:
     @property
     def part(self) -> Part:
         return self._group.part
+
+    @property
+    def alone(self) -> bool:
+        """Whether this is base + one packed delta and no more, so that all of it is wanted."""
+        return (
+            self.part.base is not None
+            and len(self._group.inputs) == 2
+            and isinstance(self._group.inputs[1], DeltaCheckpoint)
+            and self.policy == Policy()
+            and all(self.numbers.of_models("weight", name) == (1.0,) for name in self.combined)
+            and all(self.numbers.of_whole("lambda", name) == 1.0 for name in self.combined)
+        )
 
     @property
     def positions(self) -> tuple[int, ...]:
@@ -495,6 +544,9 @@ class _Draft:
                 for k, model in enumerate(models)
             )
             base = sources[0] if first else None
+            terms, base = _on_base(name, terms, base, self._policy)
+            if self.alone and kind == "copy" and terms[0].source != base:
+                base = None  # integers that the finetuned model has otherwise
             if only_changes and kind == "combine" and applied:
                 if method.name == "task_arithmetic" and weights == (1.0,) and lam == 1.0:
                     terms, alone = _applied(terms[0], base, dtype)
@@ -545,6 +597,51 @@ def _check_ranked(
                     f"{chain[0].key}: has no effect on {entry.model!r}, whose density is 1, which "
                     "leaves the delta as it is"
                 )
+
+
+def _check_dropped(part: Part, numbers: Numbers, packed: Sequence[int]) -> None:
+    """What a packed delta dropped is not dropped again."""
+    if part.policy.sparsify != "drop":
+        return
+    for k in packed:
+        least = min((row[k] for row in numbers.model["density"].values()), default=1.0)
+        if least < 1.0:
+            entry = part.entries[k]
+            raise RecipeError(
+                f"{entry.key}.parameters.density: {entry.model!r} is a packed delta, whose "
+                f"elements were dropped when it was packed; a density of {least:g} would drop "
+                "twice: give it density: 1.0 of its own (one under the recipe's parameters is for "
+                "every model)"
+            )
+
+
+def _on_base(
+    name: str, terms: tuple[Term, ...], base: Source | None, policy: Policy
+) -> tuple[tuple[Term, ...], Source | None]:
+    """Packed deltas as the method needs them, and the base with the checksum that they tell.
+
+    Where deltas are taken from the very tensor that one was packed on, its kept values stand for
+    themselves; everywhere else it is the model base + delta.
+    """
+    found: dict[int, Source] = {}
+    merged = []
+    for term in terms:
+        source = term.source
+        told = source.base if isinstance(source, Packed) else source
+        if isinstance(source, Packed) and not (policy.difference and source.base == base):
+            term = replace(term, source=source.as_model())
+        elif told == base and told.crc64 is not None:
+            found.setdefault(told.crc64, source)
+        merged.append(term)
+    if len(found) > 1:
+        one, two = (source.path for source in list(found.values())[:2])
+        raise CheckpointError(
+            f"{one} and {two} were packed on different bases: they do not say the same of tensor "
+            f"{name!r}; pack both on one base"
+        )
+    if base is not None and found:
+        base = replace(base, crc64=next(iter(found)))
+    return tuple(merged), base
 
 
 def _applied(term: Term, base: Source | None, dtype: str) -> tuple[tuple[Term, ...], bool]:
@@ -757,7 +854,7 @@ _TORCH_BYTES = 300_000_000
 
 def _made_memory(tensors: Sequence[TensorPlan], *, whole: bool) -> int:
     """What made sources add: a tensor's at a time, or all for a trim over the whole model."""
-    needs = [sum(source.memory for source in made(tensor)) for tensor in tensors]
+    needs = [sum(source.memory for source in made_whole(tensor)) for tensor in tensors]
     if not any(needs):
         return 0
     return _TORCH_BYTES + (sum(needs) if whole else max(needs))

@@ -2,32 +2,37 @@
 
 A :class:`Source` is a stored tensor. A :class:`Made` source is one that no file holds (a weight
 with a patch on it, say): the executor makes it whole when its turn comes, hands it to the merge as
-if it had been stored, and frees it. Both are values: hashable, comparable, cheap to send elsewhere.
+if it had been stored, and frees it. A :class:`Packed` source is made from kept values, which the
+core does tile by tile. All are values: hashable, comparable, cheap to send elsewhere.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from cl_fast.checkpoints.safetensors import TensorInfo
     from cl_fast.merging.plan import TensorPlan
 
-__all__ = ["Made", "Source", "made"]
+__all__ = ["Made", "Packed", "PackedAs", "Source", "made", "made_whole"]
+
+PackedAs = Literal["parts", "model", "delta"]
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
     """One stored tensor of an input: ``nbytes`` bytes at absolute ``offset`` of file ``path``.
 
-    ``dtype`` is the safetensors name (``BF16``, ``F32``, ...).
+    ``dtype`` is the safetensors name (``BF16``, ``F32``, ...). ``crc64`` is what a packed delta
+    says that the CRC-64 of the bytes is: the merge compares while it reads. ``None``: nobody says.
     """
 
     path: str
     offset: int
     dtype: str
     nbytes: int
+    crc64: int | None = field(default=None, compare=False, kw_only=True)
 
     @property
     def stored(self) -> int:
@@ -67,6 +72,59 @@ class Made(Source):
             CheckpointError: a file that it is made from ended early, or holds what it must not.
         """
         raise TypeError("a Made source says itself how it is made")
+
+
+@dataclass(frozen=True, slots=True)
+class Packed(Made):
+    """A tensor of a packed delta: kept ``values`` on a ``base``, where the random stream says.
+
+    ``crc64`` is that of the values. ``as_`` says what the dense tensor is:
+
+    ``parts``   the kept values, elsewhere the base's; its delta is multiplied by ``factor`` where
+                it is used. Of their common type, or F32 where values and base differ
+    ``model``   base + factor * (value - base), in F32
+    ``delta``   factor * (value - base), 0 where dropped, in F32
+
+    ``blocks`` are the offsets (docs/delta-format.md), with their own checksum.
+    """
+
+    values: Source
+    blocks: Source
+    base: Source
+    numel: int
+    key: int
+    threshold: int
+    factor: float
+    as_: PackedAs
+
+    @property
+    def stored(self) -> int:
+        return self.values.nbytes + self.blocks.nbytes + (self.base.nbytes if self.apart else 0)
+
+    @property
+    def apart(self) -> bool:
+        """Whether its base is read for it alone, and not for the merge in any case."""
+        return self.as_ != "parts"
+
+    @property
+    def memory(self) -> int:
+        """What making it whole takes; the core does not need to."""
+        return self.nbytes + self.values.nbytes + self.base.nbytes + 9 * self.numel
+
+    def as_model(self) -> Packed:
+        """The same for a method that combines models and not their deltas."""
+        return replace(self, dtype="F32", nbytes=4 * self.numel, as_="model")
+
+    def make(self, threads: int | None = None) -> bytearray:
+        """Its bytes, dense."""
+        from cl_fast.merging.deltas import expand
+
+        return expand(self)
+
+
+def made_whole(tensor: TensorPlan) -> list[Made]:
+    """Those of `made` that the core cannot make tile by tile."""
+    return [source for source in made(tensor) if not isinstance(source, Packed)]
 
 
 def made(tensor: TensorPlan) -> list[Made]:

@@ -403,10 +403,10 @@ def _recompute(
 
 
 def _place(entry: dict[str, Any], folder: Path) -> Path:
-    """Where an input is: where it was, or, of a patch that was moved with the output, there."""
+    """Where an input is: where it was, or, of a change moved with the output, there."""
     path = Path(entry["path"])
     beside = folder / path.name
-    if entry["role"] == "patch" and not path.exists() and beside.is_file():
+    if entry["role"] in ("patch", "delta") and not path.exists() and beside.is_file():
         return beside
     return path
 

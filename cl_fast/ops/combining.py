@@ -250,6 +250,8 @@ def combine_reference(
     epsilon: float | Sequence[float] = 0.0,
     keys: Sequence[int] | None = None,
     thresholds: Sequence[int] | None = None,
+    masks: Sequence[Tensor | None] | None = None,
+    factors: Sequence[float] | None = None,
     lam: float = 1.0,
     out_dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype = torch.float32,
@@ -272,6 +274,8 @@ def combine_reference(
         keys: the stream key of each model (`stream_key`), for sparsify="drop" and "magprune".
         thresholds: the magnitude code of each model's threshold where the trim spans a whole
             model (`model_thresholds`); an entry of -1 selects in this tensor alone.
+        masks: of a packed delta, which elements it kept; the deltas of all others are 0.
+        factors: what the deltas of a packed delta are multiplied by, before the weight.
         lam: the factor on the combined delta.
         out_dtype: bfloat16, float16 or float32; None: that of `base` or of the first tensor.
         compute_dtype: float32 or float64.
@@ -294,6 +298,9 @@ def combine_reference(
     values, votes = [], []
     for k, tensor in enumerate(tensors):
         delta = _delta(base, tensor, policy, compute_dtype)
+        mask = None if masks is None else masks[k]
+        if mask is not None:
+            delta = torch.where(mask.reshape(-1), delta, 0.0)
 
         def codes(tensor: Tensor = tensor) -> Tensor:
             return magnitude_codes(_delta(base, tensor, policy, torch.float32))
@@ -309,6 +316,8 @@ def combine_reference(
             keys[k] if keys is not None else 0,
             thresholds[k] if thresholds is not None else -1,
         )
+        if factors is not None:
+            factor = factors[k] * factor
         value = _scale(kept, weights[k] * factor)
         values.append(value)
         if policy.elect != "none":

@@ -1,7 +1,9 @@
 #include "job.h"
 
 #include <algorithm>
+#include <cerrno>
 #include <cmath>
+#include <cstring>
 #include <exception>
 #include <functional>
 #include <stdexcept>
@@ -25,6 +27,15 @@ constexpr int64_t kRowElements = 32768;  // rows are ranked so many elements at 
 constexpr int64_t kLongestRow = int64_t(1) << 31;
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// What n elements from `first` on, a multiple of kStatChunk, take where they are stored.
+int64_t stored_bytes(const Source& s, int64_t first, int64_t n) {
+  if (!s.packed) return n * dtype_size(s.dtype);
+  const std::vector<int64_t>& blocks = s.packed->blocks;
+  return (blocks[size_t((first + n + kStatChunk - 1) / kStatChunk)] -
+          blocks[size_t(first / kStatChunk)]) *
+         dtype_size(s.packed->values.dtype);
+}
 
 }  // namespace
 
@@ -92,6 +103,17 @@ struct Job::Task {
 
   int sources() const { return int(terms.size()) + (spec.base ? 1 : 0); }
   const TermSpec& term_of(size_t selection) const { return terms[selection % terms.size()]; }
+  // What a packed delta was rescaled by, which multiplies what the method itself does.
+  double factor(size_t k) const {
+    const auto& packed = terms[k].x.packed;
+    return packed && packed->as == PackedAs::Parts ? packed->factor : 1.0;
+  }
+  // Whether the kept values of a packed delta meet the kernel as they are, the rest masked.
+  bool direct(size_t k) const {
+    const auto& packed = terms[k].x.packed;
+    return packed && packed->as == PackedAs::Parts && spec.difference &&
+           views[k].sparsify == Sparsify::None;
+  }
   bool has_phase(Phase p) const { return std::find(phases.begin(), phases.end(), p) != phases.end(); }
 };
 
@@ -102,6 +124,8 @@ struct Job::Worker {
   AlignedBuffer row_codes, row_bytes, keep_bits, factors;  // magprune, and the bits of a band
   RankScratch ranks;
   std::vector<KeepTable> tables;  // per term
+  std::vector<AlignedBuffer> expanded;  // dense tiles of packed sources, one per slot
+  AlignedBuffer packed, packed_base, bits;
   std::vector<TermView> views;
 };
 
@@ -125,6 +149,19 @@ int Job::output(const std::string& path) {
 }
 
 void Job::check(const Source& s, int64_t n) const {
+  if (s.packed) {
+    const PackedSource& p = *s.packed;
+    if (int64_t(p.blocks.size()) != (n + kStatChunk - 1) / kStatChunk + 1 || p.blocks[0] != 0)
+      throw std::invalid_argument("a packed source needs one entry per block, and one more");
+    for (size_t c = 0; c + 1 < p.blocks.size(); ++c)
+      if (p.blocks[c + 1] < p.blocks[c] || p.blocks[c + 1] - p.blocks[c] > kStatChunk)
+        throw std::invalid_argument("the entries of a packed source run backwards or too far");
+    if (p.values.packed || p.base.packed)
+      throw std::invalid_argument("values and base of a packed source are plain ones");
+    check(p.values, p.blocks.back());
+    check(p.base, n);
+    return;
+  }
   const int64_t bytes = n * dtype_size(s.dtype);
   if (s.ptr) return;
   if (s.file < 0 || s.file >= int(files_.size())) {
@@ -176,6 +213,8 @@ int64_t Job::tiles(const Task& t) const { return (t.spec.n + tile_ - 1) / tile_;
 // ---------------------------------------------------------------- reading and writing
 
 const uint8_t* Job::fetch(Worker& w, const Source& s, int slot, int64_t first, int64_t n) {
+  while (int(w.inputs.size()) <= slot) w.inputs.emplace_back();
+  if (s.packed) return expand(w, *s.packed, s.dtype, slot, first, n);
   const int64_t size = dtype_size(s.dtype);
   if (s.ptr) return s.ptr + first * size;
   const InputFile& f = *files_[size_t(s.file)];
@@ -183,8 +222,85 @@ const uint8_t* Job::fetch(Worker& w, const Source& s, int slot, int64_t first, i
   // once per read-ahead window, ask for the next one
   if (at / kReadAhead != (at + bytes) / kReadAhead)
     f.prefetch((at / kReadAhead + 2) * kReadAhead, kReadAhead);
-  while (int(w.inputs.size()) <= slot) w.inputs.emplace_back();
   return f.bytes(at, bytes, w.inputs[size_t(slot)]);
+}
+
+void Job::wrong_blocks(const PackedSource& p) const {
+  const std::string path = p.values.file < 0 ? "memory" : files_[size_t(p.values.file)]->path();
+  throw FileError(EIO, path + " (block offsets that are not those of its random stream)");
+}
+
+// `count` values from the `from`-th on.
+const uint8_t* Job::packed_values(Worker& w, const PackedSource& p, int slot, int64_t from,
+                                  int64_t count) {
+  static const uint8_t nothing[8] = {};
+  return count ? fetch(w, p.values, slot, from, count) : nothing;
+}
+
+// A packed source as what it stands for, in `to`: its own type or float32.
+const uint8_t* Job::expand(Worker& w, const PackedSource& p, DType to, int slot, int64_t first,
+                           int64_t n) {
+  const int64_t block = first / kStatChunk, start = block * kStatChunk;
+  auto* bits = reinterpret_cast<uint64_t*>(w.bits.reserve((first - start + n + 63) / 64 * 8 + 8));
+  draw_bits(p.stream, start, first - start + n, bits);
+  const auto count = [bits](int64_t from, int64_t until) {  // set bits in [from, until)
+    int64_t sum = 0;
+    for (int64_t i = from / 64; i * 64 < until; ++i) {
+      uint64_t word = bits[i];
+      if (i * 64 < from) word &= ~uint64_t(0) << (from - i * 64);
+      if (until - i * 64 < 64) word &= (uint64_t(1) << (until - i * 64)) - 1;
+      sum += __builtin_popcountll(word);
+    }
+    return sum;
+  };
+  const int64_t end = first - start + n;
+  for (int64_t at = 0; at + kStatChunk <= end; at += kStatChunk) {
+    const size_t c = size_t(block + at / kStatChunk);
+    if (count(at, at + kStatChunk) != p.blocks[c + 1] - p.blocks[c]) wrong_blocks(p);
+  }
+  const int64_t from = p.blocks[size_t(block)] + count(0, first - start);
+  const int64_t kept = count(first - start, end);
+  if (from + kept > p.blocks.back()) wrong_blocks(p);
+  const uint8_t* values = packed_values(w, p, slot, from, kept);
+  while (int(w.expanded.size()) <= slot) w.expanded.emplace_back();
+  const int64_t size = dtype_size(to);
+  uint8_t* dense = w.expanded[size_t(slot)].reserve(n * size);
+  const uint8_t* base = nullptr;
+  if (p.base.ptr) {
+    base = p.base.ptr + first * dtype_size(p.base.dtype);
+  } else {
+    base = files_[size_t(p.base.file)]->bytes(p.base.offset + first * dtype_size(p.base.dtype),
+                                              n * dtype_size(p.base.dtype), w.packed_base);
+  }
+  const auto kept_at = [bits, start, first](int64_t i) {
+    const int64_t at = first - start + i;
+    return (bits[at >> 6] >> (at & 63)) & 1;
+  };
+  if (p.as == PackedAs::Parts && to == p.values.dtype && to == p.base.dtype) {
+    std::memcpy(dense, base, size_t(n * size));
+    for (int64_t i = 0; i < n; ++i)
+      if (kept_at(i)) {
+        std::memcpy(dense + i * size, values, size_t(size));
+        values += size;
+      }
+    return dense;
+  }
+  auto* out = reinterpret_cast<float*>(dense);
+  auto* wide = reinterpret_cast<float*>(w.packed.reserve((kept + 1) * 4));
+  kernels().to_f32(p.values.dtype, values, kept, wide);
+  kernels().to_f32(p.base.dtype, base, n, out);
+  const float factor = float(p.factor);
+  for (int64_t i = 0; i < n; ++i) {
+    if (p.as == PackedAs::Parts) {
+      if (kept_at(i)) out[i] = *wide++;
+    } else if (p.as == PackedAs::Model) {
+      const float delta = kept_at(i) ? (*wide++ - out[i]) * factor : 0.0f;
+      out[i] = out[i] + delta;  // also where it is +0, which makes +0 of a -0
+    } else {
+      out[i] = kept_at(i) ? (*wide++ - out[i]) * factor : 0.0f;
+    }
+  }
+  return dense;
 }
 
 void Job::store(Task& t, const uint8_t* data, int64_t first, int64_t n, int64_t item) {
@@ -598,7 +714,8 @@ void Job::finish_l1(Task& t) {
       }
       if (low.active) kept += double(bits_f32(low.code)) * at_low;
     }
-    const double r = all < 1e-7 || kept < 1e-7 ? 1.0 : all / kept;
+    const double own = all < 1e-7 || kept < 1e-7 ? 1.0 : all / kept;
+    const double r = t.factor(k) * own;
     t.rescale[k] = r;
     t.views[k].rescale = float(r);
     t.views[k].scale = float(t.terms[k].weight * r);
@@ -606,6 +723,17 @@ void Job::finish_l1(Task& t) {
 }
 
 // ---------------------------------------------------------------- the fused pass
+
+namespace {
+
+// The values of a packed term that a tile has still to place.
+struct Cursor {
+  const uint8_t* values = nullptr;
+  int64_t position = 0, end = 0, item = 0, scratch = 0;
+  uint64_t crc = 0;
+};
+
+}  // namespace
 
 void Job::combine_tile(Task& t, int64_t tile, Worker& w) {
   const TaskSpec& spec = t.spec;
@@ -617,7 +745,31 @@ void Job::combine_tile(Task& t, int64_t tile, Worker& w) {
   const uint8_t* base = spec.difference ? fetch(w, *spec.base, 0, first, n) : nullptr;
   const DType tb = base ? spec.base->dtype : DType::F32;
   const bool replace = nan_ == NanPolicy::Zero;
-  for (size_t k = 0; k < K; ++k) w.views[k].x = fetch(w, t.terms[k].x, int(k) + 1, first, n);
+  const auto bounds = [&](size_t k, int64_t end) {  // of the packed values of this tile
+    return t.terms[k].x.packed->blocks[size_t((end + kStatChunk - 1) / kStatChunk)];
+  };
+  std::vector<Cursor> cursors(K);
+  int64_t packed_bytes = 0;
+  for (size_t k = 0; k < K; ++k) {
+    const PackedSource* p = t.terms[k].x.packed.get();
+    if (p) {
+      Cursor& c = cursors[k];
+      c.position = bounds(k, first);
+      c.end = bounds(k, first + n);
+      c.item = dtype_size(p->values.dtype);
+      c.values = packed_values(w, *p, int(k) + 1, c.position, c.end - c.position);
+      if (checksums_) c.crc = crc64(0, c.values, size_t((c.end - c.position) * c.item));
+      if (t.direct(k)) {
+        w.views[k].dtype = p->values.dtype;
+        w.views[k].sparsify = Sparsify::Drop;
+        c.scratch = packed_bytes;
+        packed_bytes += kSubTile * c.item + kSubTile / 8;
+        continue;
+      }
+    }
+    w.views[k].x = fetch(w, t.terms[k].x, int(k) + 1, first, n);
+  }
+  uint8_t* placed = packed_bytes ? w.packed.reserve(packed_bytes) : nullptr;
 
   // Which of the elements tied at a threshold stay: the first ones of the tensor. Each tile counts
   // its own and adds the total before it, which the owner of the tile before publishes.
@@ -712,6 +864,21 @@ void Job::combine_tile(Task& t, int64_t tile, Worker& w) {
     view.base = base ? base + o * dtype_size(tb) : nullptr;
     view.out = out + o * item;
     for (size_t k = 0; k < K; ++k) {
+      if (t.direct(k)) {
+        Cursor& c = cursors[k];
+        uint8_t* dense = placed + c.scratch;
+        auto* bits = reinterpret_cast<uint64_t*>(dense + kSubTile * c.item);
+        const int64_t kept = draw_bits(t.terms[k].x.packed->stream, first + o, m, bits);
+        if (c.position + kept > c.end || (o + m == n && c.position + kept != c.end))
+          wrong_blocks(*t.terms[k].x.packed);
+        std::memset(dense, 0, size_t(m * c.item));
+        scatter_bits(c.item, c.values, bits, m, dense);
+        c.values += kept * c.item;
+        c.position += kept;
+        terms[k].x = dense;
+        terms[k].bits = bits;
+        continue;
+      }
       terms[k].x = w.views[k].x + o * dtype_size(terms[k].dtype);
       terms[k].ties_until = w.views[k].ties_until - o;
       if (!t.bits.empty() && terms[k].sparsify == Sparsify::Drop) {
@@ -726,7 +893,9 @@ void Job::combine_tile(Task& t, int64_t tile, Worker& w) {
       if (base) crc[0] = crc64(crc[0], view.base, size_t(m * dtype_size(tb)));
       for (size_t k = 0; k < K; ++k)
         crc[size_t(b) + k] =
-            crc64(crc[size_t(b) + k], terms[k].x, size_t(m * dtype_size(terms[k].dtype)));
+            t.terms[k].x.packed
+                ? cursors[k].crc
+                : crc64(crc[size_t(b) + k], terms[k].x, size_t(m * dtype_size(terms[k].dtype)));
       crc[sources] = crc64(crc[sources], view.out, size_t(m * item));
     }
   }
@@ -802,6 +971,7 @@ void Job::prepare(Task& t) {
     weights += term.weight;
     v.dtype = term.x.dtype;
     v.weight = float(term.weight);
+    t.rescale[k] = t.factor(k);
     if (term.density < 1.0) v.sparsify = spec.sparsify;
     if (v.sparsify == Sparsify::Band) {
       v.sparsify = Sparsify::Drop;
@@ -851,7 +1021,7 @@ void Job::prepare(Task& t) {
     }
     if (v.sparsify != Sparsify::None) {
       if (spec.rescale == Rescale::KeepRate)
-        t.rescale[k] = magprune ? 1.0  // each element has a factor of its own
+        t.rescale[k] *= magprune ? 1.0  // each element has a factor of its own
                        : v.sparsify == Sparsify::Drop && !band
                            ? 4294967296.0 / double(std::max<uint64_t>(term.keep_threshold, 1))
                            : 1.0 / term.density;
@@ -961,7 +1131,7 @@ void Job::execute(Worker& w, const Unit& unit, int64_t tile) {
   int64_t bytes = 0;
   if (unit.phase != Phase::Sample) {
     if (t.spec.base) bytes += n * dtype_size(t.spec.base->dtype);
-    for (const TermSpec& term : t.terms) bytes += n * dtype_size(term.x.dtype);
+    for (const TermSpec& term : t.terms) bytes += stored_bytes(term.x, tile * tile_, n);
   }
   switch (unit.phase) {
     case Phase::Sample:
@@ -1042,9 +1212,10 @@ void Job::run() {
     t->remaining = t->phases.empty() || t->phases[0] == Phase::Sample ? 1 : tiles(*t);
     int64_t per_pass = 0;
     if (t->spec.base) per_pass += dtype_size(t->spec.base->dtype);
-    for (const TermSpec& term : t->terms) per_pass += dtype_size(term.x.dtype);
+    per_pass *= t->spec.n;
+    for (const TermSpec& term : t->terms) per_pass += stored_bytes(term.x, 0, t->spec.n);
     for (Phase p : t->phases)
-      if (p != Phase::Sample) bytes_total_ += t->spec.n * per_pass;
+      if (p != Phase::Sample) bytes_total_ += per_pass;
     bytes_total_ += t->spec.n * (t->spec.copy ? 1 : dtype_size(t->spec.out_dtype));
     elements += t->spec.n;
   }
@@ -1076,9 +1247,18 @@ TaskResult Job::result(int task) const {
     if (t.mismatch[i]) r.mismatch.push_back(int(i));
   if (checksums_) {
     const int64_t n_tiles = tiles(t);
-    const auto joined = [&](int source, int64_t item) {
+    const auto joined = [&](int source, int64_t item, const Source* packed = nullptr) {
       const uint64_t shift = crc64_shift(uint64_t(tile_ * item));
       uint64_t crc = 0;
+      if (packed) {
+        for (int64_t i = 0; i < n_tiles; ++i) {
+          const int64_t n = std::min(tile_, t.spec.n - i * tile_);
+          const uint64_t part = t.crc[size_t(source) * size_t(n_tiles) + size_t(i)];
+          crc = crc64_combine(crc, part,
+                              crc64_shift(uint64_t(stored_bytes(*packed, i * tile_, n))));
+        }
+        return crc;
+      }
       for (int64_t i = 0; i < n_tiles; ++i) {
         const uint64_t part = t.crc[size_t(source) * size_t(n_tiles) + size_t(i)];
         const int64_t n = std::min(tile_, t.spec.n - i * tile_);
@@ -1088,8 +1268,10 @@ TaskResult Job::result(int task) const {
     };
     const int b = t.spec.base ? 1 : 0;
     if (b) r.crc_in.push_back(joined(0, dtype_size(t.spec.base->dtype)));
-    for (size_t k = 0; k < t.terms.size(); ++k)
-      r.crc_in.push_back(joined(b + int(k), dtype_size(t.terms[k].x.dtype)));
+    for (size_t k = 0; k < t.terms.size(); ++k) {
+      const Source& x = t.terms[k].x;
+      r.crc_in.push_back(joined(b + int(k), dtype_size(x.dtype), x.packed ? &x : nullptr));
+    }
     r.crc_out = joined(t.sources(), t.spec.copy ? 1 : dtype_size(t.spec.out_dtype));
   }
   for (size_t k = 0; k < t.terms.size() && !t.spec.copy && !t.views.empty(); ++k) {

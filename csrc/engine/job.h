@@ -18,6 +18,7 @@
 
 #include "../combine/kernels.h"
 #include "../combine/magprune.h"
+#include "../pack/pack.h"
 #include "files.h"
 
 namespace clf {
@@ -26,11 +27,31 @@ enum class Ties { First, All, None };
 enum class Rescale { None, KeepRate, L1 };
 enum class NanPolicy { Refuse, Propagate, Zero };
 
+struct PackedSource;
+
 struct Source {
   DType dtype = DType::F32;
   const uint8_t* ptr = nullptr;  // in memory, or
   int file = -1;                 // an input file of the job
   int64_t offset = 0;
+  std::shared_ptr<const PackedSource> packed;  // or made from this, a tile at a time
+};
+
+// What a packed delta stands for where all elements are asked for:
+//   Parts  kept_i ? value_i : base_i, exactly, so that x - base is the delta without its factor,
+//          which is the term's; where nothing selects by magnitude the dropped are masked instead
+//   Model  base_i + (value_i - base_i) * factor in float32
+//   Delta  (value_i - base_i) * factor, 0 where dropped, in float32
+enum class PackedAs { Parts, Model, Delta };
+
+// Kept values of a stream; blocks[c] of them come before element c * kStatChunk.
+struct PackedSource {
+  Source values;
+  Stream stream;
+  std::vector<int64_t> blocks;
+  Source base;
+  double factor = 1.0;
+  PackedAs as = PackedAs::Parts;
 };
 
 struct TermSpec {
@@ -121,6 +142,11 @@ class Job {
   void finish_phase(Task& t, Phase phase, Worker& w);
   bool wait_for(Task& t, int phases);
   const uint8_t* fetch(Worker& w, const Source& s, int slot, int64_t first, int64_t n);
+  const uint8_t* expand(Worker& w, const PackedSource& p, DType to, int slot, int64_t first,
+                        int64_t n);
+  const uint8_t* packed_values(Worker& w, const PackedSource& p, int slot, int64_t from,
+                               int64_t count);
+  [[noreturn]] void wrong_blocks(const PackedSource& p) const;
 
   void sample(Task& t, Worker& w);
   void sample_into(const Task& t, const TermSpec& term, Worker& w, int64_t runs,

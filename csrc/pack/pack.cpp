@@ -151,6 +151,90 @@ void unpack_values(const Packed& from, const Tensor& base, float factor, DType o
   });
 }
 
+int64_t draw_bits(Stream stream, int64_t first, int64_t n, uint64_t* bits) {
+  const int64_t words = (n + 63) / 64;
+  if (stream.threshold == 0) {
+    std::memset(bits, 0, size_t(words) * sizeof(uint64_t));
+    return 0;
+  }
+  kernels().keep_bits(stream.key, first, n, stream.threshold, bits);
+  if (n & 63) bits[words - 1] &= (uint64_t(1) << (n & 63)) - 1;
+  int64_t count = 0;
+  for (int64_t w = 0; w < words; ++w) count += __builtin_popcountll(bits[w]);
+  return count;
+}
+
+namespace {
+
+template <int64_t SIZE>
+void scatter_words(const uint8_t* values, const uint64_t* bits, int64_t n, uint8_t* dense) {
+  for (int64_t w = 0; w < (n + 63) / 64; ++w)
+    for (uint64_t left = bits[w]; left; left &= left - 1) {
+      std::memcpy(dense + SIZE * (64 * w + __builtin_ctzll(left)), values, SIZE);
+      values += SIZE;
+    }
+}
+
+template <int64_t SIZE>
+void gather_words(const uint8_t* x, const uint64_t* bits, int64_t n, uint8_t* out) {
+  for (int64_t w = 0; w < (n + 63) / 64; ++w)
+    for (uint64_t left = bits[w]; left; left &= left - 1) {
+      std::memcpy(out, x + SIZE * (64 * w + __builtin_ctzll(left)), SIZE);
+      out += SIZE;
+    }
+}
+
+}  // namespace
+
+void scatter_bits(int64_t item, const uint8_t* values, const uint64_t* bits, int64_t n,
+                  uint8_t* dense) {
+  if (item == 4) return scatter_words<4>(values, bits, n, dense);
+  if (item == 2) return scatter_words<2>(values, bits, n, dense);
+  scatter_words<1>(values, bits, n, dense);
+}
+
+int64_t pack_run(const Tensor& x, const Tensor& base, Stream stream, int64_t first, int64_t n,
+                 uint8_t* values, int64_t* counts, double* sums, int threads) {
+  if (first % kStatChunk) throw std::invalid_argument("a run begins at a chunk");
+  const int64_t chunks = (n + kStatChunk - 1) / kStatChunk, item = dtype_size(x.dtype);
+  const size_t words = size_t(kStatChunk / 64);
+  std::vector<uint64_t> bits(size_t(chunks) * words);
+  std::vector<double> all(static_cast<size_t>(chunks)), kept(static_cast<size_t>(chunks));
+  const auto draw = [&](int64_t chunk) {
+    const int64_t at_chunk = chunk * kStatChunk, m = std::min(kStatChunk, n - at_chunk);
+    uint64_t* mine = &bits[size_t(chunk) * words];
+    TermView term;
+    term.x = at(x, at_chunk);
+    term.dtype = x.dtype;
+    term.sparsify = Sparsify::Drop;
+    term.key = stream.key;
+    term.threshold = stream.threshold;
+    kernels().l1(term, base.dtype, at(base, at_chunk), m, first + at_chunk, false, mine,
+                 &all[size_t(chunk)], &kept[size_t(chunk)]);
+    if (m & 63) mine[(m + 63) / 64 - 1] &= (uint64_t(1) << (m & 63)) - 1;
+    int64_t count = 0;
+    for (int64_t w = 0; w < (m + 63) / 64; ++w) count += __builtin_popcountll(mine[w]);
+    counts[chunk] = count;
+  };
+  in_parallel(chunks, threads, [&] { return draw; });
+  std::vector<int64_t> before(size_t(chunks) + 1, 0);
+  for (int64_t c = 0; c < chunks; ++c) {
+    before[size_t(c) + 1] = before[size_t(c)] + counts[c];
+    sums[0] += all[size_t(c)];
+    sums[1] += kept[size_t(c)];
+  }
+  const auto take = [&](int64_t chunk) {
+    const int64_t at_chunk = chunk * kStatChunk, m = std::min(kStatChunk, n - at_chunk);
+    const uint64_t* mine = &bits[size_t(chunk) * words];
+    uint8_t* out = values + before[size_t(chunk)] * item;
+    if (item == 4) return gather_words<4>(at(x, at_chunk), mine, m, out);
+    if (item == 2) return gather_words<2>(at(x, at_chunk), mine, m, out);
+    gather_words<1>(at(x, at_chunk), mine, m, out);
+  };
+  in_parallel(chunks, threads, [&] { return take; });
+  return before.back();
+}
+
 std::pair<double, double> drop_sums(const Tensor& x, const Tensor& base, DType held, Stream stream,
                                     int64_t n, int threads) {
   const int64_t chunks = (n + kStatChunk - 1) / kStatChunk;

@@ -53,6 +53,21 @@ void unpack_values(const Packed& from, const Tensor& base, float factor, DType o
 std::pair<double, double> drop_sums(const Tensor& x, const Tensor& base, DType held, Stream stream,
                                     int64_t n, int threads);
 
+// A run of whole chunks of kStatChunk elements (the last one may be short) from element `first` on,
+// for one that packs a tensor piece by piece: the kept elements of x go to `values` (room for n),
+// their number in each chunk to `counts`, and sum |d| and sum |d kept| of d = x - base are added to
+// sums[0] and sums[1] in the order of an l1 rescale. Returns how many were kept.
+int64_t pack_run(const Tensor& x, const Tensor& base, Stream stream, int64_t first, int64_t n,
+                 uint8_t* values, int64_t* counts, double* sums, int threads);
+
+// Where the elements lie that a stream keeps: bits of `n` elements from `first`, a multiple of 256,
+// none set beyond; returns their number.
+int64_t draw_bits(Stream stream, int64_t first, int64_t n, uint64_t* bits);
+
+// values[p] goes to the place of the p-th set bit of `dense`; the rest stays as it is.
+void scatter_bits(int64_t item, const uint8_t* values, const uint64_t* bits, int64_t n,
+                  uint8_t* dense);
+
 struct PackedTerm {
   Packed packed;  // offsets null: `values` are dense, one per element
   bool delta = false;  // the base is not subtracted
