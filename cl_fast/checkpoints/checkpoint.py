@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -58,6 +59,11 @@ class Checkpoint:
     def folder(self) -> Path:
         """The folder that config and tokenizer are looked for in."""
         return self.path if self.path.is_dir() else self.path.parent
+
+    @property
+    def tokenizer_files(self) -> Mapping[str, bytes]:
+        """Files of its tokenizer that stand for those in ``folder``."""
+        return {}
 
     @property
     def nbytes(self) -> int:

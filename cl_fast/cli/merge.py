@@ -68,6 +68,12 @@ def add(commands: Any) -> None:
         help="of the cluster's head, 'auto' (the cluster of this machine), or 'local' (one of this "
         "machine alone; default: auto)",
     )
+    merge.add_argument(
+        "--unsafe-truncate-embeddings",
+        action="store_true",
+        help="where vocabularies differ and the recipe names no tokenizer: cut embeddings to the "
+        "fewest rows; right only where the tokens that stay have the same ids in all models",
+    )
     execution(merge)
     mergekit.add(merge)
     merge.set_defaults(run=_run, usage=merge.error)
@@ -90,6 +96,7 @@ def _run(arguments: argparse.Namespace) -> int:
             "memory": arguments.memory,
             "allow_crimes": arguments.allow_crimes,
             "copy_tokenizer": arguments.copy_tokenizer,
+            "truncate_embeddings": arguments.unsafe_truncate_embeddings,
         }
         if arguments.dry_run:
             plans = plan_stages(stages, **planning)

@@ -35,6 +35,8 @@ def describe(plan: Plan, bandwidth: float | None = None) -> list[str]:
             if plan.seed is not None and drawn:
                 line += f", random stream {role!r}"
         lines.append(line)
+    if plan.vocabulary is not None and plan.vocabulary.tokens is not None:
+        lines.append(f"tokens   {plan.vocabulary.words}")
     dtypes = sorted({TORCH_NAMES.get(t.dtype, t.dtype) for t in plan.tensors})
     lines.append(f"output   {plan.output}")
     tensors = (

@@ -871,10 +871,10 @@ def _made(tensor: TensorPlan, source: Made, nan: Nan, threads: int | None = None
 
     Where it is the result itself, nothing else looks for NaN in it, or for an overflow.
     """
-    import torch
-
     data = source.make(threads)
     if tensor.kind == "copy" and nan != "propagate":
+        import torch
+
         values = torch.frombuffer(data, dtype=torch_dtype(source.dtype))
         if not all(bool(torch.isfinite(end)) for end in torch.aminmax(values)):
             count = int((~torch.isfinite(values)).sum())

@@ -169,6 +169,8 @@ def references(recipe: Recipe) -> list[tuple[str, str]]:
 def source_of(checkpoint: Checkpoint, name: str) -> Source:
     """Where a tensor of an input comes from."""
     if isinstance(checkpoint, Cut):
+        if name in checkpoint.replaced:
+            return checkpoint.replaced[name]
         return source_of(checkpoint.whole, checkpoint.stored[name])
     if isinstance(checkpoint, Derived):
         return checkpoint.source(name)

@@ -10,6 +10,9 @@ or thread counts: the same recipe on the same inputs gives the same manifest.
     policy, seed, streams          what it resolved to; the names that key the random streams
     nan                            policy for NaN and infinity
     thresholds                     codes of a model-wide trim, one per model, or null
+    vocabulary                     null, or where the output's tokens come from and which tensors
+                                   were aligned to them; the checksums of these tensors' inputs are
+                                   of the aligned bytes
     digest                         of the output's tensors, see `digest`
     inputs                         role (base, model, patch, delta), name, reference, path, digest,
                                    files (name, size, header); a patch's digest is of the base with
@@ -118,6 +121,7 @@ def build(
         "streams": list(plan.models),
         "nan": nan,
         "thresholds": None if codes is None else list(codes),
+        "vocabulary": _vocabulary(plan),
         "digest": digest((record.name, record.crc64) for record in records),
         "inputs": inputs,
         "files": [
@@ -132,6 +136,18 @@ def build(
             | ({} if origins[record.name] is None else {"from": origins[record.name]})
             for record in records
         },
+    }
+
+
+def _vocabulary(plan: Plan) -> dict[str, Any] | None:
+    vocabulary = plan.vocabulary
+    if vocabulary is None or not vocabulary.digest:
+        return None
+    return {
+        "source": vocabulary.source,
+        "path": None if vocabulary.folder is None else str(vocabulary.folder),
+        "digest": vocabulary.digest,
+        "aligned": list(vocabulary.aligned),
     }
 
 

@@ -11,6 +11,7 @@ from cl_fast.checkpoints.checkpoint import Checkpoint
 from cl_fast.checkpoints.safetensors import TensorInfo
 from cl_fast.checkpoints.sidecar import token_count
 from cl_fast.errors import CheckpointError, RecipeError
+from cl_fast.merging.vocabulary import vocabulary_axis
 from cl_fast.ops.policy import DTYPES, OUTPUT_DTYPES
 
 if TYPE_CHECKING:
@@ -19,23 +20,13 @@ if TYPE_CHECKING:
 __all__ = [
     "check_shapes",
     "common_tensors",
-    "embedding_rows",
     "kind_of_tensor",
     "natural_key",
     "out_dtype",
 ]
 
-_EMBEDDING = re.compile(r"(embed_tokens|wte|word_embeddings|embed_in|shared|lm_head|embed_out)\b")
 _BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.attn\.masked_bias)$")
 _DIGITS = re.compile(r"([0-9]+)")
-
-
-def embedding_rows(checkpoint: Checkpoint) -> int | None:
-    """Rows of the embeddings, as far as names tell."""
-    for name, info in checkpoint.tensors.items():
-        if _EMBEDDING.search(name) and len(info.shape) == 2:
-            return info.shape[0]
-    return None
 
 
 def natural_key(name: str) -> tuple[tuple[tuple[int, str], ...], str]:
@@ -178,18 +169,23 @@ def check_shapes(inputs: tuple[Checkpoint, ...], names: list[str]) -> None:
             ours, theirs = reference.tensors[name].shape, checkpoint.tensors[name].shape
             if ours == theirs:
                 continue
-            if _EMBEDDING.search(name) and len(ours) == len(theirs) == 2 and ours[1] == theirs[1]:
+            axis = vocabulary_axis(name, ours)
+            if axis is not None and _but(ours, axis) == _but(theirs, axis):
                 raise CheckpointError(
-                    f"tensor {name!r} has {ours[0]} rows in {reference.path} and {theirs[0]} in "
-                    f"{checkpoint.path}: their vocabularies differ. "
-                    f"{_vocabulary(reference)}; {_vocabulary(checkpoint)}. This version merges "
-                    "models of one vocabulary; resize the embeddings of one of them to the other's "
-                    "tokenizer (resize_token_embeddings) first"
+                    f"tensor {name!r} has {ours[axis]} rows in {reference.path} and {theirs[axis]} "
+                    f"in {checkpoint.path}: their vocabularies differ. "
+                    f"{_vocabulary(reference)}; {_vocabulary(checkpoint)}. Write in the recipe "
+                    "whose tokens the output has, and each model's rows are put in their order: "
+                    "tokenizer_source: union (the tokens of all), base, or one of the models"
                 )
             raise CheckpointError(
                 f"tensor {name!r} has shape {list(ours)} in {reference.path} and {list(theirs)} in "
                 f"{checkpoint.path}; only models of one architecture and size can be merged"
             )
+
+
+def _but(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return (*shape[:axis], *shape[axis + 1 :])
 
 
 def _vocabulary(checkpoint: Checkpoint) -> str:

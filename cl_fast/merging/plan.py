@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cl_fast.checkpoints.checkpoint import SINGLE_NAME, Checkpoint, absolute
 from cl_fast.checkpoints.safetensors import DTYPE_BITS, build_header, tensor_nbytes
-from cl_fast.checkpoints.sidecar import Sidecar, has_tokenizer, plan_sidecars, token_count
+from cl_fast.checkpoints.sidecar import Sidecar, plan_sidecars
 from cl_fast.errors import CheckpointError, RecipeError
+from cl_fast.merging.chat_templates import with_chat_template
 from cl_fast.merging.deltas import DeltaCheckpoint
 from cl_fast.merging.inputs import (
     Derived,
     base_and_change,
-    is_derived,
     open_inputs,
     references,
     same_path,
@@ -39,7 +39,6 @@ from cl_fast.merging.inputs import (
 from cl_fast.merging.matching import (
     check_shapes,
     common_tensors,
-    embedding_rows,
     kind_of_tensor,
     natural_key,
     out_dtype,
@@ -47,6 +46,7 @@ from cl_fast.merging.matching import (
 from cl_fast.merging.numbers import Numbers, Used
 from cl_fast.merging.slices import Cut, Group, cut, edit_config, list_inputs, whole
 from cl_fast.merging.sources import Made, Packed, Source, made_whole
+from cl_fast.merging.vocabulary import VocabularyPlan, plan_vocabulary
 from cl_fast.ops.policy import (
     Policy,
     check_keep_probabilities,
@@ -160,6 +160,8 @@ class Plan:
         model_keep: for ``trim_scope="model"`` the number of elements that each term keeps over
             the whole model (position = position in ``terms``; the tensors that take part are
             those with ``kind="combine"``); empty otherwise.
+        vocabulary: the output's tokens and the rows of each model in their order, where the recipe
+            names a tokenizer (or embeddings are cut).
     """
 
     output: Path
@@ -181,6 +183,7 @@ class Plan:
     memory: int
     seed: int | None
     model_keep: tuple[int, ...]
+    vocabulary: VocabularyPlan | None = None
 
     @property
     def has_base(self) -> bool:
@@ -199,6 +202,7 @@ def make_plan(
     allow_crimes: bool = False,
     copy_tokenizer: bool = True,
     planned: Mapping[str, Checkpoint] | None = None,
+    truncate_embeddings: bool = False,
 ) -> Plan:
     """Read every input header, find every error they can tell, and lay out the output.
 
@@ -214,6 +218,9 @@ def make_plan(
         allow_crimes: put layers of models together that are not of one architecture and size.
         copy_tokenizer: give the output a tokenizer and a chat template.
         planned: inputs that an earlier merge of the same run will make, by their references.
+        truncate_embeddings: where the recipe names no tokenizer, cut embeddings and heads of
+            models with more rows to the least number of rows. Unsafe: it is right only where the
+            tokens that stay have the same ids in all models.
 
     Raises:
         CheckpointError: an input is missing, malformed, quantised, or does not fit the others.
@@ -237,6 +244,7 @@ def make_plan(
             allow_crimes,
             copy_tokenizer,
             planned,
+            truncate_embeddings,
         )
 
 
@@ -262,6 +270,7 @@ def _plan(
     allow_crimes: bool,
     copy_tokenizer: bool,
     planned: Mapping[str, Checkpoint] | None,
+    truncate_embeddings: bool,
 ) -> Plan:
     folder = os.fspath(output)
     if not folder.strip() or "\0" in folder:
@@ -280,6 +289,9 @@ def _plan(
     listing = list_inputs(recipe)
     bases = len(listing.bases)
     groups, changed = cut(recipe, listing, inputs, allow_crimes=allow_crimes)
+    vocabulary = plan_vocabulary(recipe, inputs, groups, notes, truncate=truncate_embeddings)
+    if vocabulary is not None:
+        groups = vocabulary.groups
     models = term_names([entry.model for entry in listing.models])
     streams = _Streams(seed, (None,) * bases + models)
     used = Used()
@@ -301,11 +313,13 @@ def _plan(
     floats = {dtypes[name] for draft in drafts for name in draft.combined}
     uniform = next(iter(floats)) if len(floats) == 1 else None
     donor = _donor(recipe, inputs)
-    tokenizer_folder = _tokenizer_folder(recipe, inputs, donor)
+    tokenizer = donor.folder
+    if vocabulary is not None and vocabulary.folder is not None:
+        tokenizer = vocabulary.folder
     told = list[str]()
     sidecars, more = plan_sidecars(
         donor,
-        tokenizer_folder if copy_tokenizer else None,
+        tokenizer if copy_tokenizer or recipe.tokenizer_rules is not None else None,
         uniform,
         edit=partial(edit_config, donor=donor, changed=changed, notes=told) if changed else None,
     )
@@ -313,6 +327,9 @@ def _plan(
         own = {sidecar.name: sidecar for sidecar in inputs[1].sidecars(uniform)}
         sidecars = tuple(own.pop(file.name, file) for file in sidecars) + tuple(own.values())
     notes += [*told, *more]
+    if vocabulary is not None:
+        sidecars = vocabulary.sidecars(sidecars)
+    sidecars = with_chat_template(recipe, inputs, sidecars, tokenizer, notes)
     for checkpoint in inputs:
         if isinstance(checkpoint, Derived):
             notes += [note for note in checkpoint.notes if note not in notes]
@@ -334,7 +351,7 @@ def _plan(
         bases=bases,
         models=models,
         donor=donor,
-        tokenizer_donor=tokenizer_folder,
+        tokenizer_donor=tokenizer,
         sidecars=sidecars,
         notes=tuple(notes),
         fingerprint="",
@@ -345,6 +362,7 @@ def _plan(
         + _made_memory(tensors, whole=bool(model_keep)),
         seed=seed,
         model_keep=model_keep,
+        vocabulary=vocabulary,
     )
     return replace(plan, fingerprint=_fingerprint(plan))
 
@@ -663,35 +681,6 @@ def _donor(recipe: Recipe, inputs: tuple[Checkpoint, ...]) -> Checkpoint:
     return inputs[0]
 
 
-def _tokenizer_folder(recipe: Recipe, inputs: tuple[Checkpoint, ...], donor: Checkpoint) -> Path:
-    reference = recipe.tokenizer_reference
-    if reference is None:
-        return donor.folder
-    path = absolute(reference)
-    if changed := is_derived(reference):
-        raise RecipeError(
-            f"tokenizer_source: {reference!r} is {changed.noun}, which has no tokenizer; leave it "
-            "out, or name the base or a model"
-        )
-    for checkpoint in inputs:
-        if checkpoint.reference == reference or same_path(checkpoint.path) == same_path(path):
-            return checkpoint.folder
-    folder = path if path.is_dir() else path.parent
-    if not path.exists() or not has_tokenizer(folder):
-        wrong = "holds no tokenizer" if path.exists() else "does not exist"
-        raise CheckpointError(
-            f"tokenizer_source: {reference!r} {wrong}; name one of the models or a folder with "
-            "tokenizer.json"
-        )
-    count, rows = token_count(folder), embedding_rows(donor)
-    if count is not None and rows is not None and count > rows:
-        raise CheckpointError(
-            f"tokenizer_source: the tokenizer of {folder} has {count} tokens, but the merged "
-            f"embeddings have {rows} rows; use the tokenizer of one of the models"
-        )
-    return folder
-
-
 def _model_keep(recipe: Recipe, drafts: Sequence[_Draft]) -> tuple[int, ...]:
     """How many elements each model keeps of all its elements; empty if trimmed per tensor."""
     for draft in drafts:
@@ -915,6 +904,7 @@ def _fingerprint(plan: Plan) -> str:
                 "recipe": plan.recipe.model_dump(mode="json"),
                 "policies": sorted({repr(tensor.policy) for tensor in plan.tensors}),
                 "seed": plan.seed,
+                "vocabulary": plan.vocabulary.digest if plan.vocabulary is not None else "",
                 "models": plan.models,
                 "inputs": [
                     [

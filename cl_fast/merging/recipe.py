@@ -39,6 +39,7 @@ from pydantic import (
 
 from cl_fast.documents import key_path, kind_of, parse_documents, read_document
 from cl_fast.errors import RecipeError
+from cl_fast.merging.chat_templates import check_chat_template
 from cl_fast.merging.methods import (
     CHOICES,
     NUMBERS,
@@ -50,6 +51,7 @@ from cl_fast.merging.methods import (
     suggest,
 )
 from cl_fast.merging.references import BadReference, reference_text
+from cl_fast.merging.tokenizer_rules import TokenizerRules, parse_tokenizer
 from cl_fast.ops.policy import Policy
 
 __all__ = [
@@ -71,10 +73,6 @@ _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 #: Keys of mergekit recipes that this version does not have, and what to do.
 _UNSUPPORTED: dict[str, str] = {
-    "chat_template": (
-        "not supported by this version; the chat template of the tokenizer's source "
-        "is copied, change it in the output"
-    ),
 }
 
 _WANTED = "a number, a list of numbers (gradient) or a list of filters"
@@ -152,7 +150,15 @@ class Recipe(BaseModel):
     parameters: dict[str, Any] = Field(default_factory=dict, description="for all models")
     dtype: str | None = Field(None, description="type of the output where out_dtype is not given")
     out_dtype: str | None = Field(None, description="type of the output")
-    tokenizer_source: _Reference | None = Field(None, description="'base' or a model reference")
+    tokenizer_source: _Reference | None = Field(
+        None, description="'base', 'union' or a model reference"
+    )
+    tokenizer: dict[str, Any] | None = Field(
+        None, description="tokenizer_source with rules for tokens: source, tokens, padding"
+    )
+    chat_template: str | None = Field(
+        None, description="'auto', a builtin name, Jinja text or a .jinja file"
+    )
     seed: int | None = Field(None, ge=0, lt=2**64, description="of the random masks")
 
     _policy: Policy = PrivateAttr(default_factory=Policy)
@@ -178,12 +184,13 @@ class Recipe(BaseModel):
             for key, value in data.items()
             if key not in _UNSUPPORTED and (value is not None or key not in ("slices", "modules"))
         }
-        if "tokenizer" in data:
-            block = data.pop("tokenizer")
-            if block is not None:
-                if data.get("tokenizer_source") is not None:
-                    raise RecipeError("tokenizer: and tokenizer_source: mean the same; give one")
-                data["tokenizer_source"] = _tokenizer_block(block)
+        block = data.get("tokenizer")
+        if block is not None:
+            if data.get("tokenizer_source") is not None:
+                raise RecipeError("tokenizer: and tokenizer_source: mean the same; give one")
+            rules = parse_tokenizer(block)
+            if not rules.tokens and rules.pad_to_multiple_of is None:
+                data = {**data, "tokenizer": None, "tokenizer_source": rules.source}
         return data
 
     @model_validator(mode="after")
@@ -279,23 +286,11 @@ class Recipe(BaseModel):
         return _part(method, f"{key}.sources", module, base, entries, [own, *scopes])
 
     def _check_tokenizer(self) -> None:
-        source = self.tokenizer_source
-        if source is None:
-            return
-        if source.startswith("union"):
-            raise RecipeError(
-                "tokenizer_source: 'union' builds a new vocabulary and is not supported by this "
-                "version; use 'base' or one of the models (all must share one vocabulary)"
-            )
-        if source == "base":
-            if self.base_model is None:
-                raise RecipeError(
-                    "tokenizer_source: 'base' needs a base_model; name the model instead"
-                )
-            return
-        if source.startswith("model:"):
-            source = source.removeprefix("model:")
-        _check_reference("tokenizer_source", source)
+        rules = self.tokenizer_rules
+        if rules is not None and rules.source not in ("base", "union"):
+            _check_reference(rules.key, rules.source.removeprefix("model:"))
+        if self.chat_template is not None:
+            check_chat_template(self.chat_template)
 
     # What the plan asks.
 
@@ -332,13 +327,21 @@ class Recipe(BaseModel):
         return None if word is None else _DTYPES[word.removeprefix("torch.")]
 
     @property
+    def tokenizer_rules(self) -> TokenizerRules | None:
+        """The output's tokenizer and the rows of its tokens, ``None`` if not said."""
+        if self.tokenizer is not None:
+            return parse_tokenizer(self.tokenizer)
+        return None if self.tokenizer_source is None else TokenizerRules(self.tokenizer_source)
+
+    @property
     def tokenizer_reference(self) -> str | None:
         """The model reference that the tokenizer comes from, ``None`` if not said."""
-        if self.tokenizer_source is None:
+        rules = self.tokenizer_rules
+        if rules is None:
             return None
-        if self.tokenizer_source == "base":
+        if rules.source in ("base", "union"):
             return self.base_model
-        return self.tokenizer_source.removeprefix("model:")
+        return rules.source.removeprefix("model:")
 
     @property
     def source(self) -> Path | None:
@@ -717,26 +720,6 @@ def _scalar(value: Any, key: str) -> float:
     return number
 
 
-def _tokenizer_block(block: Any) -> str:
-    if not isinstance(block, Mapping):
-        raise RecipeError(f"tokenizer: must be a mapping with 'source'; got {kind_of(block)}")
-    for key in block:
-        if key in ("tokens", "pad_to_multiple_of"):
-            raise RecipeError(
-                f"tokenizer.{key}: building a new vocabulary is not supported by this version; "
-                "give only 'source'"
-            )
-        if key != "source":
-            hint = suggest(key, ("source",)) if isinstance(key, str) else ""
-            raise RecipeError(f"tokenizer.{key}: unknown key{hint}")
-    source = block.get("source")
-    if not isinstance(source, str):
-        raise RecipeError(
-            f"tokenizer.source: must be 'base' or a model reference; got {kind_of(source)}"
-        )
-    return source
-
-
 def _check_dtype(key: str, word: str | None) -> None:
     if word is None or word.removeprefix("torch.") in _DTYPES:
         return
@@ -771,7 +754,7 @@ def _same(left: str, right: str) -> bool:
 def map_references(
     content: dict[str, Any], change: Callable[[str], str], *, base: bool = True
 ) -> dict[str, Any]:
-    """A recipe as a mapping with other references to its models; the tokenizer's stays.
+    """A recipe as a mapping with other references to its models, also where its tokenizer is told.
 
     Args:
         content: as `Recipe.model_dump` gives it; changed.
@@ -789,6 +772,20 @@ def map_references(
     for block in [content, *slices] if base else []:
         if block.get("base_model") is not None:
             block["base_model"] = change(block["base_model"])
+    tokenizer: dict[str, Any] = content.get("tokenizer") or {}
+    for place, key in ((content, "tokenizer_source"), (tokenizer, "source")):
+        source: Any = place.get(key)
+        if isinstance(source, str):
+            source = source.removeprefix("model:")
+        if source not in (None, "base", "union"):
+            place[key] = change(source)
+    for rule in (tokenizer.get("tokens") or {}).values():
+        source = rule.get("source") if isinstance(rule, dict) else None
+        if isinstance(source, dict) and "kind" in source:
+            if source.get("model") is not None:
+                source["model"] = change(source["model"])
+        elif source is not None:
+            rule["source"] = change(source)
     return content
 
 
@@ -843,7 +840,7 @@ _TYPE_WORDS = {
     "less_than": "must be below 2**64",
 }
 
-_TOP_KEYS = (*Recipe.model_fields, *_UNSUPPORTED, "tokenizer")
+_TOP_KEYS = (*Recipe.model_fields, *_UNSUPPORTED)
 #: Keys below the top, and what they belong to.
 _INNER_KEYS = {
     "models": tuple(ModelEntry.model_fields),

@@ -13,7 +13,7 @@ one at 1, and tensors before and after the layers at 0.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cl_fast.checkpoints.checkpoint import Checkpoint
@@ -24,6 +24,7 @@ from cl_fast.merging.numbers import layer_depths
 
 if TYPE_CHECKING:
     from cl_fast.merging.recipe import Entry, Part, Recipe
+    from cl_fast.merging.sources import Source
 
 __all__ = ["Cut", "Group", "Listing", "cut", "edit_config", "list_inputs", "whole"]
 
@@ -86,10 +87,12 @@ class Cut(Checkpoint):
     Attributes:
         whole: the checkpoint.
         stored: name here -> name in the checkpoint.
+        replaced: the sources of tensors that are not read as they are stored.
     """
 
     whole: Checkpoint
     stored: dict[str, str]
+    replaced: dict[str, Source] = field(default_factory=dict)
 
 
 def whole(checkpoint: Checkpoint) -> Checkpoint:

@@ -67,10 +67,15 @@ class _Planned(Checkpoint):
     """The output of a plan that is not carried out yet."""
 
     beside: Path
+    tokenizer: Mapping[str, bytes]
 
     @property
     def folder(self) -> Path:
         return self.beside
+
+    @property
+    def tokenizer_files(self) -> Mapping[str, bytes]:
+        return self.tokenizer
 
 
 def load_stages(
@@ -164,12 +169,6 @@ def _stage(
     try:
         parse_recipe(content)  # errors under the names that the file has
         content = map_references(_copied(content), change)
-        source = content.get("tokenizer_source")
-        if isinstance(source, str):
-            content["tokenizer_source"] = folder(source)
-        block = content.get("tokenizer")
-        if isinstance(block, dict) and isinstance(block.get("source"), str):
-            block["source"] = folder(block["source"])
         recipe = parse_recipe(content, source=None)
     except RecipeError as error:
         raise RecipeError(f"{file}: {prefix}: {error}") from None
@@ -269,7 +268,10 @@ def _output_of(plan: Plan) -> Checkpoint:
         if file.name == "config.json" and file.content is not None:
             content = strict_json(file.content, "config.json")
             config = content if isinstance(content, dict) else config
-    return _Planned(str(plan.output), plan.output, (), tensors, config, plan.tokenizer_donor)
+    built = plan.vocabulary.files if plan.vocabulary is not None else {}
+    tokenizer = {name: content for name, content in built.items() if content is not None}
+    folder = plan.tokenizer_donor
+    return _Planned(str(plan.output), plan.output, (), tensors, config, folder, tokenizer)
 
 
 def merge_stages(

@@ -122,7 +122,7 @@ def verify(
         if inputs:
             present = _check_inputs(report, pool, manifest, records, progress)
             if present and sample != 0:
-                _recompute(report, written, manifest, sample, threads, backend)
+                _recompute(report, written, manifest, records, sample, threads, backend)
     return report
 
 
@@ -293,6 +293,8 @@ def _wanted(
     has_base = any(entry["role"] == "base" for entry in manifest["inputs"])
     wanted: dict[tuple[str, int], TensorInfo] = {}
     for name, record in records.items():
+        if name in _aligned(manifest):
+            continue  # the checksums are of the aligned rows; computing it again compares them
         origins = manifest["tensors"][name].get("from")
         if origins is not None:
             read = [
@@ -346,6 +348,7 @@ def _recompute(
     report: Report,
     written: Checkpoint,
     manifest: dict[str, Any],
+    records: dict[str, TensorRecord],
     sample: int | None,
     threads: int | None,
     backend: str | None,
@@ -367,6 +370,14 @@ def _recompute(
     executor = make_executor(
         plan, backend=backend, threads=threads, memory=None, io="auto", nan=manifest["nan"]
     )
+    recorded = manifest.get("vocabulary")
+    now = "" if plan.vocabulary is None else plan.vocabulary.digest
+    if recorded is not None and recorded["digest"] != now:
+        report.problems.append(
+            f"{report.folder}: the tokenizers of its inputs are not those that were merged: the "
+            "rows of the embeddings would be put in another order"
+        )
+        return
     small = [t for t in plan.tensors if t.nbytes <= _LARGEST and t.name in written.tensors]
     if len(small) < len(plan.tensors):
         report.notes.append(
@@ -377,16 +388,19 @@ def _recompute(
         chosen = small
     else:
         # The largest always; the others by the fingerprint, so that a second look is the same.
+        # So are aligned ones, whose inputs are compared in no other way.
         largest = max(small, key=lambda tensor: tensor.nbytes)
-        rest = [tensor for tensor in small if tensor is not largest]
-        chosen = [largest, *random.Random(plan.fingerprint).sample(rest, sample - 1)]
+        chosen = [t for t in small if t is largest or t.name in _aligned(manifest)]
+        rest = [tensor for tensor in small if tensor not in chosen]
+        more = min(len(rest), max(0, sample - len(chosen)))
+        chosen += random.Random(plan.fingerprint).sample(rest, more)
     for tensor in chosen:
         info = written.tensors[tensor.name]
         with Path(info.path).open("rb") as file:
             file.seek(info.offset)
             stored = file.read(info.nbytes)
         try:
-            again, _ = executor.compute(tensor, manifest.get("thresholds"))
+            again, record = executor.compute(tensor, manifest.get("thresholds"))
         except ClFastError as error:
             report.problems.append(f"tensor {tensor.name} cannot be computed again: {error}")
             continue
@@ -399,6 +413,13 @@ def _recompute(
                 f"{info.path}: tensor {tensor.name} computed again from the inputs differs from "
                 f"byte {where} on"
             )
+        elif tensor.name in _aligned(manifest):
+            then = records[tensor.name].sources
+            if record.sources != then:
+                report.problems.append(
+                    f"the inputs of tensor {tensor.name} are not what was merged: the checksums "
+                    "of their aligned rows differ"
+                )
         report.recomputed.append(tensor.name)
 
 
@@ -421,10 +442,25 @@ def _rebuild(manifest: dict[str, Any], folder: Path) -> Plan:
         for entry in manifest["inputs"]
     }
     recipe = map_references(copy.deepcopy(manifest["recipe"]), lambda word: paths.get(word, word))
-    recipe.pop("tokenizer_source", None)
+    recorded = manifest.get("vocabulary")
+    truncated = recorded is not None and recorded["path"] is None
+    recipe.pop("chat_template", None)
+    if recorded is None or truncated:  # where the tokenizer's files come from changes no tensor
+        recipe.pop("tokenizer_source", None)
+        recipe.pop("tokenizer", None)
+    else:
+        for place, key in ((recipe, "tokenizer_source"), (recipe.get("tokenizer") or {}, "source")):
+            if place.get(key, "base") not in ("base", "union", *paths.values()):
+                place[key] = recorded["path"]
     # Nothing is written; an input may lie in the folder, as the patch of an edited model does.
     nowhere = folder.with_name(f".{folder.name}.verify")
-    plan = make_plan(parse_recipe(recipe), nowhere, seed=manifest.get("seed"), allow_crimes=True)
+    plan = make_plan(
+        parse_recipe(recipe),
+        nowhere,
+        seed=manifest.get("seed"),
+        allow_crimes=True,
+        truncate_embeddings=truncated,
+    )
     if plan.seed is None:
         return plan
     # The recorded names, not those of the paths, key the random streams.
@@ -444,3 +480,8 @@ def _rebuild(manifest: dict[str, Any], folder: Path) -> Plan:
         for tensor in plan.tensors
     )
     return dataclasses.replace(plan, tensors=tensors)
+
+
+def _aligned(manifest: dict[str, Any]) -> list[str]:
+    """The tensors whose inputs are not read as they are stored."""
+    return list((manifest.get("vocabulary") or {}).get("aligned", ()))
