@@ -18,8 +18,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cl_fast.errors import CheckpointError
-
 __all__ = [
     "LAYER",
     "OTHER_STACKS",
@@ -259,7 +257,7 @@ def set_layers(
     The number of layers is set wherever it stands. A list that has an entry for each layer
     (`layer_types`) gets the entries of the new layers, each from the config of the model that the
     layer comes from; a list of layers' numbers (`mlp_only_layers`) gets the new numbers. All other
-    values stay.
+    values stay, and a list that one of the models has not is left out.
 
     Args:
         config: of the donor; changed.
@@ -269,9 +267,6 @@ def set_layers(
 
     Returns:
         sentences that the user should be told.
-
-    Raises:
-        CheckpointError: a model lacks a list with an entry for each layer that the donor has.
     """
     notes = list[str]()
     counts = layer_counts(config, module)
@@ -285,7 +280,7 @@ def set_layers(
         _section(config, path[:-1])[path[-1]] = len(layers)
     for path in _sections(config, module):
         section = _section(config, path)
-        for key, value in section.items():
+        for key, value in list(section.items()):
             if isinstance(value, list) and _INDICES.search(key):
                 if all(type(item) is int for item in value):
                     section[key] = [
@@ -296,14 +291,17 @@ def set_layers(
             elif isinstance(value, list | str) and len(value) in old and _PER_LAYER.search(key):
                 if isinstance(value, str) and not key.endswith("pattern"):
                     continue
-                rebuilt: list[Any] = []
-                for theirs, layer in layers:
-                    entries = (_section(theirs, path) or {}).get(key)
-                    if not isinstance(entries, type(value)) or layer >= len(entries):
-                        raise CheckpointError(
-                            f"{where}: {'.'.join((*path, key))} has an entry for each layer; that "
-                            f"of a model in the slices has none for its layer {layer}"
-                        )
-                    rebuilt.append(entries[layer])
-                section[key] = "".join(rebuilt) if isinstance(value, str) else rebuilt
+                lists: list[Any] = [(_section(theirs, path) or {}).get(key) for theirs, _ in layers]
+                if all(
+                    isinstance(entries, type(value)) and layer < len(entries)
+                    for entries, (_, layer) in zip(lists, layers, strict=True)
+                ):
+                    new = [entries[i] for entries, (_, i) in zip(lists, layers, strict=True)]
+                    section[key] = "".join(new) if isinstance(value, str) else new
+                    continue
+                del section[key]
+                notes.append(
+                    f"{'.'.join((*path, key))} is left out of config.json: it has an entry for "
+                    "each layer, but one of the models has no such list; loading takes its default"
+                )
     return notes

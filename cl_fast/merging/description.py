@@ -37,6 +37,7 @@ def describe(plan: Plan, bandwidth: float | None = None) -> list[str]:
         lines.append(line)
     if plan.vocabulary is not None and plan.vocabulary.tokens is not None:
         lines.append(f"tokens   {plan.vocabulary.words}")
+    lines += _slice_lines(plan)
     dtypes = sorted({TORCH_NAMES.get(t.dtype, t.dtype) for t in plan.tensors})
     lines.append(f"output   {plan.output}")
     tensors = (
@@ -60,6 +61,26 @@ def describe(plan: Plan, bandwidth: float | None = None) -> list[str]:
     if plan.seed is not None:
         lines.append(f"seed     {plan.seed}")
     lines += [f"note     {note}" for note in plan.notes]
+    return lines
+
+
+def _slice_lines(plan: Plan) -> list[str]:
+    """Which layers of whom become which of the output."""
+    lines, start = [], dict[str | None, int]()
+    for part in plan.recipe.parts:
+        listed = [*(() if part.base is None else (part.base,)), *part.entries]
+        layers = listed[0].layers
+        if layers is None:
+            continue
+        first = start.get(part.module, 0)
+        end = start[part.module] = first + layers[1] - layers[0]
+        words = ", ".join(
+            f"{entry.layers[0]} to {entry.layers[1] - 1} of {entry.model}"
+            for entry in listed
+            if entry.layers is not None
+        )
+        module = "" if part.module is None else f"{part.module} "
+        lines.append(f"layers   {module}{first} to {end - 1}: {words}")
     return lines
 
 

@@ -162,6 +162,11 @@ def execute(
                 folder.discard()
                 lock.release()
         _check_output(plan, folder, overwrite=overwrite)
+        if nan == "zero" and plan.recipe.method.most == 1:
+            raise OutputError(
+                f"--nan zero has no effect with merge_method {plan.recipe.merge_method}, which "
+                "copies the bytes of tensors that are not scaled; leave it out"
+            )
         check_inputs(plan)
         check_derived(plan)
         executor = (engine or make_executor)(

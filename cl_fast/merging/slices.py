@@ -390,11 +390,7 @@ def edit_config(
     changed: dict[str, list[tuple[Checkpoint, int]]],
     notes: list[str],
 ) -> None:
-    """Make a donor's config speak of the output's layers, and tell what it cannot say.
-
-    Raises:
-        CheckpointError: as `set_layers`.
-    """
+    """Make a donor's config speak of the output's layers, and tell what it cannot say."""
     where = str(donor.folder / "config.json")
     for name, layers in changed.items():
         module = find_module(find_modules(donor.tensors), name)

@@ -478,9 +478,7 @@ class Call:
                 raise ValueError(
                     f"density={density} has no effect with policy.sparsify='none'; leave it out"
                 )
-        for density, gamma, epsilon in zip(
-            self.densities, self.gammas, self.epsilons, strict=True
-        ):
+        for density, gamma, epsilon in zip(self.densities, self.gammas, self.epsilons, strict=True):
             if not 0.0 <= gamma <= 1.0:
                 raise ValueError(f"gamma must be in [0, 1]; got {gamma}")
             if self.policy.sparsify == "magprune":
