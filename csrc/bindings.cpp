@@ -12,6 +12,7 @@
 #include "engine/job.h"
 #include "orthogonality/products.h"
 #include "pack/pack.h"
+#include "survey/survey.h"
 
 namespace py = pybind11;
 using namespace clf;
@@ -109,6 +110,36 @@ py::dict result_dict(const TaskResult& r) {
   d["rescale"] = r.rescale;
   d["nonfinite"] = r.nonfinite;
   d["mismatch"] = r.mismatch;
+  return d;
+}
+
+py::dict survey_dict(const SurveyResult& r) {
+  py::dict d;
+  d["products"] = r.products;
+  d["absolute"] = r.absolute;
+  d["largest"] = r.largest;
+  d["largest_at"] = r.largest_at;
+  d["nonfinite"] = r.nonfinite;
+  d["changed"] = r.changed;
+  d["overlap"] = r.overlap;
+  d["conflicts"] = r.conflicts;
+  d["shared"] = r.shared;
+  d["disputed"] = r.disputed;
+  d["sampled"] = r.sampled;
+  py::list bins, rows;
+  for (const auto& counts : r.bins) {
+    py::dict filled;
+    for (size_t b = 0; b < counts.size(); ++b)
+      if (counts[b]) filled[py::int_(b)] = counts[b];
+    bins.append(filled);
+  }
+  for (const auto& moved : r.rows) {
+    py::list listed;
+    for (const MovedRow& row : moved) listed.append(py::make_tuple(row.row, row.delta, row.base));
+    rows.append(listed);
+  }
+  d["bins"] = bins;
+  d["rows"] = rows;
   return d;
 }
 
@@ -409,6 +440,34 @@ PYBIND11_MODULE(_native, m) {
       },
       py::arg("rows"), py::arg("difference"), py::arg("elect"), py::arg("vote_weighted"),
       py::arg("reduce"), py::arg("divide_by_weights"), py::arg("lam"), py::arg("threads"));
+
+  py::class_<Survey>(m, "Survey")
+      .def(py::init<int, int>(), py::arg("threads"), py::arg("top"))
+      .def(
+          "file",
+          [](Survey& s, const std::string& path, const std::string& mode) {
+            return s.file(path, one_of<IoMode>("mode", mode,
+                                               {{"mmap", IoMode::Mmap},
+                                                {"pread", IoMode::Pread},
+                                                {"direct", IoMode::Direct}}));
+          },
+          py::arg("path"), py::arg("mode") = "mmap")
+      .def(
+          "add",
+          [](Survey& s, int64_t n, int64_t row, const std::vector<SourceTuple>& sources) {
+            std::vector<SurveyInput> inputs;
+            for (const auto& [dtype, ptr, file, offset] : sources)
+              inputs.push_back(SurveyInput{dtype_of(dtype), pointer(ptr), file, offset});
+            return s.add(n, row, inputs);
+          },
+          py::arg("n"), py::arg("row"), py::arg("sources"))
+      .def("run", &Survey::run, py::call_guard<py::gil_scoped_release>())
+      .def("cancel", &Survey::cancel)
+      .def("cancelled", &Survey::cancelled)
+      .def("progress",
+           [](const Survey& s) { return std::make_pair(s.bytes_done(), s.bytes_total()); })
+      .def("result", [](const Survey& s, int tensor) { return survey_dict(s.result(tensor)); },
+           py::arg("tensor"));
 
   py::class_<Job>(m, "Job")
       .def(py::init([](int threads, int64_t tile_elements, const std::string& nan, bool checksums,
