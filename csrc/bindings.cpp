@@ -127,12 +127,8 @@ py::dict survey_dict(const SurveyResult& r) {
   d["disputed"] = r.disputed;
   d["sampled"] = r.sampled;
   py::list bins, rows;
-  for (const auto& counts : r.bins) {
-    py::dict filled;
-    for (size_t b = 0; b < counts.size(); ++b)
-      if (counts[b]) filled[py::int_(b)] = counts[b];
-    bins.append(filled);
-  }
+  for (size_t k = 0; k < r.bins.size(); ++k)
+    bins.append(py::make_tuple(r.first_bin[k], r.bins[k]));
   for (const auto& moved : r.rows) {
     py::list listed;
     for (const MovedRow& row : moved) listed.append(py::make_tuple(row.row, row.delta, row.base));

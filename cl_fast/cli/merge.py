@@ -17,8 +17,12 @@ if TYPE_CHECKING:
     from cl_fast.merging.engine import Result
     from cl_fast.merging.executors import Engine
     from cl_fast.merging.plan import Plan
+    from cl_fast.merging.stages import Stage
 
 __all__ = ["add"]
+
+
+_BESIDE = Path()
 
 
 def add(commands: Any) -> None:
@@ -69,10 +73,20 @@ def add(commands: Any) -> None:
         "machine alone; default: auto)",
     )
     merge.add_argument(
+<<<<<<< HEAD
         "--unsafe-truncate-embeddings",
         action="store_true",
         help="where vocabularies differ and the recipe names no tokenizer: cut embeddings to the "
         "fewest rows; right only where the tokens that stay have the same ids in all models",
+=======
+        "--report",
+        type=Path,
+        nargs="?",
+        const=_BESIDE,
+        metavar="FILE.html",
+        help="compare inputs and result with the base, as a page and as JSON; by default beside "
+        "the output",
+>>>>>>> d217c04 (cl-fast diff: what models changed of their base, on the terminal, as a page and as JSON)
     )
     execution(merge)
     mergekit.add(merge)
@@ -102,6 +116,7 @@ def _run(arguments: argparse.Namespace) -> int:
             plans = plan_stages(stages, **planning)
     finally:
         gc.enable()
+    report = _report(arguments, stages[-1])
     if not arguments.quiet:
         for note in told:
             print(f"note: {note}")
@@ -121,7 +136,34 @@ def _run(arguments: argparse.Namespace) -> int:
             tell=None if arguments.quiet else _tell,
             **options,
         )
+    if report is not None:
+        from cl_fast.merging.report import merge_report
+
+        with Progress(quiet=arguments.quiet) as progress:
+            merge_report(
+                stages[-1].recipe,
+                stages[-1].output,
+                report,
+                threads=arguments.threads,
+                backend=arguments.backend,
+                progress=progress,
+            )
+        if not arguments.quiet:
+            print(f"{report}: what the models and their merge changed of the base")
     return 0
+
+
+def _report(arguments: argparse.Namespace, last: Stage) -> Path | None:
+    """Where the report goes, if there is to be one and it can be written."""
+    report: Path | None = arguments.report
+    if report is None:
+        return None
+    from cl_fast.merging.report import check_merge_report
+
+    if report == _BESIDE:
+        report = last.output.with_name(f"{last.output.name}-report.html")
+    check_merge_report(last.recipe, report, overwrite=arguments.overwrite)
+    return report
 
 
 def _engine(arguments: argparse.Namespace) -> AbstractContextManager[Engine | None]:

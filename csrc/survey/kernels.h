@@ -26,13 +26,13 @@ constexpr int kBins = 1 << (31 - kBinShift);
 constexpr int64_t kSampleRun = 256;    // of each run sixteen neighbours are sampled
 constexpr int64_t kSampleWidth = 16;
 
-constexpr int64_t pairs_of(int64_t n) { return n * (n + 1) / 2; }
+static constexpr int64_t pairs_of(int64_t n) { return n * (n + 1) / 2; }
 // Of i <= j among n vectors, row by row.
-constexpr int64_t pair_index(int64_t i, int64_t j, int64_t n) {
+static constexpr int64_t pair_index(int64_t i, int64_t j, int64_t n) {
   return i * n - i * (i - 1) / 2 + (j - i);
 }
 // Where in the run that starts at a flat index the sample lies, in sixteens.
-inline int64_t sample_place(int64_t index) {
+static inline int64_t sample_place(int64_t index) {
   return int64_t((uint64_t(index) * 0x9E3779B97F4A7C15ull) >> 60);
 }
 

@@ -58,6 +58,18 @@ struct Survey::Tensor {
     for (const SurveyInput& s : sources) b += count * dtype_size(s.dtype);
     return b;
   }
+  // Only the filled bins stay: there may be many tensors.
+  void close() {
+    for (size_t k = 0; k < sum.bins.size(); ++k) {
+      std::vector<uint64_t>& all = sum.bins[k];
+      size_t first = 1, last = all.size();
+      while (first < last && all[first] == 0) ++first;
+      while (last > first && all[last - 1] == 0) --last;
+      std::vector<uint64_t> filled(all.begin() + long(first), all.begin() + long(last));
+      sum.first_bin[k] = filled.empty() ? 0 : int(first);
+      all.swap(filled);
+    }
+  }
   void fold(const SurveyResult& part, size_t top) {
     const auto add = [](auto& to, const auto& from) {
       for (size_t i = 0; i < to.size(); ++i) to[i] += from[i];
@@ -135,7 +147,8 @@ int Survey::add(int64_t n, int64_t row, const std::vector<SurveyInput>& sources)
   r.changed.assign(models, 0);
   r.overlap.assign(models * (models - 1) / 2, 0);
   r.conflicts = r.overlap;
-  r.bins.assign(models, std::vector<uint64_t>(size_t(kBins), 0));
+  r.bins.resize(models);
+  r.first_bin.assign(models, 0);
   r.rows.resize(models);
   bytes_total_ += t->bytes(n);
   tensors_.push_back(std::move(t));
@@ -255,12 +268,15 @@ void Survey::take(Worker& w, Tensor& t, int64_t tile) {
   bytes_done_ += t.bytes(n);
 
   std::lock_guard<std::mutex> lock(t.mutex);
-  for (size_t k = 0; k < m; ++k)  // whole numbers: their order does not matter
+  for (size_t k = 0; k < m; ++k) {  // whole numbers: their order does not matter
+    t.sum.bins[k].resize(size_t(kBins));
     for (size_t b = 0; b < size_t(kBins); ++b) t.sum.bins[k][b] += w.bins[k * size_t(kBins) + b];
+  }
   t.waiting.emplace(tile, std::move(part));
   for (auto it = t.waiting.begin(); it != t.waiting.end() && it->first == t.folded;
        it = t.waiting.erase(it), ++t.folded)
     t.fold(it->second, size_t(top_));
+  if (t.folded == t.tiles()) t.close();
 }
 
 void Survey::run() {

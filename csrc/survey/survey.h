@@ -35,7 +35,8 @@ struct SurveyResult {
   std::vector<int64_t> largest_at;            // flat index of |b|, |x_k|; -1 where all is zero
   std::vector<int64_t> nonfinite, changed, overlap, conflicts;
   int64_t shared = 0, disputed = 0, sampled = 0;
-  std::vector<std::vector<uint64_t>> bins;    // per model
+  std::vector<std::vector<uint64_t>> bins;    // per model, from bin `first_bin` on; without bin 0
+  std::vector<int> first_bin;
   std::vector<std::vector<MovedRow>> rows;    // per model, the largest delta first
 };
 

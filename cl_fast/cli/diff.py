@@ -1,0 +1,76 @@
+"""`cl-fast diff`: what models changed of their base, and how far they agree."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from pathlib import Path
+from typing import Any
+
+from cl_fast.cli.arguments import positive, talk
+from cl_fast.cli.progress import Progress
+
+__all__ = ["add"]
+
+
+def add(commands: Any) -> None:
+    """Adds the command to the parser."""
+    diff = commands.add_parser(
+        "diff",
+        help="what models changed of their base, and how far they agree",
+        description="Compares models with their base in one read: how far each layer and module "
+        "moved, sign conflicts, cosines, magnitudes, outliers; on the terminal, as a page and as "
+        "JSON.",
+        epilog="docs: docs/diff.md says what each number means.",
+    )
+    diff.add_argument("base", help="checkpoint folder or .safetensors file")
+    diff.add_argument(
+        "models", nargs="+", metavar="MODEL", help="likewise, or a change of the base: a patch"
+    )
+    diff.add_argument(
+        "--out", type=Path, metavar="FILE.html", help="write a page that needs nothing beside it"
+    )
+    diff.add_argument("--json", type=Path, metavar="FILE.json", help="write all numbers")
+    diff.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    diff.add_argument("--threads", type=positive, metavar="N", help="default: all cores")
+    diff.add_argument(
+        "--io",
+        choices=("auto", "mmap", "pread", "direct"),
+        default="auto",
+        help="how inputs are read; direct goes past the page cache (default: auto)",
+    )
+    diff.add_argument(
+        "--backend", choices=("native", "eager"), help="default: native where it is built"
+    )
+    talk(diff)
+    diff.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    gc.disable()  # much is made and little dropped: collecting only takes time
+    from cl_fast.merging.diff import compare
+    from cl_fast.merging.report import check_report, write_json, write_page
+
+    for path, suffix in ((arguments.out, ".html"), (arguments.json, ".json")):
+        if path is not None:
+            check_report(path, suffix, overwrite=arguments.overwrite)
+    with Progress(quiet=arguments.quiet) as progress:
+        comparison = compare(
+            arguments.base,
+            arguments.models,
+            threads=arguments.threads,
+            io=arguments.io,
+            backend=arguments.backend,
+            progress=progress,
+        )
+    if arguments.out is not None:
+        write_page(comparison, arguments.out)
+    if arguments.json is not None:
+        write_json(comparison, arguments.json)
+    if not arguments.quiet:
+        for line in comparison.lines():
+            print(line)
+        for path in (arguments.out, arguments.json):
+            if path is not None:
+                print(f"wrote   {path}")
+    return 0
