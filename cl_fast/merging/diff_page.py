@@ -30,7 +30,12 @@ _WIDTH = 360.0  # of a drawing, in its own units: about a pixel on a phone
 
 _COLUMN = {"embed": "emb", "norm": "norm", "router": "rout", "down": "down", "other": "oth"}
 
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+_UNMOVED = 'style="fill:transparent;stroke:var(--edge)"'
+
+# Control characters, halves of pairs, and what turns the direction of the text around it.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+)
 
 
 def page(comparison: Comparison, *, title: str | None = None) -> str:
@@ -384,7 +389,7 @@ def _heat_map(c: Comparison, k: int, kinds: list[str], depth: Callable[[float], 
             shade = (
                 f'fill="#e06020" fill-opacity="{depth(model.relative_l2):.2f}"'
                 if model.relative_l2
-                else 'class="none"'
+                else _UNMOVED
             )
             parts.append(_box(left + i * width + 0.5, y, width - 1, height - 1, said, shade))
         y += height
@@ -537,7 +542,7 @@ def _cosine_map(c: Comparison) -> str:
             shade = (
                 f'fill="{colour}" fill-opacity="{0.04 + 0.8 * abs(value) / top:.2f}"'
                 if value and top
-                else 'class="none"'
+                else _UNMOVED
             )
             parts.append(_box(left + x * step + 0.3, y, step - 0.6, height - 1, said, shade))
     bottom = 4.0 + len(pairs) * height
@@ -606,7 +611,7 @@ def _magnitudes(c: Comparison) -> str:
     how = (
         "Every element was counted."
         if c.sampled == elements
-        else f"Counted on {_percent(sampled)} of the elements: 16 neighbours of each 256, and all "
+        else f"Counted on {_percent(sampled)} of the elements: 16 neighbours of each 512, and all "
         "of small tensors."
     )
     words = (
@@ -857,7 +862,6 @@ svg text{font-size:10.5px;fill:var(--soft)}
 .legend{max-width:400px}
 .axis{stroke:var(--soft)}.grid line,line.grid{stroke:var(--edge)}
 line.mark{stroke:var(--soft);stroke-dasharray:5 4}
-rect.none,.none{fill:none;stroke:var(--edge)}
 rect.s:hover,rect.s.on{stroke:var(--ink);stroke-width:1.2}
 .line{fill:none;stroke-width:2;vector-effect:non-scaling-stroke}
 .line.m0{stroke:var(--m0)}.line.m1{stroke:var(--m1);stroke-dasharray:7 3}

@@ -41,12 +41,12 @@ __all__ = [
 BIN_SHIFT = 20
 """Of a float32 code: eight bins per power of two."""
 SAMPLE_ALL = 65536
-"""Tensors of up to so many elements are not sampled; of larger ones 16 elements in 256 are."""
+"""Tensors of up to so many elements are not sampled; of larger ones 16 elements in 512 are."""
 MOST_ROWS = 8
 """Rows that are told per tensor and model."""
 
 _ROW = range(64, 131_073)  # widths whose rows are looked at one by one
-_PIECE, _RUN, _WIDTH = 1024, 256, 16
+_PIECE, _RUN, _WIDTH = 1024, 512, 16
 _CHUNK = 1 << 22  # elements that the eager survey widens at a time
 
 Tick = Callable[[int], None]
@@ -349,8 +349,8 @@ def _sampled(tensor: Surveyed, first: int, count: int) -> torch.Tensor:
     """Which of `count` elements from flat index `first` on are in the sample, as the core has it.
 
     Each row (the whole tensor where there are none) falls into pieces of 1024, each of them into
-    runs of 256; of a run that starts at flat index i the sixteen elements from
-    16 * (i * 0x9E3779B97F4A7C15 mod 2^64 >> 60) on are taken, as far as they lie in the run.
+    runs of 512; of a run that starts at flat index i the sixteen elements from
+    16 * (i * 0x9E3779B97F4A7C15 mod 2^64 >> 59) on are taken, as far as they lie in the run.
     """
     import torch
 
@@ -361,5 +361,5 @@ def _sampled(tensor: Surveyed, first: int, count: int) -> torch.Tensor:
     column = index % row
     in_run = column % _PIECE % _RUN
     start = index - in_run
-    place = (start * (0x9E3779B97F4A7C15 - (1 << 64)) >> 60) & 15
+    place = (start * (0x9E3779B97F4A7C15 - (1 << 64)) >> 59) & 31
     return ((in_run // _WIDTH) == place).nonzero().reshape(-1)

@@ -133,6 +133,12 @@ void InputFile::release(int64_t part, int64_t parts) const {
   madvise(const_cast<uint8_t*>(map_) + from, size_t(to - from), MADV_DONTNEED);
 }
 
+void InputFile::forget(int64_t offset, int64_t n) const {
+  if (!map_) return;
+  const int64_t from = up(offset), to = down(offset + n);
+  if (from < to) madvise(const_cast<uint8_t*>(map_) + from, size_t(to - from), MADV_DONTNEED);
+}
+
 void InputFile::prefetch(int64_t offset, int64_t n) const {
 #ifdef POSIX_FADV_WILLNEED
   if (mode_ == IoMode::Direct || offset >= size_) return;

@@ -46,6 +46,8 @@ class InputFile {
   void prefetch(int64_t offset, int64_t n) const;
   // Unmaps one of `parts` pieces, so that several threads can share what one would do slowly.
   void release(int64_t part, int64_t parts) const;
+  // Unmaps the pages that lie wholly in [offset, offset + n): nobody reads them again.
+  void forget(int64_t offset, int64_t n) const;
   int64_t size() const { return size_; }
   const std::string& path() const { return path_; }
 

@@ -23,7 +23,7 @@ constexpr int64_t kPieceSigns = kPiece / 16;  // bits of sixteen elements in one
 constexpr int kSumLanes = 8;
 constexpr int kBinShift = 20;          // eight bins per power of two
 constexpr int kBins = 1 << (31 - kBinShift);
-constexpr int64_t kSampleRun = 256;    // of each run sixteen neighbours are sampled
+constexpr int64_t kSampleRun = 512;    // of each run sixteen neighbours are sampled
 constexpr int64_t kSampleWidth = 16;
 
 static constexpr int64_t pairs_of(int64_t n) { return n * (n + 1) / 2; }
@@ -31,9 +31,9 @@ static constexpr int64_t pairs_of(int64_t n) { return n * (n + 1) / 2; }
 static constexpr int64_t pair_index(int64_t i, int64_t j, int64_t n) {
   return i * n - i * (i - 1) / 2 + (j - i);
 }
-// Where in the run that starts at a flat index the sample lies, in sixteens.
+// Where in the run that starts at a flat index the sample lies, in sixteens: 0 to 31.
 static inline int64_t sample_place(int64_t index) {
-  return int64_t((uint64_t(index) * 0x9E3779B97F4A7C15ull) >> 60);
+  return int64_t((uint64_t(index) * 0x9E3779B97F4A7C15ull) >> 59);
 }
 
 struct SurveySource {

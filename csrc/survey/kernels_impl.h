@@ -303,29 +303,62 @@ inline uint64_t word(const uint16_t* bits) {
   return w;
 }
 
-void count_signs(const uint16_t* signs, int64_t words, int models, SurveySums& s) {
+// K: the number of models where it is known, so that the counts stay in registers; 0: any.
+template <int K>
+void count_signs(const uint16_t* signs, int64_t words, int any, SurveySums& s) {
+  const int models = K ? K : any;
+  constexpr int kPairs = K * (K - 1) / 2;
+  int64_t changed[K ? K : 1] = {}, both[kPairs ? kPairs : 1] = {}, unlike[kPairs ? kPairs : 1] = {};
+  int64_t* const to_changed = K ? changed : s.changed;
+  int64_t* const to_both = K ? both : s.overlap;
+  int64_t* const to_unlike = K ? unlike : s.conflicts;
+  int64_t shared = 0, disputed = 0;
   for (int64_t w = 0; w < words; ++w) {
     const uint16_t* const at = signs + 4 * w;
     uint64_t once = 0, twice = 0, ups = 0, downs = 0;
     int pair = 0;
+#pragma GCC unroll 4
     for (int k = 0; k < models; ++k) {
       const uint64_t up = word(at + 2 * k * kPieceSigns);
       const uint64_t down = word(at + (2 * k + 1) * kPieceSigns);
       const uint64_t moved = up | down;
-      s.changed[k] += __builtin_popcountll(moved);
+      to_changed[k] += __builtin_popcountll(moved);
       twice |= once & moved;
       once |= moved;
       ups |= up;
       downs |= down;
+#pragma GCC unroll 4
       for (int l = k + 1; l < models; ++l, ++pair) {
         const uint64_t u = word(at + 2 * l * kPieceSigns);
         const uint64_t v = word(at + (2 * l + 1) * kPieceSigns);
-        s.overlap[pair] += __builtin_popcountll(moved & (u | v));
-        s.conflicts[pair] += __builtin_popcountll((up & v) | (down & u));
+        to_both[pair] += __builtin_popcountll(moved & (u | v));
+        to_unlike[pair] += __builtin_popcountll((up & v) | (down & u));
       }
     }
-    s.shared += __builtin_popcountll(twice);
-    s.disputed += __builtin_popcountll(ups & downs);
+    shared += __builtin_popcountll(twice);
+    disputed += __builtin_popcountll(ups & downs);
+  }
+  s.shared += shared;
+  s.disputed += disputed;
+  for (int k = 0; k < K; ++k) s.changed[k] += changed[k];
+  for (int i = 0; i < kPairs; ++i) {
+    s.overlap[i] += both[i];
+    s.conflicts[i] += unlike[i];
+  }
+}
+
+void count_signs_of(const uint16_t* signs, int64_t words, int models, SurveySums& s) {
+  switch (models) {
+    case 1:
+      return count_signs<1>(signs, words, models, s);
+    case 2:
+      return count_signs<2>(signs, words, models, s);
+    case 3:
+      return count_signs<3>(signs, words, models, s);
+    case 4:
+      return count_signs<4>(signs, words, models, s);
+    default:
+      return count_signs<0>(signs, words, models, s);
   }
 }
 
@@ -378,7 +411,7 @@ void take(const SurveyPiece& p, SurveySums& s) {
       storef(p.values + i, keep(mask_not(nonfinite(b)), b));
     }
   products(p.values, padded, models + 1, s);
-  count_signs(p.signs, words, models, s);
+  count_signs_of(p.signs, words, models, s);
   sample(p, s);
 }
 

@@ -16,6 +16,7 @@ namespace {
 constexpr int64_t kTileElements = int64_t(1) << 18;  // of all sources together: they fit an L2 cache
 constexpr int64_t kTileLeast = int64_t(1) << 13;
 constexpr int64_t kSampleAll = 65536;  // tensors up to this size are not sampled
+constexpr int64_t kWindow = int64_t(1) << 25;  // elements of all sources that stay mapped
 constexpr int64_t kReadAhead = int64_t(8) << 20;
 
 const SurveyKernels& chosen() {
@@ -263,6 +264,17 @@ void Survey::take(Worker& w, Tensor& t, int64_t tile) {
       if ((f32_bits(load_f32(dtype, w.at[i], o)) & 0x7fffffffu) != w.most[i]) continue;
       part.largest_at[i] = first + o;
       break;
+    }
+  }
+  // Mapped pages count as memory of the process: they go when enough of them are read.
+  const int64_t window = kWindow / int64_t(n_sources), end = first + n;
+  if (end / window != first / window || end == t.n) {
+    const int64_t from = std::max<int64_t>(0, (first / window - 1) * window);
+    const int64_t until = end == t.n ? end : first / window * window;
+    for (const SurveyInput& s : t.sources) {
+      if (s.ptr) continue;
+      const int64_t size = dtype_size(s.dtype);
+      files_[size_t(s.file)]->forget(s.offset + from * size, (until - from) * size);
     }
   }
   bytes_done_ += t.bytes(n);
