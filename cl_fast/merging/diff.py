@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from cl_fast._version import __version__
 from cl_fast.checkpoints.checkpoint import Checkpoint
 from cl_fast.errors import CheckpointError
-from cl_fast.merging.inputs import Derived, is_derived, resolve, source_of
+from cl_fast.merging.inputs import Derived, base_and_change, is_derived, resolve, source_of
 from cl_fast.merging.matching import natural_key
 from cl_fast.merging.places import KINDS, Place, place_of
 from cl_fast.merging.plan import term_names
@@ -398,7 +398,12 @@ def _open(
         if isinstance(reference, Checkpoint):
             return reference
         text = os.fspath(reference)
-        opener = is_derived(text)
+        opener, parts = is_derived(text), base_and_change(text)
+        if parts is not None:  # a change on a base of its own
+            change = is_derived(parts[1])
+            assert change is not None
+            below = opened(parts[0], key)
+            return change.open(below, resolve(parts[1]), key=key).alone(text)
         if opener is not None:
             if key == "base":
                 raise CheckpointError(

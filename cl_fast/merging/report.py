@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 from cl_fast.checkpoints.writing import write_whole
 from cl_fast.errors import OutputError, RecipeError
 from cl_fast.merging.diff import MOST_MODELS, Comparison, compare
+from cl_fast.merging.slices import list_inputs
 
 if TYPE_CHECKING:
     from cl_fast.merging.diff import Progress
-    from cl_fast.merging.plan import Plan
+    from cl_fast.merging.recipe import Recipe
 
 __all__ = ["check_merge_report", "check_report", "merge_report", "write_json", "write_page"]
 
@@ -44,29 +45,26 @@ def write_json(comparison: Comparison, path: Path) -> None:
     write_whole(path, [comparison.to_json().encode("utf-8", "replace")])
 
 
-def check_merge_report(plan: Plan, path: Path, *, overwrite: bool) -> None:
-    """Raises unless `merge_report` can be written once `plan` was carried out.
+def check_merge_report(recipe: Recipe, path: Path, *, overwrite: bool) -> None:
+    """Raises unless `merge_report` can be written once `recipe` was carried out.
 
     Raises:
-        RecipeError: the recipe names no base, or too many models.
+        RecipeError: the recipe names no base, more than one, or too many models.
         OutputError: the file exists, or its folder does not.
     """
-    if not plan.has_base and plan.recipe.base_model is None:
-        raise RecipeError(
-            f"--report: merge_method {plan.recipe.merge_method!r} has no base to compare with; "
-            "name base_model in the recipe, or compare by cl-fast diff BASE MODEL ..."
-        )
-    if len(plan.models) >= MOST_MODELS:
+    _, models = _inputs(recipe)
+    if len(models) >= MOST_MODELS:
         raise RecipeError(
             f"--report: compares at most {MOST_MODELS} models, the result among them; the recipe "
-            f"has {len(plan.models)}. Compare a part of them by cl-fast diff"
+            f"has {len(models)}. Compare a part of them by cl-fast diff"
         )
     check_report(path, ".html", overwrite=overwrite)
     check_report(path.with_suffix(".json"), ".json", overwrite=overwrite)
 
 
 def merge_report(
-    plan: Plan,
+    recipe: Recipe,
+    output: Path,
     path: Path,
     *,
     threads: int | None = None,
@@ -76,19 +74,35 @@ def merge_report(
     """Compares the base of a merge with its models and its result; writes `path` and its JSON.
 
     Args:
-        plan: that was carried out.
+        recipe: that was carried out; output: what it made.
         path: of the page; the JSON file has its name, with .json.
         threads, backend, progress: as in `compare`.
 
     Raises:
-        CheckpointError, OutputError: see `compare` and `check_report`.
+        CheckpointError, OutputError, RecipeError: see `compare` and `check_merge_report`.
     """
-    inputs = list(plan.inputs)
-    base = inputs.pop(0) if plan.has_base else plan.recipe.base_model
-    assert base is not None
+    base, models = _inputs(recipe)
     comparison = compare(
-        base, [*inputs, plan.output], threads=threads, backend=backend, progress=progress
+        base, [*models, output], threads=threads, backend=backend, progress=progress
     )
-    write_page(comparison, path, title=f"The merge {plan.output.name}")
+    write_page(comparison, path, title=f"The merge {output.name}")
     write_json(comparison, path.with_suffix(".json"))
     return comparison
+
+
+def _inputs(recipe: Recipe) -> tuple[str, list[str]]:
+    """The base that a recipe's models are compared with, and the models, each once."""
+    listing = list_inputs(recipe)
+    bases = {reference for _, reference in listing.entries[: len(listing.bases)]}
+    if recipe.base_model is not None:
+        bases = {recipe.base_model}
+    if len(bases) != 1:
+        what = "several bases" if bases else "no base"
+        raise RecipeError(
+            f"--report: merge_method {recipe.merge_method!r} has {what} to compare with; merge "
+            "without it and compare by cl-fast diff BASE MODEL ... OUTPUT"
+        )
+    [base] = bases
+    models = dict.fromkeys(reference for _, reference in listing.entries[len(listing.bases) :])
+    models.pop(base, None)
+    return base, list(models)

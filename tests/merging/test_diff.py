@@ -18,6 +18,7 @@ from torch import Tensor
 from cl_fast.backends import native
 from cl_fast.cli import main
 from cl_fast.errors import CheckpointError, OutputError, RecipeError
+from cl_fast.merging import parse_recipe
 from cl_fast.merging.diff import Comparison, Group, Statistics, compare
 from cl_fast.merging.places import place_of
 from cl_fast.merging.report import check_report
@@ -461,9 +462,15 @@ def test_the_report_of_a_merge(
 def test_a_merge_without_a_base_has_no_report(root: Path, tmp_path: Path) -> None:
     from cl_fast.merging.report import check_merge_report
 
-    plan = cases.plan(root, tmp_path / "out", "linear")
-    with pytest.raises(RecipeError, match="name base_model"):
-        check_merge_report(plan, tmp_path / "page.html", overwrite=False)
+    recipe = parse_recipe(cases.recipe(root, "linear"))
+    with pytest.raises(RecipeError, match=r"has no base.*cl-fast diff BASE"):
+        check_merge_report(recipe, tmp_path / "page.html", overwrite=False)
+    many = cases.recipe(root)
+    many["models"] = [
+        {"model": f"model{i}", "parameters": {"weight": 1.0, "density": 0.5}} for i in range(16)
+    ]
+    with pytest.raises(RecipeError, match="at most 16 models"):
+        check_merge_report(parse_recipe(many), tmp_path / "page.html", overwrite=False)
 
 
 def test_a_summary_of_statistics_is_json(compared: Comparison) -> None:
