@@ -108,6 +108,7 @@ py::dict result_dict(const TaskResult& r) {
   d["thresholds"] = r.codes;
   d["kept"] = r.kept;
   d["rescale"] = r.rescale;
+  d["gram"] = r.gram;
   d["nonfinite"] = r.nonfinite;
   d["mismatch"] = r.mismatch;
   return d;
@@ -493,7 +494,8 @@ PYBIND11_MODULE(_native, m) {
              int64_t out_offset, const std::optional<SourceTuple>& base, bool difference,
              const std::string& sparsify, const std::string& trim_ties, const std::string& rescale,
              const std::string& elect, const std::string& elect_on, const std::string& reduce,
-             const std::string& divisor, double lam, const std::string& kind, int64_t row) {
+             const std::string& divisor, double lam, const std::string& kind, int64_t row,
+             const std::string& gram) {
             TaskSpec s;
             s.n = n;
             s.copy = one_of<bool>("kind", kind, {{"combine", false}, {"copy", true}});
@@ -528,6 +530,9 @@ PYBIND11_MODULE(_native, m) {
             s.divide_by_weights =
                 one_of<bool>("divisor", divisor, {{"weights", true}, {"count", false}});
             s.lambda = lam;
+            s.gram = one_of<Gram>(
+                "gram", gram,
+                {{"none", Gram::None}, {"blend", Gram::Blend}, {"only", Gram::Only}});
             return j.add_task(s);
           },
           py::arg("n"), py::arg("out_dtype"), py::arg("out_ptr") = 0, py::arg("out_file") = -1,
@@ -535,7 +540,7 @@ PYBIND11_MODULE(_native, m) {
           py::arg("sparsify") = "none", py::arg("trim_ties") = "first", py::arg("rescale") = "none",
           py::arg("elect") = "none", py::arg("elect_on") = "weighted", py::arg("reduce") = "sum",
           py::arg("divisor") = "weights", py::arg("lam") = 1.0, py::arg("kind") = "combine",
-          py::arg("row") = 0)
+          py::arg("row") = 0, py::arg("gram") = "none")
       .def(
           "add_term",
           [](Job& j, int task, const std::string& dtype, uintptr_t ptr, int file, int64_t offset,
@@ -560,7 +565,23 @@ PYBIND11_MODULE(_native, m) {
           py::arg("key") = 0, py::arg("keep_threshold") = 0, py::arg("keep_count") = 0,
           py::arg("fixed_code") = -1, py::arg("drop_count") = 0, py::arg("epsilon") = 0.0,
           py::arg("packed") = std::nullopt)
-      .def("run", &Job::run, py::call_guard<py::gil_scoped_release>())
+      .def(
+          "run",
+          // `blend(task, gram)` is asked for the weights of the tasks with gram="blend".
+          [](Job& j, const py::object& blend) {
+            if (blend.is_none()) {
+              py::gil_scoped_release release;
+              j.run();
+              return;
+            }
+            const Blend ask = [&blend](int task, const std::vector<double>& gram) {
+              py::gil_scoped_acquire acquire;
+              return blend(task, gram).cast<std::vector<double>>();
+            };
+            py::gil_scoped_release release;
+            j.run(ask);
+          },
+          py::arg("blend") = py::none())
       .def("select_model", &Job::select_model, py::arg("counts"),
            py::call_guard<py::gil_scoped_release>())
       .def(

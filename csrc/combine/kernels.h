@@ -65,6 +65,17 @@ struct BandView {
   int64_t low_until = 0, high_from = 0;  // relative to the call
 };
 
+// Places of the products of K vectors in a packed Gram matrix: row i holds the products with
+// j = i .. K - 1.
+constexpr int64_t gram_size(int64_t n_terms) { return n_terms * (n_terms + 1) / 2; }
+constexpr int64_t gram_place(int64_t n_terms, int64_t i, int64_t j) {
+  return i * n_terms - i * (i - 1) / 2 + j - i;
+}
+// A base, the deltas, and sixteen float64 sums for each product of two, two vectors by two.
+constexpr int64_t gram_scratch_floats(int64_t n_terms) {
+  return (n_terms + 1) * kBlock + (n_terms + 1) / 2 * ((n_terms + 1) / 2) * 4 * 32;
+}
+
 struct Kernels {
   const char* name;
   void (*combine)(TileView& t);
@@ -79,6 +90,11 @@ struct Kernels {
   // for kStatChunk.
   void (*l1)(const TermView& term, DType tb, const uint8_t* base, int64_t n, int64_t index0,
              bool replace_nonfinite, uint64_t* bits, double* all, double* kept);
+  // Sums of d_i d_j for i <= j over one statistics chunk (n <= kStatChunk), d = x or x - base of the
+  // terms' `x` and `dtype`, packed by gram_place. What is not finite counts as 0, in the base too.
+  // `scratch` has gram_scratch_floats(n_terms), on a boundary of 64 bytes.
+  void (*gram)(const TermView* terms, int n_terms, DType tb, const uint8_t* base, int64_t n,
+               float* scratch, double* sums);
   // One bit per element, n rounded up to 64 bits; index0 a multiple of 256.
   void (*keep_bits)(uint64_t key, int64_t index0, int64_t n, uint32_t threshold, uint64_t* bits);
   // The leading byte of each element's draw; room for n rounded up to 256, index0 a multiple of 256.

@@ -711,6 +711,79 @@ void l1(const TermView& term, DType tb, const uint8_t* base, int64_t n, int64_t 
   });
 }
 
+// ---------------------------------------------------------------- Gram matrix
+//
+// Lane j sums the products of the elements whose index in the chunk is j mod 16, in their order;
+// the lanes are added one after the other. The padding of a ragged end is zeros.
+
+// Products of up to two vectors with up to two others, held in registers over a block.
+template <int A, int B, bool SAME>
+inline void gram_tile(const float* a, const float* b, int64_t n, D* sums) {
+  D s[A][B];
+  for (int i = 0; i < A; ++i)
+    for (int j = 0; j < B; ++j) s[i][j] = sums[i * B + j];
+  for (int64_t e = 0; e < n; e += 16) {
+    D x[A], y[B];
+    for (int i = 0; i < A; ++i) x[i] = widen(a + i * kBlock + e);
+    for (int j = 0; j < B; ++j) y[j] = SAME ? x[j] : widen(b + j * kBlock + e);
+    for (int i = 0; i < A; ++i)
+      for (int j = SAME ? i : 0; j < B; ++j) add_product(&s[i][j], x[i], y[j]);
+  }
+  for (int i = 0; i < A; ++i)
+    for (int j = 0; j < B; ++j) sums[i * B + j] = s[i][j];
+}
+
+void gram(const TermView* terms, int n_terms, DType tb, const uint8_t* base, int64_t n,
+          float* scratch, double* sums) {
+  float* wide_base = scratch;
+  float* deltas = scratch + kBlock;
+  const int pairs = (n_terms + 1) / 2;
+  static_assert(sizeof(D) == 128, "sixteen float64");
+  D* lane_sums = reinterpret_cast<D*>(deltas + n_terms * kBlock);
+  for (int i = 0; i < pairs * pairs * 4; ++i) lane_sums[i] = dzero();
+  int64_t ignored = 0;
+  for (int64_t o = 0; o < n; o += kBlock) {
+    const int64_t m = n - o < kBlock ? n - o : kBlock;
+    if (base) {
+      dispatch_dtype(tb, [&](auto dtype) {
+        constexpr DType T = decltype(dtype)::value;
+        for_deltas<T>(at(base, T, o), nullptr, m, true, &ignored,
+                      [&](int64_t i, F b) { storef(wide_base + i, b); });
+      });
+    }
+    for (int k = 0; k < n_terms; ++k) {
+      float* d = deltas + k * kBlock;
+      dispatch_dtype(terms[k].dtype, [&](auto dtype) {
+        constexpr DType T = decltype(dtype)::value;
+        for_deltas<T>(at(terms[k].x, T, o), base ? wide_base : nullptr, m, true, &ignored,
+                      [&](int64_t i, F v) { storef(d + i, v); });
+      });
+    }
+    for (int p = 0; p < pairs; ++p) {
+      for (int q = p; q < pairs; ++q) {
+        const bool one = 2 * p + 1 == n_terms, other = 2 * q + 1 == n_terms;
+        const float *a = deltas + 2 * p * kBlock, *b = deltas + 2 * q * kBlock;
+        D* s = lane_sums + (p * pairs + q) * 4;
+        if (p == q) {
+          one ? gram_tile<1, 1, true>(a, b, m, s) : gram_tile<2, 2, true>(a, b, m, s);
+        } else {
+          other ? gram_tile<2, 1, false>(a, b, m, s) : gram_tile<2, 2, false>(a, b, m, s);
+        }
+      }
+    }
+  }
+  for (int i = 0; i < n_terms; ++i) {
+    for (int j = i; j < n_terms; ++j) {
+      const int p = i / 2, q = j / 2, width = 2 * q + 1 == n_terms ? 1 : 2;
+      double lane[16];
+      lanes<DType::F32>(lane, lane_sums[(p * pairs + q) * 4 + i % 2 * width + j % 2]);
+      double total = 0.0;
+      for (double v : lane) total += v;
+      sums[gram_place(n_terms, i, j)] = total;
+    }
+  }
+}
+
 void to_f32(DType t, const uint8_t* x, int64_t n, float* out) {
   dispatch_dtype(t, [&](auto dtype) {
     for_lanes<decltype(dtype)::value>(x, n, [&](int64_t i, F v) {
@@ -755,6 +828,6 @@ void from_f32(DType t, const float* x, int64_t n, uint8_t* out) {
 
 #define CLF_KERNEL_TABLE(symbol, name)                                                          \
   namespace clf {                                                                               \
-  const Kernels symbol = {name, combine, scan, count_equal, l1, keep_bits, stream_bytes, codes, \
-                          band_bits, to_f32, from_f32};                                         \
+  const Kernels symbol = {name, combine, scan, count_equal, l1, gram, keep_bits,          \
+                          stream_bytes, codes, band_bits, to_f32, from_f32};                    \
   }

@@ -213,6 +213,15 @@ inline void lanes(double* p, D s) {
   for (int i = 0; i < 4; ++i) _mm256_storeu_pd(v + 4 * i, s.v[i]);
   for (int i = 0; i < 16; ++i) p[i] = T == DType::BF16 ? v[(i >> 1) + 8 * (i & 1)] : v[i];
 }
+// s + x y in every lane; the products of float32 values are exact in float64.
+inline D widen(const float* p) {
+  D r;
+  for (int i = 0; i < 4; ++i) r.v[i] = _mm256_cvtps_pd(_mm_loadu_ps(p + 4 * i));
+  return r;
+}
+inline void add_product(D* s, D x, D y) {
+  for (int i = 0; i < 4; ++i) s->v[i] = _mm256_add_pd(s->v[i], _mm256_mul_pd(x.v[i], y.v[i]));
+}
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 struct Philox4 {

@@ -154,6 +154,15 @@ inline void lanes(double* p, D s) {
   _mm512_store_pd(v + 8, s.b);
   for (int i = 0; i < 16; ++i) p[i] = T == DType::BF16 ? v[(i >> 1) + 8 * (i & 1)] : v[i];
 }
+// s + x y in every lane. The products of float32 values are exact in float64, so that a fused and an
+// unfused sum are the same bits.
+inline D widen(const float* p) {
+  return D{_mm512_cvtps_pd(_mm256_loadu_ps(p)), _mm512_cvtps_pd(_mm256_loadu_ps(p + 8))};
+}
+inline void add_product(D* s, D x, D y) {
+  s->a = _mm512_fmadd_pd(x.a, y.a, s->a);
+  s->b = _mm512_fmadd_pd(x.b, y.b, s->b);
+}
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 // Eight Philox blocks per register, one 32-bit word in each 64-bit lane; the upper halves carry

@@ -148,6 +148,13 @@ template <DType T>
 inline void lanes(double* p, D s) {
   std::memcpy(p, s.v, 128);
 }
+// s + x y in every lane; the products of float32 values are exact in float64.
+inline D widen(const float* p) {
+  D r;
+  CLF_LANES r.v[i] = double(p[i]);
+  return r;
+}
+inline void add_product(D* s, D x, D y) { CLF_LANES s->v[i] += x.v[i] * y.v[i]; }
 inline void prefetch(const void* p) { __builtin_prefetch(p); }
 
 #undef CLF_LANES

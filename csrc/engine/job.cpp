@@ -96,6 +96,8 @@ struct Job::Task {
   bool keep_bits = false;      // whether the bits drawn for the sums are small enough to keep
   std::vector<uint64_t> bits;  // [term][chunk], while the task is worked on
   std::vector<double> rescale;
+  std::vector<double> gram_chunks;  // [chunk][place], while they are summed
+  std::vector<double> gram;
   std::vector<uint64_t> crc;  // [base?, terms..., out][tile]
   std::vector<int64_t> nonfinite;
   std::vector<char> mismatch;
@@ -175,7 +177,10 @@ void Job::check(const Source& s, int64_t n) const {
 
 int Job::add_task(const TaskSpec& spec) {
   if (spec.n < 0) throw std::invalid_argument("n must not be negative");
-  if (!spec.out_ptr && spec.n > 0 && (spec.out_file < 0 || spec.out_file >= int(outputs_.size())))
+  if (spec.gram != Gram::None && (spec.copy || spec.elect != Elect::None ||
+                                  spec.sparsify != Sparsify::None || spec.reduce != Reduce::Sum))
+    throw std::invalid_argument("gram is for plain sums");
+  if (spec.gram != Gram::Only && !spec.out_ptr && spec.n > 0 && (spec.out_file < 0 || spec.out_file >= int(outputs_.size())))
     throw std::invalid_argument("a task has neither memory nor an output file of this job");
   if (!spec.copy && spec.out_dtype != DType::BF16 && spec.out_dtype != DType::F16 &&
       spec.out_dtype != DType::F32)
@@ -722,6 +727,51 @@ void Job::finish_l1(Task& t) {
   }
 }
 
+// ---------------------------------------------------------------- Gram matrices
+
+void Job::gram_tile(Task& t, int64_t tile, Worker& w) {
+  const int64_t first = tile * tile_, n = std::min(tile_, t.spec.n - first);
+  const int64_t K = int64_t(t.terms.size());
+  const uint8_t* base = t.spec.difference ? fetch(w, *t.spec.base, 0, first, n) : nullptr;
+  const DType tb = base ? t.spec.base->dtype : DType::F32;
+  std::vector<TermView> terms(t.views);
+  std::vector<const uint8_t*> x;
+  for (int64_t k = 0; k < K; ++k)
+    x.push_back(fetch(w, t.terms[size_t(k)].x, int(k) + 1, first, n));
+  auto* scratch = reinterpret_cast<float*>(w.scratch.reserve(gram_scratch_floats(K) * 4));
+  for (int64_t o = 0; o < n; o += kStatChunk) {
+    for (size_t k = 0; k < terms.size(); ++k) terms[k].x = x[k] + o * dtype_size(terms[k].dtype);
+    kernels().gram(terms.data(), int(K), tb, base ? base + o * dtype_size(tb) : nullptr,
+                   std::min(kStatChunk, n - o), scratch,
+                   &t.gram_chunks[size_t((first + o) / kStatChunk * gram_size(K))]);
+  }
+}
+
+void Job::finish_gram(Task& t, int index) {
+  const size_t places = size_t(gram_size(int64_t(t.terms.size())));
+  t.gram.assign(places, 0.0);
+  for (size_t c = 0; c < t.gram_chunks.size(); c += places)
+    for (size_t i = 0; i < places; ++i) t.gram[i] += t.gram_chunks[c + i];
+  std::vector<double>().swap(t.gram_chunks);
+  // A packed delta meets the sums without its factor.
+  const int64_t K = int64_t(t.terms.size());
+  for (int64_t i = 0; i < K; ++i)
+    for (int64_t j = i; j < K; ++j)
+      t.gram[size_t(gram_place(K, i, j))] *= t.factor(size_t(i)) * t.factor(size_t(j));
+  if (t.spec.gram != Gram::Blend) return;
+  std::vector<double> weights;
+  {
+    std::lock_guard<std::mutex> lock(blend_mutex_);
+    weights = blend_(index, t.gram);
+  }
+  if (weights.size() != t.terms.size())
+    throw std::invalid_argument("a blend must give one weight for each model");
+  for (size_t k = 0; k < weights.size(); ++k) {
+    t.views[k].weight = float(weights[k]);
+    t.views[k].scale = float(weights[k] * t.rescale[k]);
+  }
+}
+
 // ---------------------------------------------------------------- the fused pass
 
 namespace {
@@ -1041,7 +1091,16 @@ void Job::prepare(Task& t) {
     t.keep_bits = (spec.sparsify == Sparsify::Drop || magprune) &&
                   int64_t(K * chunks) * (kStatChunk / 8) <= memory_ / 4;
   }
-  if (n_tiles == 1 && (select || sums)) {
+  if (spec.gram != Gram::None) {
+    const int64_t chunks = (spec.n + kStatChunk - 1) / kStatChunk;
+    t.gram_chunks.assign(size_t(chunks * gram_size(int64_t(K))), 0.0);
+    t.gram.assign(size_t(gram_size(int64_t(K))), 0.0);
+  }
+  if (spec.gram == Gram::Only) {
+    t.phases = {Phase::Gram};
+    return;
+  }
+  if (n_tiles == 1 && (select || sums || spec.gram != Gram::None)) {
     t.phases = {Phase::Whole};
   } else {
     if (select) {
@@ -1049,6 +1108,7 @@ void Job::prepare(Task& t) {
       t.phases.push_back(Phase::Scan);
     }
     if (sums) t.phases.push_back(Phase::L1);
+    if (spec.gram != Gram::None) t.phases.push_back(Phase::Gram);
     t.phases.push_back(Phase::Combine);
   }
   if (ordered) {
@@ -1096,7 +1156,7 @@ bool Job::wait_for(Task& t, int phases) {
   return !stop_;
 }
 
-void Job::finish_phase(Task& t, Phase phase, Worker& w) {
+void Job::finish_phase(Task& t, int index, Phase phase, Worker& w) {
   if (phase == Phase::Scan) {
     for (size_t k = 0; k < t.selections.size(); ++k) {
       Selection& s = t.selections[k];
@@ -1111,6 +1171,8 @@ void Job::finish_phase(Task& t, Phase phase, Worker& w) {
     settle(t);
   } else if (phase == Phase::L1) {
     finish_l1(t);
+  } else if (phase == Phase::Gram) {
+    finish_gram(t, index);
   }
   if (size_t(t.completed) + 1 == t.phases.size()) std::vector<uint64_t>().swap(t.bits);
   {
@@ -1145,6 +1207,9 @@ void Job::execute(Worker& w, const Unit& unit, int64_t tile) {
     case Phase::L1:
       l1_tile(t, tile, w);
       break;
+    case Phase::Gram:
+      gram_tile(t, tile, w);
+      break;
     case Phase::Whole:
       if (t.spec.sparsify == Sparsify::Trim || t.spec.sparsify == Sparsify::Band) {
         select_whole(t, w);
@@ -1153,6 +1218,10 @@ void Job::execute(Worker& w, const Unit& unit, int64_t tile) {
       if (!t.l1_all.empty()) {
         l1_tile(t, tile, w);
         finish_l1(t);
+      }
+      if (t.spec.gram != Gram::None) {
+        gram_tile(t, tile, w);
+        finish_gram(t, unit.task);
       }
       combine_tile(t, tile, w);
       bytes += n * dtype_size(t.spec.out_dtype);
@@ -1167,7 +1236,7 @@ void Job::execute(Worker& w, const Unit& unit, int64_t tile) {
       break;
   }
   bytes_done_ += bytes;
-  if (t.remaining.fetch_sub(1) == 1) finish_phase(t, unit.phase, w);
+  if (t.remaining.fetch_sub(1) == 1) finish_phase(t, unit.task, unit.phase, w);
 }
 
 void Job::crew(const std::function<void(Worker&)>& work) {
@@ -1198,7 +1267,11 @@ void Job::crew(const std::function<void(Worker&)>& work) {
   if (failure) std::rethrow_exception(failure);
 }
 
-void Job::run() {
+void Job::run(const Blend& blend) {
+  blend_ = blend;
+  for (const auto& t : tasks_)
+    if (t->spec.gram == Gram::Blend && !blend_)
+      throw std::invalid_argument("a task has no blend to ask for its weights");
   bytes_done_ = 0;
   bytes_total_ = 0;
   int64_t sources = 1, elements = 0;
@@ -1216,13 +1289,17 @@ void Job::run() {
     for (const TermSpec& term : t->terms) per_pass += stored_bytes(term.x, 0, t->spec.n);
     for (Phase p : t->phases)
       if (p != Phase::Sample) bytes_total_ += per_pass;
-    bytes_total_ += t->spec.n * (t->spec.copy ? 1 : dtype_size(t->spec.out_dtype));
+    if (t->spec.gram != Gram::Only)
+      bytes_total_ += t->spec.n * (t->spec.copy ? 1 : dtype_size(t->spec.out_dtype));
     elements += t->spec.n;
   }
   schedule();
   const int wanted = threads_;
   if (elements < 2 * kStatChunk) threads_ = 1;  // starting threads would cost more than the work
-  const auto restore = [&] { threads_ = wanted; };
+  const auto restore = [&] {
+    threads_ = wanted;
+    blend_ = nullptr;
+  };
   try {
     crew([&](Worker& w) {
       Unit unit;
@@ -1243,6 +1320,7 @@ TaskResult Job::result(int task) const {
   const Task& t = task_at(task);
   TaskResult r;
   r.nonfinite = t.nonfinite;
+  r.gram = t.gram;
   for (size_t i = 0; i < t.mismatch.size(); ++i)
     if (t.mismatch[i]) r.mismatch.push_back(int(i));
   if (checksums_) {

@@ -1,7 +1,8 @@
 // A job streams tensors, tile by tile, from files or memory through the fused combine kernel.
 //
 // Each tensor is a task of up to four phases: sample (bracket the trim threshold), scan (find it
-// exactly), l1 (the sums of an l1 rescale), combine (the fused pass, checksums, the write). Phases
+// exactly), l1 (the sums of an l1 rescale) or gram (the products of the models, from which the
+// caller makes the weights), combine (the fused pass, checksums, the write). Phases
 // of neighbouring tasks overlap; a worker takes the next tile of the list, and waits only for work
 // that was handed out before its own. Nothing in the result depends on threads or tile size.
 #pragma once
@@ -26,6 +27,11 @@ namespace clf {
 enum class Ties { First, All, None };
 enum class Rescale { None, KeepRate, L1 };
 enum class NanPolicy { Refuse, Propagate, Zero };
+// The weights of a task from the Gram matrix of its terms (packed as by gram_place); called by the
+// threads of the job, never by two at a time.
+using Blend = std::function<std::vector<double>(int task, const std::vector<double>& gram)>;
+// What is asked of a task's Gram matrix: nothing, the weights, or only itself (nothing is written).
+enum class Gram { None, Blend, Only };
 
 struct PackedSource;
 
@@ -84,6 +90,7 @@ struct TaskSpec {
   Reduce reduce = Reduce::Sum;
   bool divide_by_weights = true;
   double lambda = 1.0;
+  Gram gram = Gram::None;
 };
 
 struct TaskResult {
@@ -92,6 +99,7 @@ struct TaskResult {
   std::vector<int64_t> codes;    // trim thresholds as float32 bits, -1 where none
   std::vector<int64_t> kept;     // elements kept by trimming, -1 where none
   std::vector<double> rescale;
+  std::vector<double> gram;        // packed by gram_place, empty where none was asked for
   std::vector<int64_t> nonfinite;  // base if any, terms, output
   std::vector<int> mismatch;       // copy: sources that differ from the first
 };
@@ -104,7 +112,7 @@ class Job {
   int output(const std::string& path);
   int add_task(const TaskSpec& spec);
   void add_term(int task, const TermSpec& term);
-  void run();
+  void run(const Blend& blend = nullptr);
   // One threshold per term position over all tasks: the counts[j]-th largest |delta|.
   std::vector<int64_t> select_model(const std::vector<int64_t>& counts);
   // Per term position over all tasks: how many |delta| have each code of [lo, hi], in bins of
@@ -124,7 +132,7 @@ class Job {
   struct Selection;
   struct Task;
   struct Worker;
-  enum class Phase { Sample, Scan, L1, Combine, Whole };
+  enum class Phase { Sample, Scan, L1, Gram, Combine, Whole };
   struct Unit {
     int task;
     Phase phase;
@@ -139,7 +147,7 @@ class Job {
   void crew(const std::function<void(Worker&)>& work);
   bool next(Unit* unit, int64_t* tile);
   void execute(Worker& w, const Unit& unit, int64_t tile);
-  void finish_phase(Task& t, Phase phase, Worker& w);
+  void finish_phase(Task& t, int index, Phase phase, Worker& w);
   bool wait_for(Task& t, int phases);
   const uint8_t* fetch(Worker& w, const Source& s, int slot, int64_t first, int64_t n);
   const uint8_t* expand(Worker& w, const PackedSource& p, DType to, int slot, int64_t first,
@@ -161,6 +169,8 @@ class Job {
   void select_whole(Task& t, Worker& w);
   void l1_tile(Task& t, int64_t tile, Worker& w);
   void finish_l1(Task& t);
+  void gram_tile(Task& t, int64_t tile, Worker& w);
+  void finish_gram(Task& t, int index);
   void combine_tile(Task& t, int64_t tile, Worker& w);
   void copy_tile(Task& t, int64_t tile, Worker& w);
   void store(Task& t, const uint8_t* data, int64_t first, int64_t n, int64_t item);
@@ -174,6 +184,8 @@ class Job {
   std::vector<std::unique_ptr<OutputFile>> outputs_;
   std::deque<std::unique_ptr<Task>> tasks_;
   std::vector<Unit> units_;
+  Blend blend_;
+  std::mutex blend_mutex_;
   std::mutex mutex_;
   std::condition_variable changed_;
   size_t unit_ = 0;
