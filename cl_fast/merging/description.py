@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from cl_fast.checkpoints.sidecar import TORCH_NAMES
 from cl_fast.merging.inputs import Derived
+from cl_fast.merging.rules import Blend, Rule
 from cl_fast.merging.sources import made
 
 if TYPE_CHECKING:
@@ -84,10 +85,26 @@ def _slice_lines(plan: Plan) -> list[str]:
     return lines
 
 
+def _rule_words(rules: list[Rule]) -> str:
+    first = rules[0]
+    words = [
+        "weights from inner products in float64" if isinstance(first, Blend) else "in torch"
+    ]
+    for place, (name, value) in enumerate(first.settings):
+        if isinstance(value, bool):
+            words.append(f"{name} {str(value).lower()}")
+        elif isinstance(value, float):
+            words.append(f"{name} {_range_text({float(r.settings[place][1]) for r in rules})}")
+    return ", ".join(words)
+
+
 def _policy_words(plan: Plan) -> str:
     policy = plan.tensors[0].policy
     if plan.recipe.method.most == 1:
         return "the tensors of one model, as they are or scaled"
+    rules = [tensor.rule for tensor in plan.tensors if tensor.rule is not None]
+    if rules:
+        return ("deltas, " if policy.difference else "the models themselves, ") + _rule_words(rules)
     steps = ["deltas" if policy.difference else "the models themselves"]
     if policy.sparsify == "trim":
         scope = "over the whole model" if policy.trim_scope == "model" else "per tensor"
@@ -123,6 +140,8 @@ def _term_words(plan: Plan, k: int) -> str:
         if any(made(tensor) for tensor in plan.tensors):
             return "applied to the base with one rounding"
         return "copied unchanged"
+    if not plan.recipe.method.weighted:
+        return f"one of {len(plan.models)}"
     words = f"{factor} {_range_text({term.weight for term in combined})}"
     if any(tensor.policy.sparsify != "none" for tensor in plan.tensors):
         words += f", density {_range_text({term.density for term in combined})}"

@@ -16,6 +16,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +27,7 @@ from cl_fast.merging.checksum import crc64
 from cl_fast.merging.description import bytes_text
 from cl_fast.merging.journal import TensorRecord
 from cl_fast.merging.output import write_failure
+from cl_fast.merging.rules import PART, Blend, Whole, whole_memory
 from cl_fast.merging.sources import Made, Packed, Source, made, made_whole
 from cl_fast.ops.policy import LONGEST_SCALED_ROW, row_length, selection_counts
 from cl_fast.ops.streams import keep_threshold
@@ -89,6 +91,11 @@ class Executor(Protocol):
         self, tensor: TensorPlan, codes: Sequence[int] | None
     ) -> tuple[bytearray, TensorRecord]:
         """Computes one tensor into memory."""
+        ...
+
+    def gram(self, tensors: Sequence[TensorPlan], tick: Tick) -> list[list[float]]:
+        """The Gram matrix of the models (or deltas) of each tensor, packed by rows from the
+        diagonal on (`cl_fast.ops.blending.unpack_gram`)."""
         ...
 
     def count_codes(
@@ -199,6 +206,23 @@ def make_executor(
         say_once(f"{words}, which is slower")
     elif backend is None:
         core = native_or_say()
+    needs_torch = next((t.rule for t in plan.tensors if isinstance(t.rule, Whole)), None)
+    if needs_torch is not None:
+        try:
+            import torch
+        except ImportError as error:
+            raise OutputError(
+                f"merge_method {plan.recipe.merge_method!r} with these settings is carried out by "
+                "torch, which is not installed"
+            ) from error
+        if memory is not None:
+            needed, name = max((whole_memory(t, threads), t.name) for t in plan.tensors)
+            if needed > memory:
+                raise OutputError(
+                    f"--memory {bytes_text(memory)} is too little for merge_method "
+                    f"{plan.recipe.merge_method!r}, which holds whole tensors: {name} needs about "
+                    f"{bytes_text(needed)}; give more"
+                )
     if core is not None:
         if memory is not None:
             needed, name = max(
@@ -399,14 +423,43 @@ class NativeExecutor:
         self, tensors: Sequence[TensorPlan], path: Path, codes: Sequence[int] | None, tick: Tick
     ) -> list[TensorRecord]:
         """See `Executor`."""
-        plain = [tensor for tensor in tensors if not made_whole(tensor)]
+        plain = [t for t in tensors if not made_whole(t) and not isinstance(t.rule, Whole)]
         found = dict(
             zip((t.name for t in plain), self._write(plain, path, codes, tick), strict=True)
         )
         for tensor in tensors:
-            if tensor.name not in found:
+            if tensor.name in found:
+                continue
+            if isinstance(tensor.rule, Whole):
+                found[tensor.name] = self._write_whole(tensor, path, tick)
+            else:
                 [found[tensor.name]] = self._write([tensor], path, codes, tick)
         return [found[tensor.name] for tensor in tensors]
+
+    def _write_whole(self, tensor: TensorPlan, path: Path, tick: Tick) -> TensorRecord:
+        data, record = compute_whole(tensor, self._nan, self._threads)
+        fd = os.open(path, os.O_RDWR)
+        try:
+            _write_all(fd, data, tensor.offset)
+        except OSError as error:
+            raise write_failure(path, error) from error
+        finally:
+            os.close(fd)
+        tick(sum(source.nbytes for _, source in sources(tensor)) + len(data))
+        return record
+
+    def gram(self, tensors: Sequence[TensorPlan], tick: Tick) -> list[list[float]]:
+        """See `Executor`."""
+        ready = self._make(tensors)
+        job = self._job("propagate")
+        files: dict[str, tuple[int, int]] = {}
+        tasks = [
+            self._add(job, tensor, None, files, ready, out=(0, -1, 0), gram="only")
+            for tensor in tensors
+        ]
+        size = sum(source.nbytes for tensor in tensors for _, source in sources(tensor))
+        _watch(job, job.run, tick, size)
+        return [list(job.result(task)["gram"]) for task in tasks]
 
     def _write(
         self, tensors: Sequence[TensorPlan], path: Path, codes: Sequence[int] | None, tick: Tick
@@ -423,7 +476,7 @@ class NativeExecutor:
         ]
         size = sum(t.nbytes + sum(source.stored for _, source in sources(t)) for t in tensors)
         try:
-            _watch(job, job.run, tick, size)
+            _watch(job, _run(job, dict(zip(tasks, tensors, strict=True))), tick, size)
         except OSError as error:
             if error.filename == str(path):
                 raise write_failure(path, error) from error
@@ -437,7 +490,7 @@ class NativeExecutor:
                     job = self._job("propagate")
                     output = job.output(str(path))
                     task = self._add(job, tensor, codes, {}, ready, out=(0, output, tensor.offset))
-                    _watch(job, job.run, lambda _: None, 0)
+                    _watch(job, _run(job, {task: tensor}), lambda _: None, 0)
                     self._record(job.result(task), tensor)
         return [self._record(result, t) for result, t in zip(results, tensors, strict=True)]
 
@@ -445,11 +498,13 @@ class NativeExecutor:
         self, tensor: TensorPlan, codes: Sequence[int] | None
     ) -> tuple[bytearray, TensorRecord]:
         """See `Executor`."""
+        if isinstance(tensor.rule, Whole):
+            return compute_whole(tensor, self._nan, self._threads)
         data = bytearray(max(1, tensor.nbytes))
         ready = self._make([tensor])
         job = self._job(self._nan)
         task = self._add(job, tensor, codes, {}, ready, out=(_address(data), -1, 0))
-        _watch(job, job.run, lambda _: None, 0)
+        _watch(job, _run(job, {task: tensor}), lambda _: None, 0)
         result = job.result(task)
         # A job that stopped at a NaN has not read all.
         whole = self._nan != "refuse" or not any(result["nonfinite"])
@@ -490,6 +545,7 @@ class NativeExecutor:
         files: dict[str, tuple[int, int]],
         ready: dict[Source, bytearray],
         out: tuple[int, int, int],
+        gram: str | None = None,
     ) -> int:
         def place(source: Source) -> tuple[str, int, int, int]:
             if isinstance(source, Packed):
@@ -525,6 +581,7 @@ class NativeExecutor:
             lam=tensor.lam,
             kind=tensor.kind,
             row=row_length(tensor.shape),
+            gram=gram or ("blend" if isinstance(tensor.rule, Blend) else "none"),
         )
         for term, code in zip(tensor.terms, model_codes(tensor, codes), strict=True):
             if copy and term.source == tensor.base:
@@ -593,6 +650,18 @@ class NativeExecutor:
             check_checksums(tensor, record)
         check_finite(tensor, record, self._nan)
         return record
+
+
+def _run(job: Any, tensors: dict[int, TensorPlan]) -> Callable[[], None]:
+    """`job.run`, with the weights of the tensors (by task) that take theirs from a Gram matrix."""
+
+    def blend(task: int, gram: list[float]) -> list[float]:
+        tensor = tensors[task]
+        assert isinstance(tensor.rule, Blend)
+        return tensor.rule.weights(gram, [term.weight for term in tensor.terms])
+
+    wanted = any(isinstance(tensor.rule, Blend) for tensor in tensors.values())
+    return functools.partial(job.run, blend if wanted else None)
 
 
 def _address(buffer: bytearray) -> int:
@@ -744,6 +813,8 @@ class EagerExecutor:
 
         from cl_fast.ops.combining import combine_reference
 
+        if isinstance(tensor.rule, Whole):
+            return compute_whole(tensor, self._nan, torch.get_num_threads())
         inputs = [source for _, source in sources(tensor)]
         if tensor.kind == "copy":
             once = {source: self._load_bytes(tensor, source) for source in dict.fromkeys(inputs)}
@@ -765,7 +836,7 @@ class EagerExecutor:
             if isinstance(term.source, Packed):
                 crc, value, masks[k] = _load_packed(tensor, term)
                 loaded.append((crc, value))
-                factors[k] = term.source.factor if term.source.as_ == "parts" else 1.0
+                factors[k] = _factor(term)
             else:
                 loaded.append(self._load(tensor, term.source))
         base = None if tensor.base is None else loaded[0][1].view(tensor.shape)
@@ -780,10 +851,17 @@ class EagerExecutor:
             TensorRecord(name=tensor.name, crc64=0, sources=crcs, nonfinite=(*bad, 0)),
             self._nan,
         )
+        weights = [term.weight for term in tensor.terms]
+        if isinstance(tensor.rule, Blend):
+            from cl_fast.ops.inner_products import gram_reference
+
+            start = base if tensor.policy.difference else None
+            packed = _scaled(gram_reference(_unmasked(values, masks, start), start), factors)
+            weights = tensor.rule.weights(packed, weights)
         out = combine_reference(
             base if tensor.policy.difference else None,
             values,
-            weights=[term.weight for term in tensor.terms],
+            weights=weights,
             policy=tensor.policy,
             density=[term.density for term in tensor.terms],
             gamma=[term.gamma for term in tensor.terms],
@@ -808,17 +886,133 @@ class EagerExecutor:
         check_finite(tensor, record, self._nan)
         return data, record
 
-    def _load_bytes(self, tensor: TensorPlan, source: Source) -> bytearray:
-        if isinstance(source, Made):
-            return _made(tensor, source, self._nan)
-        return read_stored(source)
+    def gram(self, tensors: Sequence[TensorPlan], tick: Tick) -> list[list[float]]:
+        """See `Executor`."""
+        from cl_fast.ops.inner_products import gram_reference
+
+        found = []
+        for tensor in tensors:
+            values = [self._load(tensor, term.source)[1] for term in tensor.terms]
+            deltas = tensor.policy.difference and tensor.base is not None
+            base = self._load(tensor, tensor.base)[1] if deltas and tensor.base else None
+            found.append(_scaled(gram_reference(values, base), [_factor(t) for t in tensor.terms]))
+            tick(sum(source.nbytes for _, source in sources(tensor)))
+        return found
 
     def _load(self, tensor: TensorPlan, source: Source) -> tuple[int, Tensor]:
-        """The CRC of a source's bytes, and its flat values."""
-        import torch
+        return _load(tensor, source, self._nan)
 
-        data = self._load_bytes(tensor, source)
-        return crc64(data), torch.frombuffer(data, dtype=torch_dtype(source.dtype))
+    def _load_bytes(self, tensor: TensorPlan, source: Source) -> bytearray:
+        return _load_bytes(tensor, source, self._nan)
+
+
+def _load_bytes(
+    tensor: TensorPlan, source: Source, nan: Nan, threads: int | None = None
+) -> bytearray:
+    if isinstance(source, Made):
+        return _made(tensor, source, nan, threads)
+    return read_stored(source)
+
+
+def _load(
+    tensor: TensorPlan, source: Source, nan: Nan, threads: int | None = None
+) -> tuple[int, Tensor]:
+    """The CRC of a source's bytes, and its flat values."""
+    import torch
+
+    data = _load_bytes(tensor, source, nan, threads)
+    if isinstance(source, Packed):  # the record is of what is stored
+        from cl_fast.merging.deltas import read_packed
+
+        return crc64(read_packed(source)[0]), torch.frombuffer(
+            data, dtype=torch_dtype(source.dtype)
+        )
+    return crc64(data), torch.frombuffer(data, dtype=torch_dtype(source.dtype))
+
+
+def compute_whole(tensor: TensorPlan, nan: Nan, threads: int) -> tuple[bytearray, TensorRecord]:
+    """A tensor of a `Whole` rule by its function: the parts beside one another.
+
+    Each part is worked on by one thread, so that no sum depends on how many there are.
+    """
+    import torch
+
+    assert isinstance(tensor.rule, Whole)
+    rule = tensor.rule
+    loaded = [_load(tensor, source, nan, threads) for _, source in sources(tensor)]
+    crcs = tuple(crc for crc, _ in loaded)
+    check_checksums(tensor, TensorRecord(name=tensor.name, crc64=0, sources=crcs))
+    base = None if tensor.base is None else loaded[0][1]
+    values = [value for _, value in loaded[len(loaded) - len(tensor.terms) :]]
+    base, values, bad = _finite_inputs(base, values, tensor, nan)
+    check_finite(
+        tensor,
+        TensorRecord(name=tensor.name, crc64=0, sources=crcs, nonfinite=(*bad, 0)),
+        nan,
+    )
+    data = bytearray(tensor.nbytes)
+    out = torch.frombuffer(data, dtype=torch_dtype(tensor.dtype))
+    weights = [term.weight for term in tensor.terms]
+    columns = tensor.shape[-1] if tensor.shape else 1
+    least = columns if rule.unit == "row" else 1
+    step = tensor.numel if rule.unit == "tensor" else max(1, PART // least) * least
+    shape = {"element": (-1,), "row": (-1, columns), "tensor": tensor.shape}[rule.unit]
+
+    def part(first: int) -> None:
+        cut = slice(first, min(first + step, tensor.numel))
+        start = None
+        if base is not None and tensor.policy.difference:
+            start = base[cut].float().reshape(shape)
+        with torch.no_grad():
+            result = rule.apply([x[cut].float().reshape(shape) for x in values], start, weights)
+            out[cut] = result.reshape(-1).to(torch.float32).to(out.dtype)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(max(1, threads), "cl_fast rule") as pool:
+            list(pool.map(part, range(0, tensor.numel, step)))
+    finally:
+        torch.set_num_threads(before)
+    out[torch.isnan(out)] = float("nan")
+    bad.append(int((~torch.isfinite(out)).sum()))
+    record = TensorRecord(
+        name=tensor.name,
+        crc64=crc64(data),
+        sources=crcs,
+        nonfinite=tuple(bad) if any(bad) else (),
+    )
+    check_finite(tensor, record, nan)
+    return data, record
+
+
+def _factor(term: Term) -> float:
+    """What the delta of a packed source is multiplied by where it is used."""
+    source = term.source
+    return source.factor if isinstance(source, Packed) and source.as_ == "parts" else 1.0
+
+
+def _scaled(packed: list[float], factors: Sequence[float]) -> list[float]:
+    """The Gram matrix of deltas times their factors."""
+    count, place = len(factors), iter(packed)
+    return [
+        next(place) * (factors[i] * factors[j]) for i in range(count) for j in range(i, count)
+    ]
+
+
+def _unmasked(
+    values: list[Tensor], masks: Sequence[Tensor | None], base: Tensor | None
+) -> list[Tensor]:
+    """Values whose delta is 0 where a mask says that it does not count."""
+    import torch
+
+    if base is None:
+        return values
+    start = base.float()
+    return [
+        value if mask is None else torch.where(mask.view(value.shape), value.float(), start)
+        for value, mask in zip(values, masks, strict=True)
+    ]
 
 
 def _load_packed(tensor: TensorPlan, term: Term) -> tuple[int, Tensor, Tensor | None]:

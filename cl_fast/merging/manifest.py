@@ -117,6 +117,7 @@ def build(
         "fingerprint": plan.fingerprint,
         "recipe": plan.recipe.model_dump(mode="json", exclude_none=True, exclude_defaults=True),
         "policy": None if combined is None else dataclasses.asdict(combined.policy),
+        **({"rule": combined.rule.name} if combined is not None and combined.rule else {}),
         "seed": plan.seed,
         "streams": list(plan.models),
         "nan": nan,

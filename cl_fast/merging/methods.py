@@ -11,6 +11,11 @@ breadcrumbs_ties   ``base + lambda * sum_elected(w_k band(d_k))``
 della_linear       ``base + lambda * sum_k w_k rescale(magprune(d_k))``
 della              ``base + lambda * mean_elected(w_k rescale(magprune(d_k)))``
 passthrough        ``scale x``, of one model: layers put together by ``slices``
+slerp              the arc from one model to another, ``c_0 x_0 + c_1 x_1``
+nuslerp            the same with weights, also on deltas and for rows or columns
+multislerp         the weighted mean of directions, with the mean length
+karcher            the mean on the sphere, with the mean length
+model_stock        ``base + t (mean_k x_k - base)``, t from the angles of the deltas
 =================  ==========================================================================
 
 with ``d_k = x_k - base``. The defaults under these names are mergekit's. The codes and papers
@@ -19,18 +24,20 @@ that use the same names mean different things by them (docs/merge-recipes.md has
 
 To add a method that uses existing steps, add an entry to :data:`METHODS`: its name, its policy,
 and what its variants change. Which parameters a recipe may give for it follows from the policy.
+A method that is no policy has a ``rule`` (:mod:`cl_fast.merging.rules`) and names its parameters.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from cl_fast.errors import RecipeError
+from cl_fast.merging.rules import Blend, Rule, Whole
 from cl_fast.ops.policy import (
     Divisor,
     Elect,
@@ -65,6 +72,7 @@ class Number:
         of_model: whether each model may have a value of its own.
         required: where the recipe gives filters, one of them must match.
         low, high: bounds; ``low`` itself is allowed only with ``low_too``.
+        integer: whether it must be a whole number.
         words: what it is, for the message about a value outside its bounds.
     """
 
@@ -74,11 +82,13 @@ class Number:
     low: float = -math.inf
     high: float = math.inf
     low_too: bool = True
+    integer: bool = False
     words: str = ""
 
     def allows(self, value: float) -> bool:
         """Whether a value lies within the bounds."""
-        return (self.low <= value if self.low_too else self.low < value) and value <= self.high
+        inside = (self.low <= value if self.low_too else self.low < value) and value <= self.high
+        return inside and (not self.integer or value == int(value))
 
 
 #: Every parameter that is a number.
@@ -108,6 +118,20 @@ NUMBERS: Mapping[str, Number] = MappingProxyType(
             high=1.0,
             words="half the range of the keep probabilities, from 0 to 1",
         ),
+        "t": Number(
+            default=math.nan,
+            required=True,
+            words="the place on the way from the base (0) to the other model (1)",
+        ),
+        "eps": Number(
+            default=1e-8, low=0.0, low_too=False, words="the smallest length, a number above 0"
+        ),
+        "max_iter": Number(
+            default=10.0, low=0.0, high=1e6, integer=True, words="the most steps, a whole number"
+        ),
+        "tol": Number(
+            default=1e-5, low=0.0, low_too=False, words="the shortest step, a number above 0"
+        ),
     }
 )
 
@@ -126,7 +150,21 @@ CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 
 #: Parameters that are true or false.
-SWITCHES: tuple[str, ...] = ("normalize", "rescale")
+SWITCHES: tuple[str, ...] = (
+    "normalize",
+    "rescale",
+    "filter_wise",
+    "normalize_weights",
+    "nuslerp_flatten",
+    "nuslerp_row_wise",
+)
+
+RuleMaker = Callable[[Mapping[str, Any]], Rule]
+"""Makes the rule of a tensor from the numbers of the whole merge and the switches, by name."""
+
+#: What ``base_model`` is for a method: what deltas are taken from (needed, or wanted where it is
+#: given), one of the models (needed, or possible), or only where config and tokenizer come from.
+Base = Literal["delta", "delta_if_given", "member", "member_if_given", "donor"]
 
 _FIELDS = ("trim_scope", "trim_count", "trim_ties", "elect", "elect_on", "reduce", "divisor")
 
@@ -144,7 +182,12 @@ class Method:
         numbers: parameters of :data:`NUMBERS` that it has beside ``weight``, and those that
             follow from the policy (``density``, ``lambda``).
         factor: the number that a model is multiplied with: ``weight``, or another name for it.
-        most: the largest number of models that are merged with one another.
+        rule: for a method that is no policy: makes the rule of a tensor. The policy then only
+            tells whether deltas are taken, and all parameters are named below.
+        switches: names in :data:`SWITCHES` that the rule is given, with their defaults.
+        weighted: whether the models have weights.
+        base: what ``base_model`` is for it; by default as the policy says.
+        least, most: how many models are merged with one another, a base of deltas not counted.
     """
 
     name: str
@@ -154,6 +197,11 @@ class Method:
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     numbers: tuple[str, ...] = ()
     factor: str = "weight"
+    rule: RuleMaker | None = None
+    switches: Mapping[str, bool] = field(default_factory=dict)
+    weighted: bool = True
+    base: Base | None = None
+    least: int = 1
     most: int | None = None
 
     @property
@@ -162,16 +210,21 @@ class Method:
         return self.policy.difference
 
     @property
+    def base_role(self) -> Base:
+        """What ``base_model`` is for it."""
+        return self.base or ("delta" if self.policy.difference else "donor")
+
+    @property
     def random(self) -> bool:
         """Whether the method draws random numbers, so that ``seed`` has a meaning."""
         return self.policy.sparsify in ("drop", "magprune")
 
     @property
     def _all_numbers(self) -> tuple[str, ...]:
-        names = [self.factor]
+        names = [self.factor] if self.weighted else []
         if self.policy.sparsify != "none":
             names.append("density")
-        if self.policy.difference:
+        if self.policy.difference and self.rule is None:
             names.append("lambda")
         return (*names, *self.numbers)
 
@@ -195,6 +248,8 @@ class Method:
         """Every parameter that means something for the method."""
         if self.most == 1:  # nothing is reduced
             return (*self.model_numbers, *self.whole_numbers)
+        if self.rule is not None:
+            return (*self._all_numbers, *self.switches)
         names = [*self.model_numbers, "normalize", *self.whole_numbers]
         if self.policy.sparsify != "none":
             names += ["rescale", "rescale_by"]
@@ -210,6 +265,36 @@ class Method:
 
 _TIES_PEFT = {"elect_on": "unweighted", "reduce": "mean", "divisor": "count"}
 _TIES_PAPER = {"elect_on": "unweighted", "reduce": "mean", "divisor": "count"}
+
+
+def _slerp(given: Mapping[str, Any]) -> Rule:
+    return Blend("slerp", (("t", given["t"]), ("base", given["base"])))
+
+
+def _nuslerp(given: Mapping[str, Any]) -> Rule:
+    if given["nuslerp_flatten"]:
+        return Blend("nuslerp")
+    if given["nuslerp_row_wise"]:
+        return Whole("nuslerp", function="cl_fast.ops.spherical:nuslerp_columns", unit="tensor")
+    return Whole("nuslerp", function="cl_fast.ops.spherical:nuslerp_rows", unit="row")
+
+
+def _multislerp(given: Mapping[str, Any]) -> Rule:
+    return Blend("multislerp", tuple((name, given[name]) for name in ("normalize_weights", "eps")))
+
+
+def _karcher(given: Mapping[str, Any]) -> Rule:
+    return Blend("karcher", tuple((name, given[name]) for name in ("max_iter", "tol")))
+
+
+def _model_stock(given: Mapping[str, Any]) -> Rule:
+    if given["filter_wise"]:
+        return Whole("model_stock", function="cl_fast.ops.spherical:model_stock_rows", unit="row")
+    return Blend("model_stock")
+
+
+_MODELS = Policy(difference=False)
+_DELTAS = Policy()
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
@@ -291,6 +376,54 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 factor="scale",
                 most=1,
             ),
+            Method(
+                name="slerp",
+                summary="spherical interpolation between two models",
+                policy=_MODELS,
+                rule=_slerp,
+                numbers=("t",),
+                weighted=False,
+                base="member",
+                least=2,
+                most=2,
+            ),
+            Method(
+                name="nuslerp",
+                summary="spherical interpolation between two models or deltas, by weights",
+                policy=_MODELS,
+                rule=_nuslerp,
+                switches={"nuslerp_flatten": True, "nuslerp_row_wise": False},
+                base="delta_if_given",
+                least=2,
+                most=2,
+            ),
+            Method(
+                name="multislerp",
+                summary="weighted mean of the directions of models or deltas, with their length",
+                policy=_MODELS,
+                rule=_multislerp,
+                numbers=("eps",),
+                switches={"normalize_weights": True},
+                base="delta_if_given",
+            ),
+            Method(
+                name="karcher",
+                summary="mean of the models on the sphere",
+                policy=_MODELS,
+                rule=_karcher,
+                numbers=("max_iter", "tol"),
+                weighted=False,
+                base="member_if_given",
+            ),
+            Method(
+                name="model_stock",
+                summary="between the base and the mean, as far as the deltas agree",
+                policy=_DELTAS,
+                rule=_model_stock,
+                switches={"filter_wise": False},
+                weighted=False,
+                least=2,
+            ),
         )
     }
 )
@@ -299,29 +432,17 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 _ELSEWHERE = frozenset(
     [
         "arcee_fusion",
-        "karcher",
-        "model_stock",
-        "multislerp",
         "nearswap",
-        "nuslerp",
         "ram",
         "ramplus_tl",
         "sce",
-        "slerp",
     ]
 )
 
 #: Parameters of those methods.
 _OTHER_PARAMETERS = frozenset(
     [
-        "t",
         "select_topk",
-        "filter_wise",
-        "nuslerp_row_wise",
-        "nuslerp_flatten",
-        "max_iter",
-        "tol",
-        "eps",
         "similarity_threshold",
         "residual_weight",
     ]
@@ -393,6 +514,8 @@ def make_policy(
     """
     entry = find_method(method) if isinstance(method, str) else method
     given = {name: value for name, value in (settings or {}).items() if value is not None}
+    if "variant" in given:
+        check_parameter(entry, "variant", f"{where}.variant")
     variant = given.pop("variant", "mergekit")
     for name, value in given.items():
         check_parameter(entry, name, f"{where}.{name}")
@@ -406,6 +529,8 @@ def make_policy(
             raise RecipeError(
                 f"{where}.{name}: must be one of {', '.join(CHOICES[name])}; got {value!r}{hint}"
             )
+    if entry.rule is not None:
+        return entry.policy
     preset = _preset(entry, variant, where)
     return _build(entry, preset, given, where)
 

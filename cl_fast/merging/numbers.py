@@ -133,8 +133,11 @@ class Numbers:
             self.whole[parameter] = {
                 name: _value(chain, name, depths[name], keys, default) for name in names
             }
-        if not part.policy.difference and part.policy.reduce == "mean":
-            self._check_sums(part, names)
+        policy = part.policy
+        if not policy.difference and policy.reduce == "mean" and policy.divisor == "weights":
+            self._check_sums(names, "normalize")
+        if part.switches.get("normalize_weights"):
+            self._check_sums(names, "normalize_weights")
         weight = self.model.get("weight", {})
         for k, entry in enumerate(part.entries):
             if weight and all(row[k] == 0.0 for row in weight.values()):
@@ -154,15 +157,13 @@ class Numbers:
         """A parameter of the merge for a tensor; its default for a tensor that is copied."""
         return self.whole.get(parameter, {}).get(name, NUMBERS[parameter].default)
 
-    def _check_sums(self, part: Part, names: list[str]) -> None:
-        if part.policy.divisor != "weights":
-            return
+    def _check_sums(self, names: list[str], switch: str) -> None:
         for name in names:
             total = sum(self.model["weight"][name])
             if abs(total) < 1e-8:
                 raise RecipeError(
                     f"parameters.weight: the weights of tensor {name!r} sum to {total:g}, which "
-                    "cannot be normalized to a mean; set normalize: false or change the weights"
+                    f"cannot be normalized to a mean; set {switch}: false or change the weights"
                 )
 
 

@@ -44,6 +44,7 @@ from cl_fast.merging.matching import (
     out_dtype,
 )
 from cl_fast.merging.numbers import Numbers, Used
+from cl_fast.merging.rules import Blend, Rule, Whole, whole_memory
 from cl_fast.merging.slices import Cut, Group, cut, edit_config, list_inputs, whole
 from cl_fast.merging.sources import Made, Packed, Source, made_whole
 from cl_fast.merging.vocabulary import VocabularyPlan, plan_vocabulary
@@ -94,6 +95,7 @@ class TensorPlan:
     ``lam`` multiplies the reduced delta; it is 1 where the method has no lambda.
     ``origins``: of base (if any) and terms the position in ``Plan.inputs`` and the tensor's name
     there; ``None`` where whole models are merged, so that both are plain.
+    ``rule`` is what makes a tensor that no policy makes; of the policy only ``difference`` counts.
     """
 
     name: str
@@ -108,6 +110,7 @@ class TensorPlan:
     policy: Policy
     lam: float
     origins: tuple[tuple[int, str], ...] | None = None
+    rule: Rule | None = None
 
     @property
     def numel(self) -> int:
@@ -359,7 +362,8 @@ def _plan(
         bytes_written=written,
         passes=passes,
         memory=_predicted_memory(tensors, inputs, threads, memory)
-        + _made_memory(tensors, whole=bool(model_keep)),
+        + _made_memory(tensors, whole=bool(model_keep))
+        + _rules_memory(tensors, threads),
         seed=seed,
         model_keep=model_keep,
         vocabulary=vocabulary,
@@ -547,6 +551,11 @@ class _Draft:
             )
             lam = numbers.of_whole("lambda", name)
             kind, dtype = self.kinds[name], self.dtypes[name]
+            rule = None
+            if method.rule is not None and kind == "combine":
+                values = {word: numbers.of_whole(word, name) for word in numbers.whole}
+                part = group.part
+                rule = method.rule({**values, **part.switches, "base": part.base_position})
             terms = tuple(
                 Term(
                     model,
@@ -562,7 +571,9 @@ class _Draft:
                 for k, model in enumerate(models)
             )
             base = sources[0] if first else None
-            terms, base = _on_base(name, terms, base, self._policy)
+            terms, base = _on_base(
+                name, terms, base, self._policy.difference and not isinstance(rule, Whole)
+            )
             if self.alone and kind == "copy" and terms[0].source != base:
                 base = None  # integers that the finetuned model has otherwise
             if only_changes and kind == "combine" and applied:
@@ -590,6 +601,7 @@ class _Draft:
                 self._policy,
                 lam,
                 origins,
+                rule if kind == "combine" else None,
             )
 
 
@@ -634,19 +646,20 @@ def _check_dropped(part: Part, numbers: Numbers, packed: Sequence[int]) -> None:
 
 
 def _on_base(
-    name: str, terms: tuple[Term, ...], base: Source | None, policy: Policy
+    name: str, terms: tuple[Term, ...], base: Source | None, parts: bool
 ) -> tuple[tuple[Term, ...], Source | None]:
     """Packed deltas as the method needs them, and the base with the checksum that they tell.
 
     Where deltas are taken from the very tensor that one was packed on, its kept values stand for
-    themselves; everywhere else it is the model base + delta.
+    themselves; everywhere else it is the model base + delta. `parts`: whether deltas are taken, by
+    something that knows of parts.
     """
     found: dict[int, Source] = {}
     merged = []
     for term in terms:
         source = term.source
         told = source.base if isinstance(source, Packed) else source
-        if isinstance(source, Packed) and not (policy.difference and source.base == base):
+        if isinstance(source, Packed) and not (parts and source.base == base):
             term = replace(term, source=source.as_model())
         elif told == base and told.crc64 is not None:
             found.setdefault(told.crc64, source)
@@ -832,6 +845,8 @@ def _reads(tensors: list[TensorPlan]) -> tuple[int, int]:
         nbytes += tensor.base.stored if tensor.base is not None else 0
         if tensor.kind == "combine" and any(term.density < 1.0 for term in tensor.terms):
             passes += (policy.sparsify in ("trim", "band")) + (policy.rescale == "l1")
+        if isinstance(tensor.rule, Blend):
+            passes += 1
         most = max(most, passes)
         total += passes * nbytes
     return most, total
@@ -847,6 +862,15 @@ def _made_memory(tensors: Sequence[TensorPlan], *, whole: bool) -> int:
     if not any(needs):
         return 0
     return _TORCH_BYTES + (sum(needs) if whole else max(needs))
+
+
+def _rules_memory(tensors: Sequence[TensorPlan], threads: int | None) -> int:
+    """What tensors add that are made by a function of torch."""
+    needs = [whole_memory(tensor, threads) for tensor in tensors if isinstance(tensor.rule, Whole)]
+    if not needs:
+        return 0
+    loaded = 0 if any(made(tensor) for tensor in tensors) else _TORCH_BYTES
+    return loaded + max(needs)
 
 
 #: Interpreter with pydantic, yaml and the native core loaded, measured.
@@ -897,12 +921,14 @@ def _predicted_memory(
 def _fingerprint(plan: Plan) -> str:
     """Digest of all that decides the bytes of the output."""
     digest = blake2b(digest_size=16)
+    rules = sorted({repr(tensor.rule) for tensor in plan.tensors if tensor.rule is not None})
     digest.update(
         json.dumps(
             {
                 "numerics": NUMERICS,
                 "recipe": plan.recipe.model_dump(mode="json"),
                 "policies": sorted({repr(tensor.policy) for tensor in plan.tensors}),
+                **({"rules": rules} if rules else {}),
                 "seed": plan.seed,
                 "vocabulary": plan.vocabulary.digest if plan.vocabulary is not None else "",
                 "models": plan.models,

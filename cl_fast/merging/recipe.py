@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -251,6 +251,10 @@ class Recipe(BaseModel):
         base = None
         if self.base_model is not None:
             base = Entry("base_model", self.base_model, None, {})
+            if method.base_role.startswith("member") and not any(
+                _same(entry.model, base.model) for entry in entries
+            ):
+                entries.insert(0, base)
         return _part(method, f"{prefix}models", module, base, entries, scopes)
 
     def _slice(
@@ -275,7 +279,7 @@ class Recipe(BaseModel):
         _check_reference(f"{key}.base_model", part.base_model)
         base = None
         if part.base_model is not None:
-            if not method.needs_base:
+            if method.base_role == "donor":
                 raise RecipeError(
                     f"{key}.base_model: has no effect with merge_method {method.name!r}; remove it"
                 )
@@ -400,6 +404,8 @@ class Part:
         entries: the models that are merged, in order; a base among them is not.
         scopes: numbers for all of them, the narrowest scope first.
         policy: what is done to each element.
+        switches: those of the method's rule, as given or by default.
+        base_position: where among the entries the base is, for a method of which it is one.
     """
 
     key: str
@@ -408,6 +414,8 @@ class Part:
     entries: tuple[Entry, ...]
     scopes: tuple[Mapping[str, Setting], ...]
     policy: Policy
+    switches: Mapping[str, bool] = field(default_factory=dict)
+    base_position: int = 0
 
     def chain(self, entry: int | None, name: str) -> tuple[Setting, ...]:
         """The settings that may give ``name``, first the model's own (``None``: shared only)."""
@@ -471,13 +479,18 @@ def _part(
     for scope in reversed(scopes):
         words |= scope.words
     where = next((scope.key for scope in scopes if scope.words), "parameters")
-    terms = list(entries)
-    if method.needs_base:
+    terms, role, position = list(entries), method.base_role, 0
+    if role == "delta" or (role == "delta_if_given" and base is not None):
         base, terms = _split_base(method, key, base, entries)
+    elif role.startswith("member"):
+        position = _member(method, key, base, entries)
+        base = None
     else:
         if base is not None and entries[0].layers is None:
             _check_listed(method, base, entries)
         base = None
+    if method.rule is not None:
+        _check_count(method, key, terms, base)
     if method.most is not None and len(terms) > method.most:
         raise RecipeError(
             f"{terms[method.most].key}.model: merge_method {method.name!r} takes {method.most} "
@@ -485,7 +498,65 @@ def _part(
         )
     numbers = tuple(scope.settings for scope in scopes)
     policy = make_policy(method, words, where=where)
-    return Part(key, module, base, tuple(terms), numbers, policy)
+    policy = replace(policy, difference=base is not None)
+    switches = {name: bool(words.get(name, value)) for name, value in method.switches.items()}
+    _check_rule(method, where, numbers, switches)
+    return Part(key, module, base, tuple(terms), numbers, policy, switches, position)
+
+
+def _check_count(
+    method: Method, key: str, terms: Sequence[Entry], base: Entry | None
+) -> None:
+    count = len(terms)
+    if method.least <= count <= (method.most or count):
+        return
+    wanted = str(method.least) if method.least == method.most else f"{method.least} or more"
+    beside = " beside the base_model" if base is not None else ""
+    if method.base_role == "member":
+        beside = ", one of them the base_model (which joins 'models' that do not list it)"
+    raise RecipeError(
+        f"{key}: merge_method {method.name!r} merges {wanted} models{beside}; got {count}"
+    )
+
+
+def _member(method: Method, key: str, base: Entry | None, entries: Sequence[Entry]) -> int:
+    """Where the base is among the models."""
+    if base is None:
+        if method.base_role == "member":
+            raise RecipeError(
+                f"base_model: is required by merge_method {method.name!r} and is one of the two "
+                "models, where t is 0"
+            )
+        return 0
+    for place, entry in enumerate(entries):
+        if _same(entry.model, base.model):
+            return place
+    if method.base_role == "member":
+        raise RecipeError(
+            f"{key}: none of them is the base_model {base.model!r}, which is one of the two models "
+            f"of merge_method {method.name!r}, where t is 0; list it"
+        )
+    return 0
+
+
+def _check_rule(
+    method: Method,
+    where: str,
+    scopes: Sequence[Mapping[str, Setting]],
+    switches: Mapping[str, bool],
+) -> None:
+    """Numbers that a rule needs, and switches without effect."""
+    for name in method.whole_numbers:
+        if math.isnan(NUMBERS[name].default) and not any(name in scope for scope in scopes):
+            raise RecipeError(
+                f"parameters.{name}: is required by merge_method {method.name!r}; it is "
+                f"{NUMBERS[name].words}"
+            )
+    if switches.get("nuslerp_flatten") and switches["nuslerp_row_wise"]:
+        raise RecipeError(
+            f"{where}.nuslerp_row_wise: has no effect with nuslerp_flatten: true, its default; set "
+            "nuslerp_flatten: false, or remove it"
+        )
 
 
 def _split_base(
