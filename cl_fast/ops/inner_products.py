@@ -110,13 +110,9 @@ def gram_reference(tensors: Sequence[Tensor], base: Tensor | None = None) -> lis
         place = 0
         for i in range(count):
             for j in range(i, count):
-                sums = torch.zeros_like(lanes[i][0])
-                for x, y in zip(lanes[i], lanes[j], strict=True):
-                    sums = sums + x * y
-                chunks = torch.zeros_like(sums[:, 0])
-                for lane in sums.unbind(1):
-                    chunks = chunks + lane
-                for chunk in chunks.tolist():
+                # a running sum is the one that torch adds up one after the other
+                sums = torch.cumsum(lanes[i] * lanes[j], -1)[..., -1]
+                for chunk in torch.cumsum(sums, -1)[..., -1].tolist():
                     totals[place] += chunk
                 place += 1
     return totals
@@ -127,9 +123,9 @@ def _finite(x: Tensor) -> Tensor:
 
 
 def _lanes(part: Tensor) -> Tensor:
-    """[row of a chunk, chunk, lane]."""
+    """[chunk, lane, row of the chunk]."""
     rows = -(-min(part.numel(), L1_CHUNK) // L1_LANES)
     width = rows * L1_LANES
     chunks = -(-part.numel() // width)
     padded = torch.nn.functional.pad(part, (0, chunks * width - part.numel()))
-    return padded.view(chunks, rows, L1_LANES).transpose(0, 1).contiguous()
+    return padded.view(chunks, rows, L1_LANES).transpose(1, 2).contiguous()
