@@ -428,6 +428,10 @@ class RayExecutor:
         """See `Executor`; done here."""
         return self._here.count_codes(tensors, ranges)
 
+    def gram(self, tensors: Sequence[TensorPlan], tick: Tick) -> list[list[float]]:
+        """See `Executor`; done here."""
+        return self._here.gram(tensors, tick)
+
     def _count_slots(self) -> int:
         """How many tasks can run at once."""
         threads = self._settings.threads

@@ -212,7 +212,7 @@ def make_executor(
             import torch
         except ImportError as error:
             raise OutputError(
-                f"merge_method {plan.recipe.merge_method!r} with these settings is carried out by "
+                f"merge_method {needs_torch.name!r} with these settings is carried out by "
                 "torch, which is not installed"
             ) from error
         if memory is not None:
@@ -220,7 +220,7 @@ def make_executor(
             if needed > memory:
                 raise OutputError(
                     f"--memory {bytes_text(memory)} is too little for merge_method "
-                    f"{plan.recipe.merge_method!r}, which holds whole tensors: {name} needs about "
+                    f"{needs_torch.name!r}, which holds whole tensors: {name} needs about "
                     f"{bytes_text(needed)}; give more"
                 )
     if core is not None:
