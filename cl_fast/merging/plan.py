@@ -869,7 +869,7 @@ def _rules_memory(tensors: Sequence[TensorPlan], threads: int | None) -> int:
     needs = [whole_memory(tensor, threads) for tensor in tensors if isinstance(tensor.rule, Whole)]
     if not needs:
         return 0
-    loaded = 0 if any(made(tensor) for tensor in tensors) else _TORCH_BYTES
+    loaded = 0 if any(made_whole(tensor) for tensor in tensors) else _TORCH_BYTES
     return loaded + max(needs)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cl_fast.errors import NonFiniteError, OutputError, RecipeError
 from cl_fast.merging import execute, make_plan, parse_recipe
+from cl_fast.merging.deltas import apply_delta, pack_delta
 from cl_fast.merging.description import describe
 from cl_fast.merging.executors import make_executor
 from cl_fast.merging.verify import verify
@@ -382,3 +383,23 @@ def test_deliberate_differences(mergekit: Any) -> None:
     length = float(x.norm())
     assert float(peer("nuslerp", None, x, turned).norm()) != pytest.approx(length, rel=0.05)
     assert float(nuslerp(x, turned, [1, 1]).norm()) == pytest.approx(length, rel=0.01)
+
+
+@pytest.mark.parametrize("case", ["model_stock", "model_stock, rows", "nuslerp, deltas"])
+def test_packed_deltas_are_inputs(root: Path, tmp_path: Path, case: str, backend: str) -> None:
+    """A packed delta counts with its factor in the angles, too."""
+    for name in ("one", "two", "three"):
+        path = tmp_path / f"{name}.delta.safetensors"
+        pack_delta(root / "base", root / name, path, drop_rate=0.5, seed=1)
+        apply_delta(root / "base", path, tmp_path / name, out_dtype="float32")
+    packed, dense = content(root, case), content(root, case)
+    for recipe, suffix in ((packed, ".delta.safetensors"), (dense, "")):
+        for entry in recipe["models"]:
+            if Path(entry["model"]).name != "base":
+                entry["model"] = str(tmp_path / (Path(entry["model"]).name + suffix))
+        out = tmp_path / f"out{suffix}"
+        execute(make_plan(parse_recipe(recipe | {"out_dtype": "float32"}), out), backend=backend)
+        assert verify(out, sample=None, backend=backend).ok
+    ours, same = cases.load(tmp_path / "out.delta.safetensors"), cases.load(tmp_path / "out")
+    for name, value in ours.items():
+        assert torch.allclose(value.double(), same[name].double(), rtol=1e-6, atol=1e-6), name
