@@ -73,12 +73,12 @@ def add(commands: Any) -> None:
         "machine alone; default: auto)",
     )
     merge.add_argument(
-<<<<<<< HEAD
         "--unsafe-truncate-embeddings",
         action="store_true",
         help="where vocabularies differ and the recipe names no tokenizer: cut embeddings to the "
         "fewest rows; right only where the tokens that stay have the same ids in all models",
-=======
+    )
+    merge.add_argument(
         "--report",
         type=Path,
         nargs="?",
@@ -86,7 +86,6 @@ def add(commands: Any) -> None:
         metavar="FILE.html",
         help="compare inputs and result with the base, as a page and as JSON; by default beside "
         "the output",
->>>>>>> d217c04 (cl-fast diff: what models changed of their base, on the terminal, as a page and as JSON)
     )
     execution(merge)
     mergekit.add(merge)
