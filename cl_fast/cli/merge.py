@@ -73,12 +73,6 @@ def add(commands: Any) -> None:
         "machine alone; default: auto)",
     )
     merge.add_argument(
-        "--unsafe-truncate-embeddings",
-        action="store_true",
-        help="where vocabularies differ and the recipe names no tokenizer: cut embeddings to the "
-        "fewest rows; right only where the tokens that stay have the same ids in all models",
-    )
-    merge.add_argument(
         "--report",
         type=Path,
         nargs="?",

@@ -57,6 +57,13 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="let slices put layers together of models that are not of one architecture and size",
     )
     group.add_argument(
+        "--unsafe-truncate-embeddings",
+        action=both,
+        default=False,
+        help="where vocabularies differ and the recipe names no tokenizer: cut embeddings to the "
+        "fewest rows; right only where the tokens that stay have the same ids in all models",
+    )
+    group.add_argument(
         "--copy-tokenizer",
         action=both,
         default=True,

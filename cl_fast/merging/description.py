@@ -87,9 +87,7 @@ def _slice_lines(plan: Plan) -> list[str]:
 
 def _rule_words(rules: list[Rule]) -> str:
     first = rules[0]
-    words = [
-        "weights from inner products in float64" if isinstance(first, Blend) else "in torch"
-    ]
+    words = ["weights from inner products in float64" if isinstance(first, Blend) else "in torch"]
     for place, (name, value) in enumerate(first.settings):
         if isinstance(value, bool):
             words.append(f"{name} {str(value).lower()}")

@@ -385,9 +385,7 @@ def _surveyed(
     io: str,
     tick: Callable[[int], None],
 ) -> list[Sums]:
-    return survey(
-        tensors, core=core, threads=threads, io="mmap" if io == "auto" else io, tick=tick
-    )
+    return survey(tensors, core=core, threads=threads, io="mmap" if io == "auto" else io, tick=tick)
 
 
 def _open(

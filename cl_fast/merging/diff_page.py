@@ -129,7 +129,7 @@ def _table(
     texts = {i for row in rows for i, cell in enumerate(row) if _is_text(cell)}
     lines = [
         f'<div class="scroll" tabindex="0" role="region" aria-label="{_text(caption)}">',
-        f'<table{" class=small" if tint else ""}><caption>{_text(caption)}</caption><thead><tr>',
+        f"<table{' class=small' if tint else ''}><caption>{_text(caption)}</caption><thead><tr>",
         *(
             f'<th scope="col"{" class=t" if i in texts else ""}>{_text(name)}</th>'
             for i, name in enumerate(head)
@@ -221,7 +221,7 @@ def _intro(c: Comparison, heading: str) -> str:
     warnings = []
     if c.left_out:
         warnings.append(
-            f'{len(c.left_out)} tensor{"s" if len(c.left_out) > 1 else ""} could not be compared: '
+            f"{len(c.left_out)} tensor{'s' if len(c.left_out) > 1 else ''} could not be compared: "
             '<a href="#left-out">which, and why</a>.'
         )
     for name, count in [
@@ -309,9 +309,7 @@ def _heat(c: Comparison) -> str:
         at = log(value / low) / log(high / low) if high > low else 1.0
         return 0.06 + 0.76 * min(1.0, max(0.0, at))
 
-    figures = [
-        _figure(name, _heat_map(c, k, kinds, depth)) for k, name in enumerate(c.models)
-    ]
+    figures = [_figure(name, _heat_map(c, k, kinds, depth)) for k, name in enumerate(c.models)]
     legend = _svg(
         f"Scale from {_percent(low)} to {_percent(high)}",
         30,

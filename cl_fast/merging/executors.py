@@ -995,9 +995,7 @@ def _factor(term: Term) -> float:
 def _scaled(packed: list[float], factors: Sequence[float]) -> list[float]:
     """The Gram matrix of deltas times their factors."""
     count, place = len(factors), iter(packed)
-    return [
-        next(place) * (factors[i] * factors[j]) for i in range(count) for j in range(i, count)
-    ]
+    return [next(place) * (factors[i] * factors[j]) for i in range(count) for j in range(i, count)]
 
 
 def _unmasked(

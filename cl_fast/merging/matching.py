@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from cl_fast.checkpoints.checkpoint import Checkpoint
+from cl_fast.checkpoints.layers import LAYER
 from cl_fast.checkpoints.safetensors import TensorInfo
 from cl_fast.checkpoints.sidecar import token_count
 from cl_fast.errors import CheckpointError, RecipeError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from cl_fast.merging.recipe import Recipe
 
 __all__ = [
+    "check_rows",
     "check_shapes",
     "common_tensors",
     "kind_of_tensor",
@@ -27,6 +29,28 @@ __all__ = [
 
 _BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.attn\.masked_bias)$")
 _DIGITS = re.compile(r"([0-9]+)")
+
+
+def check_rows(groups: Sequence[Mapping[str, TensorInfo]]) -> None:
+    """Whether embeddings and head, where they come from different slices, have as many rows.
+
+    Raises:
+        CheckpointError: they have not.
+    """
+    found: dict[str, tuple[int, int, str]] = {}
+    for number, infos in enumerate(groups):
+        for name, info in infos.items():
+            axis = None if LAYER.search(name) else vocabulary_axis(name, info.shape)
+            if axis is not None and len(info.shape) == 2:
+                found[name] = number, info.shape[axis], info.path
+    for name, (number, rows, path) in found.items():
+        for other, (owner, first, place) in found.items():
+            if owner < number and first != rows:
+                raise CheckpointError(
+                    f"{other!r} has {first} rows (from {place}), {name!r} {rows} (from {path}): "
+                    "models of different vocabularies cannot be put together; name a tokenizer in "
+                    "the recipe (tokenizer_source)"
+                )
 
 
 def natural_key(name: str) -> tuple[tuple[tuple[int, str], ...], str]:

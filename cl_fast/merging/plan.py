@@ -37,6 +37,7 @@ from cl_fast.merging.inputs import (
     source_of,
 )
 from cl_fast.merging.matching import (
+    check_rows,
     check_shapes,
     common_tensors,
     kind_of_tensor,
@@ -304,6 +305,8 @@ def _plan(
     shapes = {name: info.shape for draft in drafts for name, info in draft.infos.items()}
     if len(drafts) > 1:
         shapes = {name: shapes[name] for name in sorted(shapes, key=natural_key)}
+    if len(drafts) > 1 and not allow_crimes:
+        check_rows([draft.infos for draft in drafts])
     dtypes = {name: dtype for draft in drafts for name, dtype in draft.dtypes.items()}
     shards, places = _lay_out(shapes, dtypes, out_shard_size)
     made_ready = {

@@ -72,8 +72,7 @@ __all__ = [
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 #: Keys of mergekit recipes that this version does not have, and what to do.
-_UNSUPPORTED: dict[str, str] = {
-}
+_UNSUPPORTED: dict[str, str] = {}
 
 _WANTED = "a number, a list of numbers (gradient) or a list of filters"
 
@@ -504,9 +503,7 @@ def _part(
     return Part(key, module, base, tuple(terms), numbers, policy, switches, position)
 
 
-def _check_count(
-    method: Method, key: str, terms: Sequence[Entry], base: Entry | None
-) -> None:
+def _check_count(method: Method, key: str, terms: Sequence[Entry], base: Entry | None) -> None:
     count = len(terms)
     if method.least <= count <= (method.most or count):
         return
@@ -832,10 +829,10 @@ def map_references(
         change: gives the new reference for an old one.
         base: whether the bases change too.
     """
-    blocks = [content, *content.get("modules", {}).values()]
-    slices = [part for block in blocks for part in block.get("slices", ())]
+    blocks = [content, *(content.get("modules") or {}).values()]
+    slices = [part for block in blocks for part in block.get("slices") or ()]
     for block in blocks:
-        for entry in block.get("models", ()):
+        for entry in block.get("models") or ():
             entry["model"] = change(entry["model"])
     for part in slices:
         for entry in part["sources"]:

@@ -120,9 +120,7 @@ class Whole(Rule):
     function: str = ""
     unit: Unit = "tensor"
 
-    def apply(
-        self, values: list[Tensor], base: Tensor | None, weights: Sequence[float]
-    ) -> Tensor:
+    def apply(self, values: list[Tensor], base: Tensor | None, weights: Sequence[float]) -> Tensor:
         """The result for one part of a tensor."""
         module, function = self.function.split(":")
         made: Tensor = getattr(importlib.import_module(module), function)(

@@ -378,6 +378,16 @@ def test_models_of_another_kind_or_size(root: Path, tmp_path: Path) -> None:
         assert any("layer_types is left out of config.json" in note for note in plan.notes)
 
 
+def test_embeddings_and_head_of_different_vocabularies(root: Path, tmp_path: Path) -> None:
+    more = state(5)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        more[name] = more[name].repeat(2, 1)
+    write(tmp_path / "more", more)
+    slices = [[source(root, "one", 0, 2)], [source(tmp_path, "more", 0, 2)]]
+    with pytest.raises(CheckpointError, match=r"10 rows .* 20 .*different vocabularies"):
+        planned(root, tmp_path / "out", *slices)
+
+
 def test_layers_of_several_kinds_are_told(tmp_path: Path) -> None:
     """The first layer has no experts; where it lands elsewhere, config.json may not say so."""
     mixed = state(0) | {f"{STACK}{i}.mlp.experts.0.weight": torch.ones(2, 2) for i in (1, 2, 3)}
