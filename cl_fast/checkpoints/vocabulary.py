@@ -143,22 +143,11 @@ def _parse(folder: Path, raw: bytes, files: Mapping[str, bytes], digest: str) ->
     model = content.get("model")
     if not isinstance(model, dict):
         raise CheckpointError(f"{path}: has no object 'model', so it is not a fast tokenizer")
-    tokens = _model_tokens(model, path)
-    size, top = len(tokens), -1
-    added: dict[str, dict[str, Any]] = {}
+    loaded = _Loaded(_model_tokens(model, path))
     moved: tuple[str, int, int] | None = None
     listed = content.get("added_tokens")
     if listed is not None and not isinstance(listed, list):
         raise CheckpointError(f"{path}: added_tokens must be a list")
-
-    def add(entry: dict[str, Any]) -> int:
-        nonlocal top
-        token = entry["content"]
-        if token not in tokens:
-            tokens[token] = max(top + 1, size)
-        added.setdefault(token, entry)
-        top = max(top, tokens[token])
-        return tokens[token]
 
     for entry in listed or ():
         said = entry.get("id") if isinstance(entry, dict) else None
@@ -166,23 +155,41 @@ def _parse(folder: Path, raw: bytes, files: Mapping[str, bytes], digest: str) ->
             raise CheckpointError(f"{path}: an entry of added_tokens has no text 'content'")
         if not entry["content"]:
             continue  # loading leaves it out
-        got = add(_entry(entry["content"], entry))
+        got = loaded.add(_entry(entry["content"], entry))
         if type(said) is int and said != got and moved is None:
             moved = (entry["content"], said, got)
     for entry in _implied(folder, files):
-        add(entry)
-    order = sorted(added, key=tokens.__getitem__)
+        loaded.add(entry)
+    order = sorted(loaded.added, key=loaded.tokens.__getitem__)
     config = files.get("tokenizer_config.json")
     return Vocabulary(
         folder,
         _kind(model),
-        tokens,
-        {token: added[token] for token in order},
+        loaded.tokens,
+        {token: loaded.added[token] for token in order},
         digest,
         raw.decode("utf-8"),
         None if config is None else config.decode("utf-8"),
         moved,
     )
+
+
+class _Loaded:
+    """Token ids as the loading of a tokenizer gives them: an added token has the id that the model
+    has for it, else one more than the highest so far, and at least the model's size."""
+
+    def __init__(self, tokens: dict[str, int]) -> None:
+        self.tokens = tokens
+        self.added: dict[str, dict[str, Any]] = {}
+        self._size, self._top = len(tokens), -1
+
+    def add(self, entry: dict[str, Any]) -> int:
+        token: str = entry["content"]
+        if token not in self.tokens:
+            self.tokens[token] = max(self._top + 1, self._size)
+        self.added.setdefault(token, entry)
+        self._top = max(self._top, self.tokens[token])
+        return self.tokens[token]
 
 
 def _model_tokens(model: dict[str, Any], path: Path) -> dict[str, int]:
@@ -332,8 +339,8 @@ def extend(
         "tokenizer.json": raw,
         "tokenizer_config.json": _dump(config),
     }
-    again = _parse(base.folder, raw, {"tokenizer_config.json": _dump(config)}, "")
-    if any(again.tokens.get(token) != index for token, index in tokens.items()):
+    again = _Loaded(_model_tokens(content["model"], path))
+    if any(again.add(entry) != entry["id"] for entry in content["added_tokens"]):
         raise CheckpointError(
             f"{path}: the ids of its tokens have gaps, so tokens added behind them would not get "
             "the ids that they need; save it again with transformers first"

@@ -109,6 +109,8 @@ def _table(source: Source, width: int, threads: int | None) -> NDArray[Any]:
 
     item = np.dtype(_ITEM[source.dtype])
     rows = source.nbytes // (item.itemsize * width) if width else 0
+    if not source.nbytes:
+        return np.zeros((rows, width), item)
     _check(source)
     if isinstance(source, Made):
         return np.frombuffer(source.make(threads), item).reshape(rows, width)
@@ -119,8 +121,6 @@ def _table(source: Source, width: int, threads: int | None) -> NDArray[Any]:
             f"of a tensor at offset {source.offset}; the file is truncated or was changed while "
             "it was read"
         )
-    if not source.nbytes:
-        return np.zeros((rows, width), item)
     return np.memmap(source.path, item, "r", source.offset, (rows, width))
 
 

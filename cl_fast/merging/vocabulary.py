@@ -21,7 +21,9 @@ from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from itertools import pairwise
 from math import prod
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -30,7 +32,7 @@ from cl_fast.checkpoints.safetensors import TensorInfo, strict_json
 from cl_fast.checkpoints.sidecar import Sidecar, has_tokenizer
 from cl_fast.checkpoints.vocabulary import Vocabulary, added_token, extend, read_vocabulary
 from cl_fast.errors import CheckpointError, RecipeError
-from cl_fast.merging.aligned import GROUP, MEAN, ROW, SHIFT, ZERO, Aligned
+from cl_fast.merging.aligned import GROUP, MEAN, SHIFT, ZERO, Aligned
 from cl_fast.merging.inputs import Derived, is_derived, resolve, same_path, source_of
 from cl_fast.merging.slices import Cut, Group, whole
 from cl_fast.merging.sources import Made, Packed, Source
@@ -266,6 +268,10 @@ def _replaced(checkpoint: Checkpoint, changed: _Replaced) -> Cut:
     )
 
 
+#: In the place of inputs that no row comes from.
+_NOTHING = Source("", 0, "F32", 0)
+
+
 class _Alignment:
     """The work of `plan_vocabulary` where a recipe names a tokenizer."""
 
@@ -300,6 +306,8 @@ class _Alignment:
         known = [v or first for v in vocabularies]
         models = _models(range(len(self._inputs)), self._inputs, known)
         tokens, files = self._output(first, known)
+        if any(before >= after for before, after in pairwise(tokens.values())):
+            tokens = dict(sorted(tokens.items(), key=itemgetter(1)))
         if source is None:  # elsewhere; perhaps the tokenizer of one of the inputs all the same
             source = next((i for i, v in enumerate(known) if v.tokens == tokens), None)
         self._note_shared(models, tokens, folder)
@@ -543,29 +551,34 @@ class _Alignment:
         if pad := self._rules.pad_to_multiple_of:
             rows = -(-rows // pad) * pad
         ids = [index for _, index in order]
+        dense = ids == list(range(len(ids)))
         unused = sorted(set(range(rows)).difference(ids))
         aligned = {}
         for k, model in enumerate(models):
-            codes = array("q", [MEAN]) * rows
-            shift = k << SHIFT
-            for i, index in enumerate(ids):
-                if index < rows:
-                    codes[index] = (
-                        filled[i]
-                        if i in filled and (own[k][i] < 0 or order[i][0] in forced)
-                        else shift | own[k][i]
-                    )
+            shift, owners = k << SHIFT, {k}
+            mine = own[k]
+            codes = array("q", [shift + row for row in mine] if dense else [MEAN])
+            codes = codes[:rows] + array("q", [MEAN]) * (rows - len(codes))
+            if not dense:
+                for i, index in enumerate(ids):
+                    if index < rows:
+                        codes[index] = shift + mine[i]
+            for i, code in filled.items():
+                if ids[i] < rows and (mine[i] < 0 or order[i][0] in forced):
+                    codes[ids[i]] = code
+                    owners.add(code >> SHIFT if code >= 0 else k)
             taken = self._ids(model) if unused else frozenset[int]()
             for row in unused:
                 if row >= theirs:
                     break  # the others are higher still, and means
                 if row < limits[k] and row not in taken:
-                    codes[row] = k << SHIFT | row
+                    codes[row] = shift + row
                 elif place is not None:
                     codes[row] = place << SHIFT | row
+                    owners.add(place)
             if rows == limits[k] and codes == array("q", range(shift, shift + rows)):
                 continue
-            aligned[k] = self._aligned(name, axis, models, k, codes, filler.groups, rows)
+            aligned[k] = self._aligned(name, axis, models, k, codes, owners, filler.groups, rows)
         return rows, aligned
 
     def _aligned(
@@ -575,28 +588,25 @@ class _Alignment:
         models: Sequence[_Model],
         k: int,
         codes: array[int],
+        owners: set[int],
         groups: Sequence[tuple[int, ...]],
         rows: int,
     ) -> tuple[Aligned, TensorInfo]:
         info = models[k].checkpoint.tensors[name]
         width = prod(info.shape) // info.shape[axis]
-        used = {code >> SHIFT for code in codes if code >= 0}
-        listed = tuple(groups) if any(code <= GROUP for code in codes) else ()
-        used |= {code >> SHIFT for group in listed for code in group}
-        order = {j: place for place, j in enumerate(sorted(used))}
-
-        def renumbered(code: int) -> int:
-            return code if code < 0 else order[code >> SHIFT] << SHIFT | code & ROW
-
-        inputs = tuple(_whole(source_of(models[j].checkpoint, name)) for j in sorted(used))
-        kinds = {source.dtype for source in inputs}
-        kinds.add(_whole(source_of(models[k].checkpoint, name)).dtype)
+        listed = tuple(groups) if min(codes, default=0) <= GROUP else ()
+        used = owners | {code >> SHIFT for group in listed for code in group}
+        inputs = tuple(
+            _whole(source_of(model.checkpoint, name)) if j in used else _NOTHING
+            for j, model in enumerate(models)
+        )
+        kinds = {source.dtype for source in inputs if source is not _NOTHING}
         dtype = kinds.pop() if len(kinds) == 1 else "F32"
         if listed and dtype.startswith("F8"):
             dtype = "F32"
         shape = (*info.shape[:axis], rows, *info.shape[axis + 1 :])
         nbytes = DTYPES[dtype] * rows * width
-        packed = array("q", map(renumbered, codes))
+        packed = codes[:]
         if sys.byteorder == "big":
             packed.byteswap()
         aligned = Aligned(
@@ -608,7 +618,7 @@ class _Alignment:
             width=width,
             inputs=inputs,
             codes=packed.tobytes(),
-            groups=tuple(tuple(map(renumbered, group)) for group in listed),
+            groups=listed,
         )
         # The type stays that of the stored tensor: it is what the output gets by default.
         nbytes = DTYPES[info.dtype] * rows * width
