@@ -94,13 +94,17 @@ class DeltaCheckpoint(Derived):
     Attributes:
         base: the checkpoint below.
         delta: the file.
-        apart: whether the merge leaves out some of the base, so that `check` has to read all.
+        apart: whether its tensors are read for themselves, as base + delta, and not as parts of
+            a merge that compares what it reads: then `check` has to read all.
         whole: whether it is a model of its own, `BASE+DELTA`.
     """
 
     delta: DeltaFile
     apart: bool = False
     whole: bool = False
+
+    def dense(self) -> DeltaCheckpoint:
+        return replace(self, apart=True)
 
     @property
     def pair(self) -> bool:
@@ -160,7 +164,7 @@ class DeltaCheckpoint(Derived):
         if tensor.values is not None and tensor.offsets is not None:
             values = Source.of(tensor.values)
             blocks = replace(Source.of(tensor.offsets), crc64=tensor.offsets_crc)
-        return Packed(
+        packed = Packed(
             path=path,
             offset=0,
             dtype=info.dtype,
@@ -175,6 +179,7 @@ class DeltaCheckpoint(Derived):
             factor=tensor.factor,
             as_="parts",
         )
+        return packed.as_model() if self.apart else packed
 
     @property
     def content(self) -> str:
@@ -196,8 +201,8 @@ class DeltaCheckpoint(Derived):
     def check(self) -> None:
         """Compare offsets, and the base, with their checksums.
 
-        Where the merge reads the base in any case it compares while it does, and only the small
-        tensors are looked at here.
+        Where the merge reads values and base in any case it compares while it does, and only the
+        small tensors of the base are looked at here.
 
         Raises:
             CheckpointError: the file is damaged, or was packed on another base.
@@ -208,6 +213,8 @@ class DeltaCheckpoint(Derived):
             info = self.base.tensors[tensor.name]
             if info.nbytes > _SMALL and tensor.kind != "whole" and not self.apart:
                 continue
+            if self.apart:
+                _check_values(self.delta, tensor)
             found = _crc_of(info)
             if found != tensor.base_crc:
                 raise other_base(str(self.path), tensor.name, info.path, found, tensor.base_crc)
@@ -292,12 +299,16 @@ def check_delta(path: str | os.PathLike[str]) -> DeltaFile:
     for tensor in delta.tensors.values():
         if tensor.offsets is not None:
             read_blocks(replace(Source.of(tensor.offsets), crc64=tensor.offsets_crc))
-        if tensor.values is not None and _crc_of(tensor.values) != tensor.values_crc:
-            raise CheckpointError(
-                f"{delta.header.path}: the values of tensor {tensor.name!r} are not those that "
-                "were packed (their checksum differs); copy or pack the delta again"
-            )
+        _check_values(delta, tensor)
     return delta
+
+
+def _check_values(delta: DeltaFile, tensor: DeltaTensor) -> None:
+    if tensor.values is not None and _crc_of(tensor.values) != tensor.values_crc:
+        raise CheckpointError(
+            f"{delta.header.path}: the values of tensor {tensor.name!r} are not those that were "
+            "packed (their checksum differs); copy or pack the delta again"
+        )
 
 
 def _crc_of(info: TensorInfo) -> int:
@@ -372,6 +383,11 @@ def read_packed(
 
     blocks = native_blocks(source)
     data = read_stored(source.values)
+    if source.crc64 is not None and crc64(data) != source.crc64:
+        raise CheckpointError(
+            f"{source.path}: the values of a tensor at byte {source.values.offset} are not those "
+            "that were packed (their checksum differs); copy or pack the delta again"
+        )
     keep = keep_mask(signed_key(source.key), source.numel, source.threshold)
     padded = torch.nn.functional.pad(keep, (0, -source.numel % BLOCK)).view(-1, BLOCK)
     if padded.sum(1).cumsum(0).tolist() != list(blocks[1:]):
@@ -1065,7 +1081,7 @@ def unpack_delta(
         raise OutputError(f"{target}: a dense delta is one file; give a name in .safetensors")
     below = Checkpoint.open(base, key="base")
     opened = open_delta(below, os.fspath(delta), key="delta")
-    opened = replace(opened, apart=True)
+    opened = opened.dense()
     listed = [tensor for tensor in opened.delta.tensors.values() if tensor.kind == "kept"]
     dtype = dtypes[out_dtype]
     header, offsets, size = build_header(

@@ -416,7 +416,7 @@ def _open(
     listed = [opened(base, "base")]
     for i, model in enumerate(models):
         listed.append(opened(model, f"models[{i}]"))
-    return listed
+    return [entry.dense() if isinstance(entry, Derived) else entry for entry in listed]
 
 
 def _common(inputs: Sequence[Checkpoint]) -> tuple[list[Surveyed], tuple[LeftOut, ...]]:

@@ -88,6 +88,10 @@ class Derived(Checkpoint):
             f"a {self.role} as a model beside the base_model that it changes"
         )
 
+    def dense(self) -> Derived:
+        """The same where nobody merges it: every source stands for all of the changed tensor."""
+        return self
+
     def check(self) -> None:
         """Read it, and what it changes, and compare with its hashes, before anything is written.
 

@@ -282,6 +282,51 @@ def test_a_delta_on_a_base_of_its_own_is_a_model(root: Path, tmp_path: Path) -> 
         run(content, tmp_path / "no")
 
 
+def test_rules_take_packed_deltas(root: Path, tmp_path: Path) -> None:
+    """slerp of base+delta is that of the dense model in float32; model_stock of parts, with r."""
+    pair = f"{root}/base+{root}/math.delta.safetensors"
+    unpack_delta(root / "base", root / "math.delta.safetensors", tmp_path / "y.safetensors")
+    dense, base = load_file(tmp_path / "y.safetensors"), cases.load(root / "base")
+    cases.save(
+        tmp_path / "dense",
+        {n: base[n].float() + dense[n] if n in dense else t + 0.0 if t.is_floating_point() else t
+         for n, t in base.items()},
+    )  # fmt: skip
+
+    def slerp(model: str) -> dict[str, Any]:
+        return {
+            "merge_method": "slerp",
+            "base_model": str(root / "code"),
+            "models": [{"model": str(root / "code")}, {"model": model}],
+            "parameters": {"t": 0.3},
+        }
+
+    wanted = run(slerp(str(tmp_path / "dense")), tmp_path / "wanted")
+    for backend in BACKENDS:
+        cases.same_bits(wanted, run(slerp(pair), tmp_path / f"slerp {backend}", backend=backend))
+    content = recipe(root, "model_stock", *packed("math", "code"))
+    for entry in content["models"]:
+        del entry["parameters"]
+    written = [run(content, tmp_path / f"stock {b}", backend=b) for b in BACKENDS]
+    cases.same_bits(*written)
+    assert not torch.equal(cases.load(written[0])[UP], base[UP])
+
+
+def test_a_comparison_sees_base_and_delta(root: Path, tmp_path: Path) -> None:
+    """cl-fast diff: norms are those of the dense delta; damaged values and bases are refused."""
+    from cl_fast.merging.diff import compare
+
+    path = unpack_delta(root / "base", root / "math.delta.safetensors", tmp_path / "y.safetensors")
+    dense = load_file(path)
+    for backend in BACKENDS:
+        found = compare(root / "base", [root / "math.delta.safetensors"], backend=backend)
+        norms = {t.name: t.statistics.models[0].l2 for t in found.tensors}
+        for name, tensor in dense.items():
+            assert norms[name] == pytest.approx(float(tensor.double().norm()), rel=1e-4)
+    with pytest.raises(CheckpointError, match="is for another base"):
+        compare(root / "code", [root / "math.delta.safetensors"])
+
+
 def test_types_may_differ(root: Path, tmp_path: Path) -> None:
     """A float32 finetuned model on a bfloat16 base, and fp8 values, in sums and in trims."""
     draw = torch.Generator().manual_seed(5)
