@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from cl_fast._version import __version__
-from cl_fast.cli import adapter, delta, diff, edit, env, merge, soup, train, verify
+from cl_fast.cli import adapter, delta, diff, edit, env, merge, search, soup, train, verify
 from cl_fast.errors import ClFastError, Interrupted
 
 __all__ = ["main"]
 
 #: In the order of `--help`.
-_COMMANDS = (merge, verify, diff, delta, soup, adapter, train, edit, env)
+_COMMANDS = (merge, verify, diff, delta, soup, search, adapter, train, edit, env)
 
 _DESCRIPTION = (
     "Merge language models at memory speed, train on without forgetting, and edit what they know."

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import re
-import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cl_fast.cli.arguments import command, talk
-from cl_fast.errors import ClFastError
 
 __all__ = ["add"]
 
@@ -44,10 +40,11 @@ def add(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from cl_fast.merging.scoring import score_by_command
     from cl_fast.merging.soup import greedy_soup
 
     def evaluate(folder: Path) -> float:
-        score = _score(arguments.evaluate, folder)
+        score = score_by_command(arguments.evaluate, folder)
         if not arguments.quiet:
             print(f"{score:<12g} {folder}", flush=True)
         return score
@@ -58,22 +55,3 @@ def _run(arguments: argparse.Namespace) -> int:
             print(f"{trial.score:<12g} {'+' if trial.accepted else '-'} {trial.name}")
         print(f"{soup.path}: {len(soup.chosen)} of {len(arguments.models)} models, {soup.score:g}")
     return 0
-
-
-def _score(command: Sequence[str], folder: Path) -> float:
-    """The last number on the standard output of the user's command for `folder`."""
-    import subprocess
-
-    filled = [word.replace("{}", str(folder)) for word in command]
-    try:
-        done = subprocess.run(filled, stdout=subprocess.PIPE, text=True, check=False)
-    except OSError as error:
-        raise ClFastError(f"--evaluate: {filled[0]} does not start: {error.strerror}") from error
-    if done.returncode != 0:
-        raise ClFastError(f"--evaluate: {shlex.join(filled)} ended with code {done.returncode}")
-    numbers = re.findall(
-        r"(?<![\w.])[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?![\w.]*\w)", done.stdout
-    )
-    if not numbers:
-        raise ClFastError(f"--evaluate: {shlex.join(filled)} printed no number")
-    return float(numbers[-1])

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from cl_fast.merging.state_dicts import Inputs, Models, StateDict, linear
 
-__all__ = ["Soup", "Trial", "greedy_soup", "uniform_soup"]
+__all__ = ["Soup", "Trial", "choose", "greedy_soup", "uniform_soup"]
 
 Folder: TypeAlias = str | os.PathLike[str]
 Candidates: TypeAlias = Models | Sequence[Folder] | Mapping[str, Folder]
@@ -151,22 +151,44 @@ def greedy_soup(
         )
         for name in named
     }
-    order = sorted(named, key=lambda name: -alone[name])  # stable: equals in the order given
+
+    def taste(name: str) -> float:
+        return _number(name, pot.taste(name, evaluate))
+
+    chosen, best, history = choose(alone, taste, pot.add, accept)
+    soup = Soup(chosen, best, alone, history, **pot.serve())
+    if into is not None and soup.state_dict is not None:
+        into.load_state_dict(soup.state_dict)
+    return soup
+
+
+def choose(
+    alone: Mapping[str, float],
+    taste: Callable[[str], float],
+    add: Callable[[str], None],
+    accept: Accept = "rise",
+) -> tuple[tuple[str, ...], float, tuple[Trial, ...]]:
+    """The greedy choice itself: the names chosen, their score, and the trials.
+
+    Args:
+        alone: scores of the candidates alone, higher is better.
+        taste: score of the mean of all that was added, and one more.
+        add: called with a candidate that is kept.
+        accept: as in `greedy_soup`.
+    """
+    order = sorted(alone, key=lambda name: -alone[name])  # stable: equals in the order given
     best = alone[order[0]]
-    pot.add(order[0])
+    add(order[0])
     chosen, history = [order[0]], [Trial(order[0], best, True)]
     for name in order[1:]:
-        score = _number(name, pot.taste(name, evaluate))
+        score = taste(name)
         accepted = score > best or (accept == "no_fall" and score == best)
         history.append(Trial(name, score, accepted))
         if accepted:
             best = score
             chosen.append(name)
-            pot.add(name)
-    soup = Soup(tuple(chosen), best, alone, tuple(history), **pot.serve())
-    if into is not None and soup.state_dict is not None:
-        into.load_state_dict(soup.state_dict)
-    return soup
+            add(name)
+    return tuple(chosen), best, tuple(history)
 
 
 class _Pot(Protocol):
