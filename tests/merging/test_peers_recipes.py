@@ -154,6 +154,16 @@ slices:
       - {model: two, layer_range: [1, 3], parameters: {density: 0.5}}
       - {model: base, layer_range: [2, 4]}
 """,
+    "slerp by layers": """
+merge_method: slerp
+base_model: two
+parameters:
+  t: [{filter: self_attn, value: [0, 0.4, 0.2, 1]}, {value: 0.5}]
+slices:
+  - sources: [{model: one, layer_range: [0, 3]}, {model: two, layer_range: [1, 4]}]
+  - sources: [{model: one, layer_range: [3, 4]}, {model: two, layer_range: [0, 1]}]
+    parameters: {t: [0.9, 0.1]}
+""",
     "whole models in a module": """
 merge_method: linear
 modules:
