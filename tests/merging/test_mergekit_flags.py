@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from merge_cases import family, recipe, write_recipe
 
 from cl_fast.cli import main
 from cl_fast.cli.mergekit import shard_size
+from cl_fast.merging.methods import METHODS
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +78,42 @@ def test_pickles_are_not_written(
     assert run(root, tmp_path, "--no-safe-serialization") == 1
     assert "pickles are not written" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.peers
+def test_every_flag_is_accepted_and_on_the_page(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = pytest.importorskip("mergekit.options", reason="mergekit is not installed")
+    page = (Path(__file__).parents[2] / "docs" / "from-mergekit.md").read_text()
+    flags: list[str] = []
+    for name, field in options.MergeOptions.model_fields.items():
+        flag = "-v" if name == "verbosity" else f"--{name.replace('_', '-')}"
+        assert f"`{flag}`" in page, flag
+        if field.annotation is bool or name == "verbosity":
+            flags += [flag]
+        elif flag not in ("--transformers-cache", "--device"):
+            flags += [flag, "bfloat16" if name == "lora_merge_dtype" else "7"]
+    flags.remove("--quiet")  # it stands beside -v
+    assert run(root, tmp_path, *flags, "--dry-run", method="dare_linear") == 0
+
+
+@pytest.mark.peers
+def test_every_method_is_on_the_page() -> None:
+    registry = pytest.importorskip(
+        "mergekit.merge_methods.registry", reason="mergekit is not installed"
+    )
+    page = (Path(__file__).parents[2] / "docs" / "from-mergekit.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    for method in registry.registered_methods():
+        [row] = [row for row in rows if f"`{method.spec.name}`" in row.split("|")[1]]
+        assert (method.spec.name in METHODS) is ("| same |" in row), row
+
+
+def test_the_page_names_tests_that_there_are() -> None:
+    tests = Path(__file__).parents[1]
+    page = (tests.parent / "docs" / "from-mergekit.md").read_text()
+    named = set(re.findall(r"`(test_\w+)`", page))
+    assert len(named) > 20
+    text = "\n".join(path.read_text() for path in tests.rglob("test_*.py"))
+    assert {name for name in named if f"def {name}(" not in text} == set()

@@ -179,6 +179,29 @@ def test_a_trim_over_the_whole_model(root: Path, tmp_path: Path) -> None:
         planned(root, tmp_path / "x", parts[0], [source(root, "one", 2, 4)], **recipe)
 
 
+def test_a_model_twice_in_a_slice(root: Path, tmp_path: Path) -> None:
+    """Two layers of one model are averaged, as those of two models would be."""
+    both = [source(root, "one", 0, 2, weight=3), source(root, "one", 2, 4, weight=1)]
+    execute(planned(root, tmp_path / "out", both, merge_method="linear", out_dtype="float32"))
+    made, one = load(tmp_path / "out"), load(root / "one")
+    for i in range(2):
+        name = f"{STACK}{{}}.mlp.down_proj.weight"
+        low, high = (one[name.format(k)].double() for k in (i, i + 2))
+        torch.testing.assert_close(
+            made[name.format(i)].double(), (3 * low + high) / 4, rtol=0, atol=2**-22
+        )
+
+
+def test_a_base_that_is_not_listed(root: Path, tmp_path: Path) -> None:
+    """It takes part with the layers of the others."""
+    recipe = {"merge_method": "ties", "base_model": str(root / "base"), "out_dtype": "float32"}
+    recipe["parameters"] = {"density": 0.5}
+    listed = [source(root, name, 1, 3) for name in ("one", "two")]
+    execute(planned(root, tmp_path / "a", listed, **recipe))
+    execute(planned(root, tmp_path / "b", [source(root, "base", 1, 3), *listed], **recipe))
+    assert raw(tmp_path / "a") == raw(tmp_path / "b")
+
+
 def test_an_interrupted_merge_goes_on(root: Path, tmp_path: Path) -> None:
     slices = [[source(root, "one", 0, 3, scale=0.5)], [source(root, "two", 1, 4)]]
     execute(planned(root, tmp_path / "whole", *slices))
