@@ -141,7 +141,8 @@ def _table(
         for i, cell in enumerate(row):
             if isinstance(cell, str):
                 named = _text(cell).replace(".", ".<wbr>")
-                cells.append(f'<th scope="row">{named}</th>')
+                whole = f' title="{_text(cell)}"' if tint else ""
+                cells.append(f'<th scope="row"{whole}>{named}</th>')
                 continue
             value, shown = cell
             raw = "" if value is None else f' data-v="{_text(value)}"'
@@ -204,6 +205,17 @@ def _nice(top: float) -> list[float]:
     return [step * i for i in range(count + 1)]
 
 
+def _numbered(c: Comparison) -> bool:
+    """Whether numbers stand for the models where there is no place for their names."""
+    return len(c.models) > 1 and max(map(len, c.models)) > 8
+
+
+def _titles(c: Comparison) -> list[str]:
+    if not _numbered(c):
+        return list(c.models)
+    return [f"{i} {name}" for i, name in enumerate(c.models, 1)]
+
+
 def _layers_of(c: Comparison) -> list[tuple[str, str, Group]]:
     """Stack, number, group."""
     return [(*group.layer.rpartition(".")[::2], group) for group in c.layers]
@@ -240,7 +252,7 @@ def _models(c: Comparison) -> str:
     whole = c.whole.statistics
     cards = []
     for i, (name, reference, model) in enumerate(
-        zip(c.models, c.references, whole.models, strict=True)
+        zip(_titles(c), c.references, whole.models, strict=True)
     ):
         facts = [
             ("of the base's length moved", _percent(model.relative_l2)),
@@ -402,13 +414,15 @@ def _tint(value: float) -> str:
 def _agreement(c: Comparison) -> str:
     whole = c.whole.statistics
     names = c.models
+    rows = _titles(c)
+    columns = [title.split(" ")[0] if _numbered(c) else title for title in rows]
     cosines: list[_Line] = [
         [name, *((value, _signed(value)) for value in whole.cosine[i])]
-        for i, name in enumerate(names)
+        for i, name in enumerate(rows)
     ]
     cosine = _table(
         "Cosine of the task vectors",
-        ["", *names],
+        ["", *columns],
         cosines,
         tint=lambda _, value: _tint(value),
     )
@@ -420,11 +434,11 @@ def _agreement(c: Comparison) -> str:
                 for j, value in enumerate(whole.conflict[i])
             ),
         ]
-        for i, name in enumerate(names)
+        for i, name in enumerate(rows)
     ]
     conflict = _table(
         "Sign conflicts of two models, share of all elements",
-        ["", *names],
+        ["", *columns],
         conflicts,
         tint=lambda _, value: _tint(-value),
     )
@@ -465,7 +479,8 @@ def _agreement(c: Comparison) -> str:
         "agreement",
         "Whether they agree",
         words,
-        f'<div class="grid">{cosine}{conflict}</div><div class="grid">{"".join(figures)}</div>'
+        f'<div class="{"grid" if len(names) < 5 else "stack"}">{cosine}{conflict}</div>'
+        f'<div class="grid">{"".join(figures)}</div>'
         + (_details("By layer, in numbers", _table("Agreement", head, layers)) if layers else ""),
     )
 
@@ -666,13 +681,15 @@ def _kept(c: Comparison) -> str:
         for i, (_, _, group) in enumerate(layers)
     ]
     cuts = ", ".join(
-        f"{name} above {_number(cut)}" for name, cut in zip(c.models, c.thresholds, strict=True)
+        f"{_number(cut)} in {name}" for name, cut in zip(c.models, c.thresholds, strict=True)
     )
+    cuts = f": what is kept lies above {cuts}" if len(c.models) < 5 else ""
     return _section(
         "kept",
         "What a trim keeps",
         "TIES keeps the largest 20 % of each delta. Taken over the whole model, layers that moved "
-        f"far keep more than those that did not (dashed: 20 %). Estimated from the sample: {cuts}.",
+        "far keep more than those that did not (dashed: 20 %). Estimated from the sample"
+        f"{cuts}.",
         _legend(c)
         + _figure(title, _svg(title, bottom + 34, parts))
         + _details("In numbers", _table(title, ["layer", *c.models], rows)),
@@ -710,6 +727,7 @@ def _tensors(c: Comparison) -> str:
 def _rows(c: Comparison) -> str:
     if not c.rows:
         return ""
+    most = max(5, 60 // len(c.models))
     rows: list[_Line] = [
         [
             row.tensor,
@@ -718,7 +736,8 @@ def _rows(c: Comparison) -> str:
             (row.l2, _number(row.l2)),
             (row.relative_l2, _percent(row.relative_l2)),
         ]
-        for row in c.rows
+        for name in c.models
+        for row in [row for row in c.rows if row.model == name][:most]
     ]
     return _section(
         "rows",
@@ -877,7 +896,9 @@ tbody th{font-weight:400;text-align:left;white-space:normal;overflow-wrap:anywhe
 min-width:9.5rem;max-width:26rem}
 thead th{font-weight:600;vertical-align:bottom;white-space:normal;max-width:9rem}
 thead th.t,td.t{text-align:left}
-table.small tbody th{min-width:4rem;max-width:10rem}
+table.small tbody th{min-width:0;max-width:8.5rem;overflow:hidden;text-overflow:ellipsis;
+white-space:nowrap}
+.stack>*{margin-bottom:16px}
 td.t{white-space:normal;overflow-wrap:anywhere;min-width:6rem}
 thead button{all:unset;cursor:pointer}
 thead button:focus-visible,summary:focus-visible,.scroll:focus-visible{outline:2px solid var(--m0)}
