@@ -27,7 +27,7 @@ from cl_fast.errors import CheckpointError
 from cl_fast.merging.inputs import Derived, base_and_change, is_derived, resolve, source_of
 from cl_fast.merging.matching import natural_key
 from cl_fast.merging.places import KINDS, Place, place_of
-from cl_fast.merging.plan import term_names
+from cl_fast.merging.references import term_names
 from cl_fast.merging.survey import Sums, Surveyed, bin_edge, pair_index, survey
 
 if TYPE_CHECKING:

@@ -45,6 +45,7 @@ from cl_fast.merging.matching import (
     out_dtype,
 )
 from cl_fast.merging.numbers import Numbers, Used
+from cl_fast.merging.references import term_names
 from cl_fast.merging.rules import Blend, Rule, Whole, whole_memory
 from cl_fast.merging.slices import Cut, Group, cut, edit_config, list_inputs, whole
 from cl_fast.merging.sources import Made, Packed, Source, made_whole
@@ -393,25 +394,6 @@ def _compared(
 
 
 # Inputs.
-
-
-def term_names(references: Sequence[str]) -> tuple[str, ...]:
-    """The names that key the random streams of the models, one per reference.
-
-    The last component of the path; where two references share it, the whole reference as written
-    without a trailing slash; a reference that comes again gets ``#2``, ``#3``, ...
-    """
-    stripped = [reference.rstrip("/") or reference for reference in references]
-    short = [text if Path(text).name in ("", "..") else Path(text).name for text in stripped]
-    owners: dict[str, set[str]] = {}
-    for name, text in zip(short, stripped, strict=True):
-        owners.setdefault(name, set()).add(text)
-    names, seen = [], dict[str, int]()
-    for name, text in zip(short, stripped, strict=True):
-        unique = name if len(owners[name]) == 1 else text
-        seen[unique] = seen.get(unique, 0) + 1
-        names.append(unique if seen[unique] == 1 else f"{unique}#{seen[unique]}")
-    return tuple(names)
 
 
 def _check_output(recipe: Recipe, target: Path) -> None:

@@ -14,14 +14,14 @@ Everything behind the recipe works with the text.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cl_fast.documents import kind_of
 from cl_fast.errors import RecipeError
 
-__all__ = ["BadReference", "reference_text"]
+__all__ = ["BadReference", "reference_text", "term_names"]
 
 
 class BadReference(RecipeError):
@@ -74,3 +74,22 @@ def _path(value: Any, name: str) -> str:
     if not isinstance(revision, str):
         raise BadReference(f"{where}revision must be text; got {kind_of(revision)}")
     return f"{value['path']}@{revision}"
+
+
+def term_names(references: Sequence[str]) -> tuple[str, ...]:
+    """The names that key the random streams of the models, one per reference.
+
+    The last component of the path; where two references share it, the whole reference as written
+    without a trailing slash; a reference that comes again gets ``#2``, ``#3``, ...
+    """
+    stripped = [reference.rstrip("/") or reference for reference in references]
+    short = [text if Path(text).name in ("", "..") else Path(text).name for text in stripped]
+    owners: dict[str, set[str]] = {}
+    for name, text in zip(short, stripped, strict=True):
+        owners.setdefault(name, set()).add(text)
+    names, seen = [], dict[str, int]()
+    for name, text in zip(short, stripped, strict=True):
+        unique = name if len(owners[name]) == 1 else text
+        seen[unique] = seen.get(unique, 0) + 1
+        names.append(unique if seen[unique] == 1 else f"{unique}#{seen[unique]}")
+    return tuple(names)
