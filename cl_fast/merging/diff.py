@@ -28,6 +28,7 @@ from cl_fast.merging.inputs import Derived, base_and_change, is_derived, resolve
 from cl_fast.merging.matching import natural_key
 from cl_fast.merging.places import KINDS, Place, place_of
 from cl_fast.merging.references import term_names
+from cl_fast.merging.sources import Packed, Source
 from cl_fast.merging.survey import Sums, Surveyed, bin_edge, pair_index, survey
 
 if TYPE_CHECKING:
@@ -445,7 +446,7 @@ def _common(inputs: Sequence[Checkpoint]) -> tuple[list[Surveyed], tuple[LeftOut
             reason = f"stored as {', '.join(dtypes)}; {', '.join(_FLOATS)} are compared"
             left_out.append(LeftOut(name=name, reason=reason))
         else:
-            sources = tuple(source_of(checkpoint, name) for checkpoint in inputs)
+            sources = tuple(_source(checkpoint, name) for checkpoint in inputs)
             tensors.append(Surveyed(name, shape, sources))
     if not any(tensor.numel for tensor in tensors):
         few = "; ".join(f"{tensor.name}: {tensor.reason}" for tensor in left_out[:3])
@@ -454,6 +455,12 @@ def _common(inputs: Sequence[Checkpoint]) -> tuple[list[Surveyed], tuple[LeftOut
             f"tensor in common{f' ({few})' if few else ''}; compare models of one architecture"
         )
     return tensors, tuple(left_out)
+
+
+def _source(checkpoint: Checkpoint, name: str) -> Source:
+    """Where the weights of an input come from; of a packed delta the model that it makes."""
+    source = source_of(checkpoint, name)
+    return source.as_model() if isinstance(source, Packed) else source
 
 
 class _Whole:

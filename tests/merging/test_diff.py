@@ -9,16 +9,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import adapter_cases
 import merge_cases as cases
 import patch_cases
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from cl_fast.backends import native
 from cl_fast.cli import main
 from cl_fast.errors import CheckpointError, OutputError, RecipeError
 from cl_fast.merging import parse_recipe
+from cl_fast.merging.deltas import pack_delta, unpack_delta
 from cl_fast.merging.diff import Comparison, Group, Statistics, compare
 from cl_fast.merging.places import place_of
 from cl_fast.merging.report import check_report
@@ -271,6 +274,35 @@ def test_a_patch_is_a_model(tmp_path: Path, backend: str) -> None:
     edited, norm = found.tensors
     assert edited.statistics.models[0].l2 == pytest.approx(float(exact.norm()), rel=1e-5)
     assert norm.statistics.models[0].changed == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_adapter_is_a_model(root: Path, tmp_path: Path, backend: str) -> None:
+    module = "model.layers.0.mlp.up_proj"
+    made = adapter_cases.factors({module: (300, 401)}, 2)
+    adapter = adapter_cases.write(tmp_path / "adapter", made, alpha=4.0)
+    found = compare(root / "base", [adapter, root / "one"], backend=backend)
+    a, b = made[module]
+    exact = 2.0 * b.double() @ a.double()
+    [moved] = [group for group in found.tensors if group.statistics.models[0].changed]
+    assert moved.name == f"{module}.weight"
+    assert moved.statistics.models[0].l2 == pytest.approx(float(exact.norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_packed_delta_is_a_model(root: Path, tmp_path: Path, backend: str) -> None:
+    packed = tmp_path / "one.safetensors"
+    pack_delta(root / "base", root / "one", packed, drop_rate=0.9)
+    unpack_delta(root / "base", packed, tmp_path / "dense.safetensors")
+    dense = load_file(tmp_path / "dense.safetensors")
+    found = compare(root / "base", [packed, root / "two"], backend=backend)
+    assert len(found.tensors) == len(cases.SHAPES)
+    for group in found.tensors:
+        model = group.statistics.models[0]
+        # base + delta was rounded to float32
+        assert model.l2 == pytest.approx(float(dense[group.name].double().norm()), rel=1e-4)
+        assert model.changed <= int((dense[group.name] != 0).sum()) + 1
+    assert found.whole.statistics.models[0].changed_share == pytest.approx(0.1, abs=0.02)
 
 
 def facts(count: int) -> list[Any]:
