@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import shutil
@@ -34,6 +35,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -44,17 +46,43 @@ from make_checkpoints import SHAPES, make
 from safetensors import safe_open
 
 HERE = Path(__file__).resolve().parent
-# weight, density, whether deltas from a base are merged, further recipe parameters
-METHODS: dict[str, tuple[float, float | None, bool, dict[str, Any]]] = {
-    "linear": (1.0, None, False, {}),
-    "task_arithmetic": (0.4, None, True, {}),
-    "dare_linear": (0.4, 0.1, True, {}),
-    "ties": (1.0, 0.2, True, {}),
-    "dare_ties": (0.4, 0.1, True, {}),
-    "ties_global": (1.0, 0.2, True, {"variant": "paper"}),
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A recipe: the numbers of each model, whether there is a base, its models, and the rest."""
+
+    own: dict[str, float]
+    base: bool = True
+    more: dict[str, Any] = field(default_factory=dict)
+    models: int = 3
+    peers: tuple[str, ...] = ("mergekit",)
+
+    @property
+    def weight(self) -> float:
+        return self.own.get("weight", 1.0)
+
+    @property
+    def density(self) -> float | None:
+        return self.own.get("density")
+
+
+BOTH = ("mergekit", "peft")
+METHODS: dict[str, Merge] = {
+    "linear": Merge({"weight": 1.0}, base=False),
+    "task_arithmetic": Merge({"weight": 0.4}, peers=BOTH),
+    "dare_linear": Merge({"weight": 0.4, "density": 0.1}, peers=BOTH),
+    "ties": Merge({"weight": 1.0, "density": 0.2}, peers=BOTH),
+    "dare_ties": Merge({"weight": 0.4, "density": 0.1}, peers=BOTH),
+    "ties_global": Merge({"weight": 1.0, "density": 0.2}, more={"variant": "paper"}, peers=()),
+    "breadcrumbs": Merge({"weight": 0.5, "density": 0.9, "gamma": 0.01}),
+    "breadcrumbs_ties": Merge({"weight": 0.5, "density": 0.9, "gamma": 0.01}),
+    "della_linear": Merge({"weight": 0.5, "density": 0.3, "epsilon": 0.15}),
+    "della": Merge({"weight": 1.0, "density": 0.3, "epsilon": 0.15}),
+    "slerp": Merge({}, more={"t": 0.3}, models=1),
+    "model_stock": Merge({}),
 }
-PEERS = {"mergekit": {"linear", "task_arithmetic", "dare_linear", "ties", "dare_ties"},
-         "peft": {"task_arithmetic", "dare_linear", "ties", "dare_ties"}}  # fmt: skip
+DEFAULT = ("linear", "task_arithmetic", "dare_linear", "ties", "dare_ties", "ties_global")
 CHUNK = 1 << 20
 
 
@@ -63,16 +91,19 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def recipe(method: str, folders: list[Path], base: Path) -> dict[str, Any]:
-    weight, density, uses_base, more = METHODS[method]
-    each = {"weight": weight} | ({} if density is None else {"density": density})
+    merge = METHODS[method]
     r: dict[str, Any] = {
         "merge_method": method.removesuffix("_global"),
-        "models": [{"model": str(f), "parameters": dict(each)} for f in folders],
+        "models": [{"model": str(f), "parameters": dict(merge.own)} for f in folders],
     }
-    if uses_base:
+    if method == "slerp":  # between the base and one model, which are both listed
+        r["models"] = [{"model": str(f)} for f in (base, *folders)]
+    elif not merge.own:
+        r["models"] = [{"model": str(f)} for f in folders]
+    if merge.base:
         r["base_model"] = str(base)
-    if more:
-        r["parameters"] = more
+    if merge.more:
+        r["parameters"] = merge.more
     return r
 
 
@@ -162,11 +193,23 @@ def expected(method: str, name: str, base: torch.Tensor | None, models: list[tor
     """The merged tensor in float64, from the formulas of the papers and of mergekit."""
     from cl_fast.ops import keep_mask, keep_threshold, stream_key
 
-    weight, density, uses_base, _ = METHODS[method]
-    if not uses_base:
+    merge = METHODS[method]
+    weight, density = merge.weight, merge.density
+    if not merge.base:
         return torch.stack([m.double() for m in models]).mean(0)
     assert base is not None
+    if method == "slerp":
+        return slerp(base.double(), models[0].double(), merge.more["t"])
     deltas = [m.double() - base.double() for m in models]
+    if method == "model_stock":
+        return base.double() + model_stock_share(deltas) * torch.stack(deltas).mean(0)
+    if "breadcrumbs" in method:
+        deltas = [without_outliers(d, density or 1.0, merge.own["gamma"]) for d in deltas]
+    if "della" in method:
+        for k, d in enumerate(deltas):
+            key = stream_key(seed, f"ft{k}", name)
+            keep = magprune_keep(d, density or 1.0, merge.own["epsilon"], key)
+            deltas[k] = d * keep * (d.abs().sum() / (d * keep).abs().sum())
     if method.startswith("dare") and density is not None:
         for k, d in enumerate(deltas):
             key = stream_key(seed, f"ft{k}", name)
@@ -183,17 +226,62 @@ def expected(method: str, name: str, base: torch.Tensor | None, models: list[tor
             kept[order[: max(1, int(density * n))]] = True
             deltas[k] = torch.where(kept.reshape(d.shape), d, 0.0)
     total = weight * torch.stack(deltas)
-    if "ties" in method:
+    if "ties" in method or method == "della":
         majority = torch.where(total.sum(0) >= 0, 1.0, -1.0)
         agrees = total.sign() == majority
         total = torch.where(agrees, total, 0.0)
         divisor = (agrees * weight).sum(0)
         merged = total.sum(0)
-        if method != "dare_ties":
+        if method in ("ties", "ties_global", "della"):
             merged = merged / torch.where(divisor == 0, 1.0, divisor)
     else:
         merged = total.sum(0)
     return base.double() + merged
+
+
+def slerp(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
+    cosine = float((a * b).sum() / (a.norm() * b.norm()))
+    if abs(cosine) > 0.9995:
+        return (1 - t) * a + t * b
+    angle = math.acos(cosine)
+    return (math.sin((1 - t) * angle) * a + math.sin(t * angle) * b) / math.sin(angle)
+
+
+def model_stock_share(deltas: list[torch.Tensor]) -> float:
+    n = len(deltas)
+    cosines = [
+        float((deltas[i] * deltas[j]).sum() / (deltas[i].norm() * deltas[j].norm()))
+        for i in range(n)
+        for j in range(i)
+    ]
+    mean = sum(cosines) / len(cosines)
+    return n * mean / (1 + (n - 1) * mean)
+
+
+def without_outliers(delta: torch.Tensor, density: float, gamma: float) -> torch.Tensor:
+    n = delta.numel()
+    order = delta.abs().flatten().sort(descending=True, stable=True).indices
+    keep = int(density * n)
+    top = min(int(gamma * n), n - keep)
+    kept = torch.zeros(n, dtype=torch.bool)
+    kept[order[top : top + keep]] = True
+    return torch.where(kept.reshape(delta.shape), delta, 0.0)
+
+
+def magprune_keep(delta: torch.Tensor, density: float, epsilon: float, key: int) -> torch.Tensor:
+    """Which elements of the documented stream are kept; ranks by an ordinary sort of each row."""
+    from cl_fast.ops.dropping import below_thresholds
+
+    rows = delta.abs().reshape(-1, delta.shape[-1])
+    length = rows.shape[1]
+    order = rows.sort(dim=1, descending=True, stable=True).indices
+    chance = (density - epsilon) + 2 * epsilon * torch.arange(
+        length - 1, -1, -1, dtype=torch.float64
+    ) / (length - 1)
+    thresholds = torch.empty_like(order).scatter_(
+        1, order, (chance * 2**32 + 0.5).floor().long().expand_as(order)
+    )
+    return below_thresholds(key, thresholds.flatten()).reshape(delta.shape).double()
 
 
 def spacing(x: torch.Tensor) -> torch.Tensor:
@@ -212,7 +300,7 @@ def locate(folder: Path, name: str) -> torch.Tensor:
 
 def check(method: str, out: Path, base: Path, models: list[Path], provider: str) -> dict[str, Any]:
     """Largest error in bfloat16 spacings, and the share of elements off by more than 0.51."""
-    if method.startswith("dare") and provider != "cl_fast":
+    if method.startswith(("dare", "della")) and provider != "cl_fast":
         return {"checked": "random masks of another stream"}
     thresholds = None
     if method == "ties_global":
@@ -331,7 +419,8 @@ def main() -> None:
                         help="mergekit-yaml; an empty string leaves it out")  # fmt: skip
     parser.add_argument("--peft", default=sys.executable if find_spec("peft") else "",
                         help="a python with peft; an empty string leaves it out")  # fmt: skip
-    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--methods", default=",".join(DEFAULT),
+                        help="of " + ", ".join(METHODS))  # fmt: skip
     parser.add_argument("--reps", type=int, default=3)
     parser.add_argument("--peer-reps", type=int, default=None, help="default: as --reps")
     parser.add_argument("--label", default="", help="added to the name of the result file")
@@ -352,28 +441,29 @@ def main() -> None:
     out = work / "out"
 
     for method in a.methods.split(","):
-        uses_base = METHODS[method][2]
-        inputs = ([base] if uses_base else []) + models
+        merge = METHODS[method]
+        merged = models[: merge.models]
+        inputs = ([base] if merge.base else []) + merged
         written = work / f"{method}.yml"
-        written.write_text(yaml.safe_dump(recipe(method, models, base), sort_keys=False))
-        peer = ["--weight", str(METHODS[method][0]), "--density", str(METHODS[method][1] or 1.0)]
-        merge = [sys.executable, "-m", "cl_fast", "merge", str(written), str(out), "--quiet"]
+        written.write_text(yaml.safe_dump(recipe(method, merged, base), sort_keys=False))
+        peer = ["--weight", str(merge.weight), "--density", str(merge.density or 1.0)]
+        ours = [sys.executable, "-m", "cl_fast", "merge", str(written), str(out), "--quiet"]
         runs: dict[str, Callable[[Path], dict[str, float]]] = {
             "floor": lambda _, i=inputs: floor([weight_files(f) for f in i], out, False),
-            "cl_fast": lambda log, m=merge: process([*m, "--no-fsync"], log),
+            "cl_fast": lambda log, m=ours: process([*m, "--no-fsync"], log),
             "floor fsync": lambda _, i=inputs: floor([weight_files(f) for f in i], out, True),
-            "cl_fast fsync": lambda log, m=merge: process(m, log),
+            "cl_fast fsync": lambda log, m=ours: process(m, log),
         }
-        if a.mergekit and method in PEERS["mergekit"]:
+        if a.mergekit and "mergekit" in merge.peers:
             command = [a.mergekit, str(written), str(out), "--quiet"]
             runs["mergekit"] = lambda log, c=command: process(c, log)
-        if a.peft and method in PEERS["peft"]:
+        if a.peft and "peft" in merge.peers:
             command = [a.peft, str(HERE / "peft_merge.py"), method, str(out), str(base)]
-            command += [*map(str, models), *peer]
+            command += [*map(str, merged), *peer]
             runs["peft"] = lambda log, c=command: process(c, log)
         for rep in range(a.reps):
             for provider, run in runs.items():
-                if provider in PEERS and rep >= peer_reps:
+                if provider in BOTH and rep >= peer_reps:
                     continue
                 shutil.rmtree(out, ignore_errors=True)
                 warm([f for folder in inputs for f in weight_files(folder)])
@@ -385,7 +475,7 @@ def main() -> None:
                 row |= {"bytes": moved, "gb_per_s": moved / row["wall_s"] / 1e9}
                 who = provider.split()[0]
                 if who != "floor" and (method, who) not in checked:
-                    checked[method, who] = check(method, out, base, models, who)
+                    checked[method, who] = check(method, out, base, merged, who)
                 row |= checked.get((method, who), {})
                 rows.append(row)
                 print(json.dumps(row), flush=True)
