@@ -98,7 +98,7 @@ def _rule_words(rules: list[Rule]) -> str:
 
 def _policy_words(plan: Plan) -> str:
     policy = plan.tensors[0].policy
-    if plan.recipe.method.most == 1:
+    if plan.recipe.method.one_as_it_is:
         return "the tensors of one model, as they are or scaled"
     rules = [tensor.rule for tensor in plan.tensors if tensor.rule is not None]
     if rules:

@@ -162,7 +162,7 @@ def execute(
                 folder.discard()
                 lock.release()
         _check_output(plan, folder, overwrite=overwrite)
-        if nan == "zero" and plan.recipe.method.most == 1:
+        if nan == "zero" and plan.recipe.method.one_as_it_is:
             raise OutputError(
                 f"--nan zero has no effect with merge_method {plan.recipe.merge_method}, which "
                 "copies the bytes of tensors that are not scaled; leave it out"

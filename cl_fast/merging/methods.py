@@ -37,7 +37,7 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from cl_fast.errors import RecipeError
-from cl_fast.merging.rules import Blend, Rule, Whole
+from cl_fast.merging.rules import Blend, Rule, Unit, Whole
 from cl_fast.ops.policy import (
     Divisor,
     Elect,
@@ -132,6 +132,17 @@ NUMBERS: Mapping[str, Number] = MappingProxyType(
         "tol": Number(
             default=1e-5, low=0.0, low_too=False, words="the shortest step, a number above 0"
         ),
+        "select_topk": Number(
+            low=0.0,
+            high=1.0,
+            words="the fraction of elements that differ between models to keep, from 0 to 1",
+        ),
+        "r": Number(
+            default=0.1, low=0.0, words="how much sharing scales up what is not shared, at least 0"
+        ),
+        "alpha": Number(
+            default=0.2, low=0.0, words="the largest ratio of shared elements, at least 0"
+        ),
     }
 )
 
@@ -181,6 +192,7 @@ class Method:
         variants: for each variant beside ``mergekit`` the parameters that it sets.
         numbers: parameters of :data:`NUMBERS` that it has beside ``weight``, and those that
             follow from the policy (``density``, ``lambda``).
+        own: those of them that mean something else for it than for other methods.
         factor: the number that a model is multiplied with: ``weight``, or another name for it.
         rule: for a method that is no policy: makes the rule of a tensor. The policy then only
             tells whether deltas are taken, and all parameters are named below.
@@ -196,6 +208,7 @@ class Method:
     rescale_by: str = "l1"
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     numbers: tuple[str, ...] = ()
+    own: Mapping[str, Number] = field(default_factory=dict)
     factor: str = "weight"
     rule: RuleMaker | None = None
     switches: Mapping[str, bool] = field(default_factory=dict)
@@ -215,6 +228,15 @@ class Method:
         return self.base or ("delta" if self.policy.difference else "donor")
 
     @property
+    def one_as_it_is(self) -> bool:
+        """Whether the tensors of a single model are copied or scaled, and nothing is merged."""
+        return self.most == 1 and self.rule is None
+
+    def number(self, name: str) -> Number:
+        """What a parameter of it is that is a number."""
+        return self.own.get(name) or NUMBERS[name]
+
+    @property
     def random(self) -> bool:
         """Whether the method draws random numbers, so that ``seed`` has a meaning."""
         return self.policy.sparsify in ("drop", "magprune")
@@ -231,12 +253,12 @@ class Method:
     @property
     def model_numbers(self) -> tuple[str, ...]:
         """Numbers that each model may have of its own."""
-        return tuple(name for name in self._all_numbers if NUMBERS[name].of_model)
+        return tuple(name for name in self._all_numbers if self.number(name).of_model)
 
     @property
     def whole_numbers(self) -> tuple[str, ...]:
         """Numbers of the whole merge."""
-        return tuple(name for name in self._all_numbers if not NUMBERS[name].of_model)
+        return tuple(name for name in self._all_numbers if not self.number(name).of_model)
 
     @property
     def model_parameters(self) -> tuple[str, ...]:
@@ -246,7 +268,7 @@ class Method:
     @property
     def parameters(self) -> tuple[str, ...]:
         """Every parameter that means something for the method."""
-        if self.most == 1:  # nothing is reduced
+        if self.one_as_it_is:
             return (*self.model_numbers, *self.whole_numbers)
         if self.rule is not None:
             return (*self._all_numbers, *self.switches)
@@ -293,6 +315,19 @@ def _model_stock(given: Mapping[str, Any]) -> Rule:
     return Blend("model_stock")
 
 
+def _selective(name: str, unit: Unit, *numbers: str) -> RuleMaker:
+    """Makes the rule of a function of ``cl_fast.ops.selective`` that takes these numbers."""
+
+    def make(given: Mapping[str, Any]) -> Rule:
+        settings = tuple((number, given[number]) for number in numbers)
+        return Whole(name, settings, f"cl_fast.ops.selective:{name}", unit)
+
+    return make
+
+
+_FROM_ZERO = Number(
+    default=1e-5, low=0.0, words="the magnitude up to which a delta counts as none, at least 0"
+)
 _MODELS = Policy(difference=False)
 _DELTAS = Policy()
 
@@ -424,25 +459,64 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 weighted=False,
                 least=2,
             ),
+            Method(
+                name="sce",
+                summary="select what differs most, weigh models by their squares, elect a sign",
+                policy=_DELTAS,
+                rule=_selective("sce", "tensor", "select_topk"),
+                numbers=("select_topk",),
+                weighted=False,
+            ),
+            Method(
+                name="nearswap",
+                summary="the base moved towards one model, no element further than t",
+                policy=_DELTAS,
+                rule=_selective("nearswap", "element", "t"),
+                numbers=("t",),
+                own={
+                    "t": Number(
+                        default=math.nan,
+                        required=True,
+                        low=0.0,
+                        words="the furthest that an element moves, at least 0",
+                    )
+                },
+                weighted=False,
+                most=1,
+            ),
+            Method(
+                name="arcee_fusion",
+                summary="the elements of one model that matter most, the base elsewhere",
+                policy=_DELTAS,
+                rule=_selective("arcee_fusion", "tensor"),
+                weighted=False,
+                most=1,
+            ),
+            Method(
+                name="ram",
+                summary="the mean of the deltas of those models that changed an element",
+                policy=_DELTAS,
+                rule=_selective("ram", "element", "epsilon"),
+                numbers=("epsilon",),
+                own={"epsilon": _FROM_ZERO},
+                weighted=False,
+            ),
+            Method(
+                name="ramplus_tl",
+                summary="ram, with what one model alone changed scaled up",
+                policy=_DELTAS,
+                rule=_selective("ramplus_tl", "tensor", "r", "alpha", "epsilon"),
+                numbers=("r", "alpha", "epsilon"),
+                own={"epsilon": _FROM_ZERO},
+                weighted=False,
+            ),
         )
     }
-)
-
-#: Methods of mergekit that are not here, so that the message can say so.
-_ELSEWHERE = frozenset(
-    [
-        "arcee_fusion",
-        "nearswap",
-        "ram",
-        "ramplus_tl",
-        "sce",
-    ]
 )
 
 #: Parameters of those methods.
 _OTHER_PARAMETERS = frozenset(
     [
-        "select_topk",
         "similarity_threshold",
         "residual_weight",
     ]
@@ -458,10 +532,7 @@ def find_method(name: str, key: str = "merge_method") -> Method:
     method = METHODS.get(name)
     if method is not None:
         return method
-    if name in _ELSEWHERE:
-        hint = "; that method of mergekit is not in this version"
-    else:
-        hint = suggest(name, METHODS)
+    hint = suggest(name, METHODS)
     raise RecipeError(f"{key}: unknown method {name!r}{hint}; there are {', '.join(METHODS)}")
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from cl_fast.checkpoints.checkpoint import Checkpoint
 from cl_fast.checkpoints.layers import LAYER, OTHER_STACKS
 from cl_fast.errors import RecipeError
-from cl_fast.merging.methods import NUMBERS, suggest
+from cl_fast.merging.methods import Number, suggest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -101,7 +101,7 @@ class Numbers:
             dropped: the models that need no density, since their elements were dropped already.
         """
         self._count = len(part.entries)
-        method = recipe.method
+        method = self._method = recipe.method
         keys = used.keys
         used.names |= dict.fromkeys(names)
         for renamed in stored:
@@ -118,7 +118,7 @@ class Numbers:
                         renamed.get(name, name),
                         depths[name],
                         keys,
-                        NUMBERS[parameter].default,
+                        method.number(parameter),
                     )
                     for chain, renamed in zip(chains[parameter], stored, strict=True)
                 )
@@ -129,9 +129,9 @@ class Numbers:
         self.whole: dict[str, dict[str, float]] = {}
         for parameter in method.whole_numbers:
             chain = part.chain(None, parameter)
-            default = NUMBERS[parameter].default
+            number = method.number(parameter)
             self.whole[parameter] = {
-                name: _value(chain, name, depths[name], keys, default) for name in names
+                name: _value(chain, name, depths[name], keys, number) for name in names
             }
         policy = part.policy
         if not policy.difference and policy.reduce == "mean" and policy.divisor == "weights":
@@ -151,11 +151,12 @@ class Numbers:
     def of_models(self, parameter: str, name: str) -> tuple[float, ...]:
         """A parameter of each model for a tensor; its default for a tensor that is copied."""
         row = self.model.get(parameter, {}).get(name)
-        return row if row is not None else (NUMBERS[parameter].default,) * self._count
+        return row if row is not None else (self._method.number(parameter).default,) * self._count
 
     def of_whole(self, parameter: str, name: str) -> float:
         """A parameter of the merge for a tensor; its default for a tensor that is copied."""
-        return self.whole.get(parameter, {}).get(name, NUMBERS[parameter].default)
+        default = self._method.number(parameter).default
+        return self.whole.get(parameter, {}).get(name, default)
 
     def _check_sums(self, names: list[str], switch: str) -> None:
         for name in names:
@@ -167,17 +168,17 @@ class Numbers:
                 )
 
 
-def _value(chain: Sequence[Setting], name: str, t: float, used: set[str], default: float) -> float:
+def _value(chain: Sequence[Setting], name: str, t: float, used: set[str], number: Number) -> float:
     for setting in chain:
         value = setting.evaluate(name, t, used)
         if value is not None:
             return value
-    if chain and NUMBERS[chain[-1].name].required:
+    if chain and number.required:
         raise RecipeError(
             f"{chain[-1].key}: no filter matches tensor {name!r}; add a default at the end "
             "('- value: ...')"
         )
-    return default
+    return number.default
 
 
 def _filter_hint(text: str, names: list[str]) -> str:

@@ -473,7 +473,7 @@ class _Draft:
                 trim_ties="first",
             )
         _check_ranked(part, self._policy, self.numbers, self.combined, notes)
-        if method.most == 1:
+        if method.one_as_it_is:
             scale = self.numbers.model[method.factor]
             for name in self.combined:
                 # As it is: a copy of bytes, whatever the type.

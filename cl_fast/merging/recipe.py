@@ -440,7 +440,7 @@ def _scope(method: Method, parameters: Mapping[str, Any], where: str) -> _Scope:
         if value is None:
             raise RecipeError(f"{key}: has no value; give one or remove the key")
         if name in NUMBERS:
-            settings[name] = _setting(name, value, key)
+            settings[name] = _setting(method, name, value, key)
         elif name == "int8_mask":
             if not isinstance(value, bool):
                 raise RecipeError(f"{key}: must be true or false; got {kind_of(value)}")
@@ -461,7 +461,7 @@ def _own(method: Method, parameters: Mapping[str, Any], where: str) -> dict[str,
             )
         if value is None:
             raise RecipeError(f"{key}: has no value; give one or remove the key")
-        own[name] = _setting(name, value, key)
+        own[name] = _setting(method, name, value, key)
     return own
 
 
@@ -509,10 +509,11 @@ def _check_count(method: Method, key: str, terms: Sequence[Entry], base: Entry |
         return
     wanted = str(method.least) if method.least == method.most else f"{method.least} or more"
     beside = " beside the base_model" if base is not None else ""
+    plural = "" if wanted == "1" else "s"
     if method.base_role == "member":
         beside = ", one of them the base_model (which joins 'models' that do not list it)"
     raise RecipeError(
-        f"{key}: merge_method {method.name!r} merges {wanted} models{beside}; got {count}"
+        f"{key}: merge_method {method.name!r} merges {wanted} model{plural}{beside}; got {count}"
     )
 
 
@@ -544,10 +545,10 @@ def _check_rule(
 ) -> None:
     """Numbers that a rule needs, and switches without effect."""
     for name in method.whole_numbers:
-        if math.isnan(NUMBERS[name].default) and not any(name in scope for scope in scopes):
+        if math.isnan(method.number(name).default) and not any(name in scope for scope in scopes):
             raise RecipeError(
                 f"parameters.{name}: is required by merge_method {method.name!r}; it is "
-                f"{NUMBERS[name].words}"
+                f"{method.number(name).words}"
             )
     if switches.get("nuslerp_flatten") and switches["nuslerp_row_wise"]:
         raise RecipeError(
@@ -592,7 +593,7 @@ def _split_base(
 
 
 def _check_listed(method: Method, base: Entry, entries: Sequence[Entry]) -> None:
-    if method.most == 1 or any(_same(entry.model, base.model) for entry in entries):
+    if method.one_as_it_is or any(_same(entry.model, base.model) for entry in entries):
         return
     raise RecipeError(
         f"base_model: merge_method {method.name!r} averages the models themselves and "
@@ -722,14 +723,15 @@ def _has_gradient(node: _Node) -> bool:
     return isinstance(node, _Gradient)
 
 
-def _setting(name: str, value: Any, key: str) -> Setting:
+def _setting(method: Method, name: str, value: Any, key: str) -> Setting:
+    number = method.number(name)
     setting = Setting(name, key, _parse(value, key, 0))
     for leaf_key, leaf in setting.leaves():
-        if not NUMBERS[name].allows(leaf):
+        if not number.allows(leaf):
             percent = f" (for {leaf:g} percent write {leaf / 100:g})"
             raise RecipeError(
-                f"{leaf_key}: {name} is {NUMBERS[name].words}; got {leaf!r}"
-                + (percent if leaf > 1 and NUMBERS[name].high == 1 else "")
+                f"{leaf_key}: {name} is {number.words}; got {leaf!r}"
+                + (percent if leaf > 1 and number.high == 1 else "")
             )
         if abs(leaf) > _FLOAT32_MAX:
             raise RecipeError(f"{leaf_key}: {leaf!r} is beyond float32")

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from cl_fast.errors import CheckpointError, NonFiniteError, RecipeError
 from cl_fast.merging.methods import find_method, make_policy
-from cl_fast.ops import combine_many, stream_key
+from cl_fast.ops import combine_many, selective, stream_key
 from cl_fast.ops.magnitude import READABLE
 from cl_fast.ops.policy import (
     Divisor,
@@ -46,6 +46,7 @@ __all__ = [
     "della",
     "della_linear",
     "linear",
+    "sce",
     "task_arithmetic",
     "ties",
 ]
@@ -428,6 +429,56 @@ def della(
     )  # fmt: skip
 
 
+def sce(
+    base: Model,
+    models: Models,
+    *,
+    select_topk: float = 1.0,
+    out_dtype: torch.dtype | None = None,
+    into: nn.Module | None = None,
+    nan: Nan = "refuse",
+) -> dict[str, Tensor]:
+    """Select what differs most between models, weigh them by their squares, elect a sign (SCE).
+
+    Wan et al., FuseChat, 2024 (arXiv 2408.07990). Each model weighs in a tensor as the mean square
+    of its delta, so there are no weights to give. One tensor is worked on at a time.
+
+    Args:
+        select_topk: of the elements that differ between the models, the fraction that is kept, in
+            [0, 1]: those with the largest variance.
+        base, models, out_dtype, into, nan: see `ties`.
+
+    Raises:
+        As `ties`.
+    """
+    if isinstance(select_topk, bool) or not isinstance(select_topk, (int, float)):
+        raise TypeError(f"select_topk must be a number, got {type(select_topk).__name__}")
+    if not 0.0 <= select_topk <= 1.0:
+        raise ValueError(f"select_topk must be in [0, 1]; got {select_topk}")
+    inputs = _inputs(base, models, into, nan)
+    with torch.no_grad():
+        names = inputs.check()
+        if nan == "refuse":
+            inputs.refuse_nonfinite(names)
+        merged = []
+        assert inputs.base is not None
+        for name in names:
+            start = inputs.base[name]
+            if (out_dtype or start.dtype) not in READABLE[:3]:
+                raise TypeError(
+                    "out_dtype must be bfloat16, float16 or float32; got "
+                    f"{out_dtype or start.dtype} for tensor {name!r}"
+                )
+            out = selective.sce(
+                [model[name].float() for model in inputs.models],
+                start.float(),
+                weights=[],
+                select_topk=float(select_topk),
+            )
+            merged.append(out.to(out_dtype or start.dtype))
+        return _finish(inputs, names, merged, into, nan)
+
+
 def _merge(
     method: str,
     base: Model | None,
@@ -446,11 +497,7 @@ def _merge(
     epsilon: PerModel | None = None,
 ) -> dict[str, Tensor]:
     policy = make_policy(find_method(method), settings, where=method)
-    if nan not in ("refuse", "propagate"):
-        raise ValueError(f"nan must be 'refuse' or 'propagate'; got {nan!r}")
-    if into is not None and not isinstance(into, nn.Module):
-        raise TypeError(f"into must be an nn.Module, got {type(into).__name__}")
-    inputs = Inputs.of(base, models)
+    inputs = _inputs(base, models, into, nan)
     with torch.no_grad():
         names = inputs.check()
         if nan == "refuse":
@@ -487,14 +534,29 @@ def _merge(
             if rows
             else []
         )
-        if nan == "refuse":
-            name = first_nonfinite(zip(names, merged, strict=True))
-            if name is not None:
-                raise NonFiniteError(
-                    f"tensor {name!r}: the merge overflows {merged[names.index(name)].dtype}; "
-                    "lower the weights or lam, or set out_dtype=torch.float32"
-                )
-        result = inputs.result(dict(zip(names, merged, strict=True)))
+        return _finish(inputs, names, merged, into, nan)
+
+
+def _inputs(base: Model | None, models: Models, into: nn.Module | None, nan: str) -> Inputs:
+    if nan not in ("refuse", "propagate"):
+        raise ValueError(f"nan must be 'refuse' or 'propagate'; got {nan!r}")
+    if into is not None and not isinstance(into, nn.Module):
+        raise TypeError(f"into must be an nn.Module, got {type(into).__name__}")
+    return Inputs.of(base, models)
+
+
+def _finish(
+    inputs: Inputs, names: list[str], merged: list[Tensor], into: nn.Module | None, nan: str
+) -> dict[str, Tensor]:
+    """All tensors of the result, of which `merged` are those of `names`."""
+    if nan == "refuse":
+        name = first_nonfinite(zip(names, merged, strict=True))
+        if name is not None:
+            raise NonFiniteError(
+                f"tensor {name!r}: the merge overflows {merged[names.index(name)].dtype}; "
+                "lower the weights or lam, or set out_dtype=torch.float32"
+            )
+    result = inputs.result(dict(zip(names, merged, strict=True)))
     if into is not None:
         into.load_state_dict(result)
     return result

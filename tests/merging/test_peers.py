@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cl_fast.merging import dare_linear, dare_ties, linear, task_arithmetic, ties
 from cl_fast.merging.state_dicts import breadcrumbs, breadcrumbs_ties, della, della_linear
-from cl_fast.ops import Policy, combine, keep_mask, keep_threshold, stream_key
+from cl_fast.ops import Policy, combine, keep_mask, keep_threshold, selective, stream_key
 from cl_fast.ops.magnitude import magnitude_codes
 from cl_fast.ops.ranking import magprune_mask
 
@@ -174,6 +174,106 @@ def test_mergekit_della(
             backend=backend,
         )  # fmt: skip
         assert_equal_within_rounding(ours, theirs, base, models)
+
+
+SELECTIVE: list[tuple[str, int, dict[str, Any]]] = [
+    ("sce", 3, {"select_topk": 1.0}),
+    ("sce", 3, {"select_topk": 0.3}),
+    ("nearswap", 1, {"t": 0.003}),
+    ("arcee_fusion", 1, {}),
+    ("ram", 3, {"epsilon": 0.004}),
+    ("ramplus_tl", 3, {"epsilon": 0.004, "r": 0.5, "alpha": 0.9}),
+]
+
+
+@pytest.mark.parametrize(("method", "count", "parameters"), SELECTIVE)
+@pytest.mark.parametrize("scale", [1.0, 40.0])
+def test_mergekit_selective(
+    mergekit: Any, method: str, count: int, parameters: dict[str, Any], scale: float
+) -> None:
+    """In both, and at deltas so large that the squares of sce give its weights."""
+    base, models = family()
+    models = {
+        name: {key: base[key] + scale * (value - base[key]) for key, value in state.items()}
+        for name, state in list(models.items())[:count]
+    }
+    given = {
+        key: value * scale if key in ("t", "epsilon") else value
+        for key, value in parameters.items()
+    }
+    theirs = by_mergekit(mergekit, method, base, models, **given)
+    ours = {
+        key: getattr(selective, method)(
+            [state[key] for state in models.values()], value, weights=[], **given
+        ).float()
+        for key, value in base.items()
+    }
+    if method == "arcee_fusion":  # its float32 divergence of close rows is mostly rounding
+        for key, mine in ours.items():
+            state = next(iter(models.values()))[key]
+            want = exact(method, base[key].double(), [state.double()], {})
+            apart = {"ours": (mine.double() - want).abs(), "theirs": (theirs[key] - want).abs()}
+            off = {name: int((error > 1e-6).sum()) for name, error in apart.items()}
+            assert off["ours"] <= min(2, off["theirs"]), off
+            assert off["theirs"] < 0.005 * mine.numel() + 2, off
+            assert 0.0 < (mine != base[key]).double().mean() < 0.5, key
+        return
+    assert_equal_within_rounding(ours, theirs, base, models)
+
+
+@pytest.mark.parametrize(("method", "count", "parameters"), SELECTIVE)
+def test_selective_is_closer_than_mergekit_in_bfloat16(
+    mergekit: Any, method: str, count: int, parameters: dict[str, Any]
+) -> None:
+    base, models = family(torch.bfloat16)
+    models = dict(list(models.items())[:count])
+    theirs = mergekit.merge_state_dicts(
+        {"base": base, **models}, method, parameters=parameters, base="base"
+    )
+    error = {"ours": 0.0, "theirs": 0.0}
+    for key, value in base.items():
+        states = [state[key] for state in models.values()]
+        ours = getattr(selective, method)(
+            [x.float() for x in states], value.float(), weights=[], **parameters
+        ).bfloat16()
+        want = exact(method, value.double(), [x.double() for x in states], parameters)
+        error["ours"] += float((ours.double() - want).abs().sum())
+        rounded = theirs[key].bfloat16()  # ramplus_tl gives float32
+        error["theirs"] += float((rounded.double() - want).abs().sum())
+    assert error["ours"] <= error["theirs"], error
+
+
+def exact(method: str, base: Tensor, models: list[Tensor], given: dict[str, Any]) -> Tensor:
+    """The definitions in float64, whole tensors at once, with ordinary sorts."""
+    d = torch.stack([x - base for x in models])
+    if method == "nearswap":
+        return base + (given["t"] / d[0].abs().clamp(min=1e-6)).clamp(max=1.0) * d[0]
+    if method == "sce":
+        variance = d.var(dim=0, unbiased=False).float().flatten()
+        k = int(int((variance != 0).sum()) * given["select_topk"])
+        if given["select_topk"] < 1:
+            keep = torch.zeros_like(variance)
+            keep[variance.sort(descending=True, stable=True).indices[:k]] = 1
+            d = d * keep.view(base.shape)
+        squares = d.square().flatten(1).mean(1)
+        share = squares / squares.sum() if squares.sum() >= 1e-6 else torch.ones(3) / 3
+        keep = d.sign() == torch.where(d.sum(0) >= 0, 1.0, -1.0)
+        taken = keep * share.view(-1, *[1] * base.dim())
+        return base + (taken * d).sum(0) / taken.sum(0).clamp(min=1e-6)
+    if method == "arcee_fusion":
+        p, q = (t.softmax(-1) + 1e-8 for t in (models[0], base))
+        importance = d[0].abs() * (p * (p / q).log()).sum(-1, keepdim=True)
+        ranked = importance.flatten().sort().values
+        q1, q2, q3 = (ranked[int(f * (len(ranked) - 1))] for f in (0.25, 0.5, 0.75))
+        return torch.where(importance >= q2 + 1.5 * (q3 - q1), models[0], base)
+    has = d.abs() > given["epsilon"]
+    alone = has & (has.sum(0) == 1)
+    factor = torch.ones(len(models))
+    if method == "ramplus_tl":
+        ratio = (has & ~alone).flatten(1).sum(1) / alone.flatten(1).sum(1).clamp(min=1)
+        factor = 1 + given["r"] * ratio.clamp(max=given["alpha"])
+    scale = torch.where(alone, factor.view(-1, *[1] * base.dim()), 1.0)
+    return base + (d * has * scale).sum(0) / has.sum(0).clamp(min=1)
 
 
 @pytest.mark.parametrize("method", [breadcrumbs, breadcrumbs_ties])

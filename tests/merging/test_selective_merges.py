@@ -1,4 +1,4 @@
-"""breadcrumbs and della: recipes, what they refuse and tell, and their in-memory twins."""
+"""breadcrumbs, della, sce, nearswap, arcee_fusion and ram: recipes, what they refuse and tell."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from cl_fast.backends import native
 from cl_fast.errors import Interrupted, RecipeError
 from cl_fast.merging import execute, make_plan, parse_recipe
 from cl_fast.merging.description import describe
-from cl_fast.merging.state_dicts import breadcrumbs, breadcrumbs_ties, della, della_linear
-from cl_fast.ops import Policy, combine
+from cl_fast.merging.state_dicts import breadcrumbs, breadcrumbs_ties, della, della_linear, sce
+from cl_fast.merging.verify import verify
+from cl_fast.ops import Policy, combine, selective
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_in_memory_and_from_a_recipe(
     backend: str,
 ) -> None:
     content = recipe(root, function.__name__, **parameters)
-    execute(make_plan(parse_recipe(content), tmp_path / "out"), backend=backend)
+    execute(make_plan(parse_recipe(content), tmp_path / "out"), backend=backend, fsync=False)
     states = {name: cases.load(root / name) for name in ("base", "one", "two", "three")}
     ours = function(
         states["base"], {name: states[name] for name in ("one", "two", "three")},
@@ -196,10 +197,10 @@ def test_interrupted_and_resumed(
         if phase == "merge" and done > total // 2:
             raise KeyboardInterrupt
 
-    whole = execute(plan("whole"), backend=backend)
+    whole = execute(plan("whole"), backend=backend, fsync=False)
     with pytest.raises(Interrupted):
-        execute(plan("cut"), backend=backend, progress=stop)
-    resumed = execute(plan("cut"), backend=backend, resume=True)
+        execute(plan("cut"), backend=backend, progress=stop, fsync=False)
+    resumed = execute(plan("cut"), backend=backend, resume=True, fsync=False)
     assert resumed.digest == whole.digest
 
 
@@ -212,7 +213,8 @@ def test_magprune_within_little_memory(root: Path, tmp_path: Path) -> None:
     digests = set()
     for memory in (None, 16 << 20):
         out = tmp_path / str(memory) / "out"
-        digests.add(execute(make_plan(parse_recipe(content), out), memory=memory, threads=3).digest)
+        plan = make_plan(parse_recipe(content), out)
+        digests.add(execute(plan, memory=memory, threads=3, fsync=False).digest)
     # and with an allowance that no mask fits into
     x = torch.randn(300, 1000, generator=torch.Generator().manual_seed(0))
     outs = []
@@ -230,3 +232,114 @@ def test_magprune_within_little_memory(root: Path, tmp_path: Path) -> None:
         outs.append(out)
     assert len(digests) == 1
     assert torch.equal(outs[0], outs[1])
+
+
+# ------------------------------------------------------------------------ functions of tensors
+
+
+def whole(root: Path, method: str, models: tuple[str, ...], **parameters: Any) -> dict[str, Any]:
+    return {
+        "merge_method": method,
+        "base_model": str(root / "base"),
+        "models": [{"model": str(root / name)} for name in models],
+        "parameters": parameters,
+    }
+
+
+WHOLE: list[tuple[str, int, dict[str, Any], dict[str, Any]]] = [
+    # method, models, what the recipe says, what the function is given
+    ("sce", 3, {}, {"select_topk": 1.0}),
+    ("sce", 3, {"select_topk": 0.2}, {"select_topk": 0.2}),
+    ("nearswap", 1, {"t": 0.01}, {"t": 0.01}),
+    ("arcee_fusion", 1, {}, {}),
+    ("ram", 3, {}, {"epsilon": 1e-5}),
+    ("ram", 2, {"epsilon": 0.02}, {"epsilon": 0.02}),
+    ("ramplus_tl", 3, {"epsilon": 0.02}, {"r": 0.1, "alpha": 0.2, "epsilon": 0.02}),
+    ("ramplus_tl", 2, {"r": 1, "alpha": 3, "epsilon": 0.03}, {"r": 1, "alpha": 3, "epsilon": 0.03}),
+]
+
+
+@pytest.mark.parametrize(("method", "count", "parameters", "settings"), WHOLE)
+def test_functions_of_tensors(
+    root: Path,
+    tmp_path: Path,
+    method: str,
+    count: int,
+    parameters: dict[str, Any],
+    settings: dict[str, Any],
+    backend: str,
+) -> None:
+    names = ("one", "two", "three")[:count]
+    content = whole(root, method, names, **parameters)
+    plan = make_plan(parse_recipe(content), tmp_path / "out", out_shard_size=150_000)
+    execute(plan, backend=backend, threads=2, fsync=False)
+    states = [cases.load(root / name) for name in ("base", *names)]
+    for name, merged in cases.load(tmp_path / "out").items():
+        base, *models = (state[name] for state in states)
+        if not base.is_floating_point():
+            assert torch.equal(merged, base)
+            continue
+        wanted = getattr(selective, method)(
+            [m.float() for m in models], base.float(), weights=[], **settings
+        )
+        assert torch.equal(merged, wanted.to(base.dtype)), name
+    assert verify(tmp_path / "out", sample=None, threads=1).ok
+    words = "\n".join(describe(plan))
+    assert all(word in words for word in parameters)
+
+
+def test_sce_in_memory(root: Path, tmp_path: Path) -> None:
+    names = ("one", "two", "three")
+    content = whole(root, "sce", names, select_topk=0.4)
+    execute(make_plan(parse_recipe(content), tmp_path / "out"), fsync=False)
+    states = {name: cases.load(root / name) for name in ("base", *names)}
+    ours = sce(states["base"], {name: states[name] for name in names}, select_topk=0.4)
+    merged = cases.load(tmp_path / "out")
+    assert all(torch.equal(merged[name], ours[name]) for name in merged)
+    wide = sce(states["base"], [states["one"]], out_dtype=torch.float32)
+    assert wide["model.norm.weight"].dtype == torch.float32
+    for bad, error in ((1.5, ValueError), (-0.1, ValueError), ("x", TypeError), (True, TypeError)):
+        with pytest.raises(error, match="select_topk"):
+            sce(states["base"], [states["one"]], select_topk=bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("method", "models", "parameters", "words"),
+    [
+        ("nearswap", ("one",), {}, "parameters.t: is required by merge_method 'nearswap'"),
+        ("nearswap", ("one",), {"t": -1}, "parameters.t: t is the furthest that an element moves"),
+        ("nearswap", ("one", "two"), {"t": 1}, "merges 1 model beside the base_model; got 2"),
+        ("arcee_fusion", ("one", "two"), {}, "merges 1 model beside the base_model; got 2"),
+        ("arcee_fusion", ("one",), {"t": 1}, "'t' has no effect"),
+        ("sce", ("one",), {"select_topk": 1.5}, "select_topk is the fraction"),
+        ("sce", ("one",), {"weight": 0.5}, "'weight' has no effect"),
+        ("sce", ("one",), {"lambda": 0.5}, "'lambda' has no effect"),
+        ("ram", ("one", "two"), {"epsilon": -1}, "epsilon is the magnitude up to which"),
+        ("ram", ("one", "two"), {"r": 1}, "'r' has no effect"),
+        ("ramplus_tl", ("one", "two"), {"alpha": -1}, "alpha is the largest ratio"),
+        ("ramplus_tl", ("one", "two"), {"r": "x"}, "must be a number"),
+    ],
+)
+def test_functions_of_tensors_refuse(
+    root: Path,
+    tmp_path: Path,
+    method: str,
+    models: tuple[str, ...],
+    parameters: dict[str, Any],
+    words: str,
+) -> None:
+    with pytest.raises(RecipeError, match=words):
+        make_plan(parse_recipe(whole(root, method, models, **parameters)), tmp_path / "out")
+
+
+def test_t_may_follow_the_layers(root: Path, tmp_path: Path) -> None:
+    content = whole(root, "nearswap", ("one",))
+    content["parameters"] = {"t": [{"filter": "mlp", "value": [0.0, 1.0]}, {"value": 0.5}]}
+    plan = make_plan(parse_recipe(content), tmp_path / "out")
+    found = {t.name: dict(t.rule.settings)["t"] for t in plan.tensors if t.rule is not None}
+    assert found["model.layers.0.mlp.up_proj.weight"] == 0.0
+    assert found["model.layers.1.mlp.up_proj.weight"] == 1.0
+    assert found["model.norm.weight"] == 0.5
+    content["parameters"] = {"t": [{"filter": "mlp", "value": 1.0}]}
+    with pytest.raises(RecipeError, match="no filter matches tensor"):
+        make_plan(parse_recipe(content), tmp_path / "out")

@@ -285,3 +285,22 @@ def test_what_has_no_kernel_for_gpus_is_left_to_the_eager_reference(
         if not taken:  # on tensors that are on the CPU here: what run_device does when it declines
             assert torch.equal(call.run_device()[0], call.run_eager()[0])
             assert said[-1].startswith(f"combine with sparsify={policy.sparsify!r} has no kernel")
+
+
+def test_nan_ranks_before_every_number(backend: str) -> None:
+    """As the largest magnitude: an outlier to a band, and likeliest kept by magprune."""
+    x = torch.randn(4, 50, generator=torch.Generator().manual_seed(3))
+    x[1, 7] = math.nan
+    x[2, 9] = math.inf
+    both = [(1, 7), (2, 9)]
+    plain = Policy(difference=False, sparsify="band", trim_count="floor")
+    for gamma, present in ((0.0, True), (2 / 200, False)):
+        out = combine(
+            None, [x], weights=1.0, policy=plain, density=0.5, gamma=gamma, backend=backend
+        )
+        assert [bool(out[at].isfinite()) for at in both] == [not present, not present]
+        if not present:
+            assert [float(out[at]) for at in both] == [0.0, 0.0]
+    out = magprune(x, density=0.5, epsilon=0.5 - 2.0**-31, rescale="none", backend=backend)
+    assert out[1, 7].isnan()
+    assert out[2, 9].isinf()
