@@ -43,7 +43,8 @@ class Checkpoint:
 
     Attributes:
         reference: as the user wrote it.
-        path: the folder, or the one file, as an absolute path (symbolic links kept).
+        path: the folder, or the one file, as an absolute path (symbolic links kept). Of a remote
+            checkpoint the local folder with all but its weights.
         files: the weight files with their checked headers, in the order of their names.
         tensors: every tensor by name.
         config: the content of config.json; ``None`` where there is none.
@@ -66,6 +67,11 @@ class Checkpoint:
         return {}
 
     @property
+    def place(self) -> str:
+        """Where it is: the path, or the URL of a remote one."""
+        return self.reference if "://" in self.reference else str(self.path)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
@@ -75,7 +81,8 @@ class Checkpoint:
         """Read the headers of a checkpoint folder or a safetensors file.
 
         Args:
-            reference: a path; ``~`` is expanded, relative paths start at the working directory.
+            reference: a path (``~`` is expanded, relative paths start at the working directory), or
+                a URL, see :mod:`cl_fast.checkpoints.remote`.
             key: the recipe key that named it (``models[1].model``), for messages.
 
         Raises:
@@ -86,6 +93,10 @@ class Checkpoint:
         prefix = f"{key}: " if key else ""
         if not isinstance(written, str) or not written.strip() or "\0" in written:
             raise CheckpointError(f"{prefix}{written!r} is not a path")
+        if "://" in written:
+            from cl_fast.checkpoints.remote import open_checkpoint
+
+            return open_checkpoint(written, key=key)
         path = absolute(written)
         try:
             if path.is_dir():

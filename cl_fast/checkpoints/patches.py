@@ -149,6 +149,12 @@ def _widened(piece: bytes, dtype: str) -> bytes:
 
 
 def _pieces(path: str, offset: int, nbytes: int) -> Iterator[bytes]:
+    if "://" in path:
+        from cl_fast.checkpoints.remote import fetch
+
+        for start in range(0, nbytes, _PIECE):
+            yield bytes(fetch(path, offset + start, min(_PIECE, nbytes - start)))
+        return
     try:
         with Path(path).open("rb") as file:
             file.seek(offset)

@@ -101,7 +101,10 @@ class TensorInfo(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A checked header. ``digest`` is that of the header's bytes (blake2b, 16 bytes, hex)."""
+    """A checked header. ``digest`` is that of the header's bytes (blake2b, 16 bytes, hex).
+
+    ``path`` may be a URL; ``version`` is then the store's tag of the file's content, if it has one.
+    """
 
     path: str
     tensors: dict[str, TensorInfo]
@@ -110,6 +113,7 @@ class Header:
     file_size: int
     mtime_ns: int
     digest: str
+    version: str = ""
 
 
 def tensor_nbytes(dtype: str, shape: Iterable[int]) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cl_fast.cli import mergekit
-from cl_fast.cli.arguments import execution, execution_options, seed
+from cl_fast.cli.arguments import execution, execution_options, place, seed
 from cl_fast.cli.progress import Progress
 
 if TYPE_CHECKING:
@@ -33,11 +33,11 @@ def add(commands: Any) -> None:
     merge.add_argument("recipe", type=Path, help="the recipe, a YAML file")
     merge.add_argument(
         "output",
-        type=Path,
+        type=place,
         nargs="?",
-        help="folder to make; must not exist, or be empty (or --out-path FOLDER)",
+        help="folder or URL to make; must not exist, or be empty (or --out-path FOLDER)",
     )
-    merge.add_argument("--out-path", type=Path, help=argparse.SUPPRESS)
+    merge.add_argument("--out-path", type=place, help=argparse.SUPPRESS)
     merge.add_argument(
         "--dry-run", action="store_true", help="print what would be done, write nothing"
     )
@@ -167,8 +167,8 @@ def _engine(arguments: argparse.Namespace) -> AbstractContextManager[Engine | No
     return RayEngine(arguments.ray_address or "auto")
 
 
-def _output(arguments: argparse.Namespace) -> Path:
-    given: list[Path] = [p for p in (arguments.output, arguments.out_path) if p is not None]
+def _output(arguments: argparse.Namespace) -> Path | str:
+    given: list[Path | str] = [p for p in (arguments.output, arguments.out_path) if p is not None]
     if not given:
         arguments.usage("the following arguments are required: output")
     if len(given) > 1:
@@ -190,7 +190,7 @@ def _tell(plan: Plan, result: Result | None) -> None:
     kept = f", {result.resumed} of them from the earlier run" if result.resumed else ""
     speed = result.bytes_moved / max(result.seconds, 1e-9)
     print(
-        f"{result.output}: {len(plan.tensors)} tensors in {result.shards} "
+        f"{result.url or result.output}: {len(plan.tensors)} tensors in {result.shards} "
         f"file{'s' if result.shards != 1 else ''}{kept}, {bytes_text(plan.bytes_written)} in "
         f"{result.seconds:.1f} s ({bytes_text(speed)}/s read and written, {result.backend})"
     )

@@ -30,6 +30,7 @@ from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from cl_fast._version import __version__
+from cl_fast.checkpoints.remote import State, is_url, state_of
 from cl_fast.errors import CheckpointError, ClFastError, OutputError
 from cl_fast.merging.description import bytes_text
 from cl_fast.merging.executors import (
@@ -320,7 +321,7 @@ class RayExecutor:
         from cl_fast.merging.plan import NUMERICS
 
         files = {
-            header.path: (header.file_size, header.mtime_ns)
+            header.path: State(header.file_size, header.mtime_ns, header.version)
             for checkpoint in plan.inputs
             for header in checkpoint.files
         }
@@ -563,7 +564,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _look(
-    token: _Token, where: str, files: dict[str, tuple[int, int]], backend: str
+    token: _Token, where: str, files: dict[str, State], backend: str
 ) -> dict[str, Any] | Exception:
     """What a node sees: versions and backend, or the error about its storage."""
     from cl_fast.backends import native
@@ -580,27 +581,39 @@ def _look(
                 f"engine ray: {where} may not write to {token.path.parent} "
                 f"({error.strerror or error}), which this merge writes to"
             ) from error
-        for path, (size, mtime_ns) in files.items():
-            try:
-                status = Path(path).stat()
-            except OSError as error:
-                raise CheckpointError(
-                    f"{path}: {where} does not see this input ({error.strerror or error}): a Ray "
-                    "cluster without shared storage; put it on storage that every node mounts at "
-                    "the same path"
-                ) from error
-            if (status.st_size, status.st_mtime_ns) != (size, mtime_ns):
-                raise CheckpointError(
-                    f"{path}: {where} sees another file there (size {status.st_size}, here "
-                    f"{size}): a Ray cluster without shared storage; put it on storage that every "
-                    "node mounts at the same path"
-                )
+        for path, state in files.items():
+            _look_at(path, state, where)
     except ClFastError as error:
         return error
     reason = None
     if backend == "native" and native.load() is None:
         reason = native.reason()
     return {"cl_fast": __version__, "numerics": NUMERICS, "backend": reason}
+
+
+def _look_at(path: str, state: State, where: str) -> None:
+    """Raises CheckpointError where a node does not see an input as the driver does."""
+    if is_url(path):
+        try:
+            seen = state_of(path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} (on {where})") from None
+    else:
+        try:
+            status = Path(path).stat()
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: {where} does not see this input ({error.strerror or error}): a Ray "
+                "cluster without shared storage; put it on storage that every node mounts at the "
+                "same path"
+            ) from error
+        seen = State(status.st_size, status.st_mtime_ns, "")
+    if seen != state:
+        raise CheckpointError(
+            f"{path}: {where} sees another file there (size {seen.size}, here {state.size}): a Ray "
+            "cluster without shared storage; put it on storage that every node mounts at the same "
+            "path"
+        )
 
 
 def _where() -> str:

@@ -40,7 +40,8 @@ def describe(plan: Plan, bandwidth: float | None = None) -> list[str]:
         lines.append(f"tokens   {plan.vocabulary.words}")
     lines += _slice_lines(plan)
     dtypes = sorted({TORCH_NAMES.get(t.dtype, t.dtype) for t in plan.tensors})
-    lines.append(f"output   {plan.output}")
+    built = "" if plan.url is None else f", built in {plan.output.parent}"
+    lines.append(f"output   {plan.url or plan.output}{built}")
     tensors = (
         f"tensors  {len(plan.tensors)} with {_count_text(numel)} elements ({', '.join(dtypes)})"
     )

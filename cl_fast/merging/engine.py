@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cl_fast.checkpoints.checkpoint import INDEX_NAME, Checkpoint
+from cl_fast.checkpoints.remote import State, is_url, state_of
 from cl_fast.errors import (
     CheckpointError,
     ClFastError,
@@ -55,6 +56,7 @@ from cl_fast.merging.output import (
     sync_tree,
     write_failure,
 )
+from cl_fast.merging.upload import Upload
 
 if TYPE_CHECKING:
     from cl_fast.merging.plan import Plan
@@ -83,7 +85,8 @@ class Result:
     output: the folder. backend: "native", "eager", or as "native on 2 Ray nodes". seconds: wall
     time of this run. shards: how many files of weights. resumed: how many of them an earlier run
     had finished. bytes_moved: read and written by this run. digest: of all tensors of the output
-    (see `manifest.digest`).
+    (see `manifest.digest`). url: where the output is, if that is no folder; `output` is the local
+    folder then that it was built in, and gone.
     """
 
     output: Path
@@ -93,6 +96,7 @@ class Result:
     resumed: int
     bytes_moved: int
     digest: str
+    url: str | None = None
 
 
 def execute(
@@ -148,15 +152,16 @@ def execute(
     folder = OutputFolder(plan.output)
     lock = WorkLock(folder.work, folder.path)
     journal = Journal(folder.work, fsync=fsync)
+    upload = None if plan.url is None else Upload(plan.url, plan.fingerprint)
     try:
         found: _Unfinished | None = None
         if folder.work.is_dir():
             lock.acquire()
             found = _Unfinished.read(journal, ignore_damage=restart)
-            if found is not None and found.published(folder):
+            if found is not None and found.published(folder, upload):
                 # The rename was done, and the process ended before it could tidy up.
                 folder.discard()
-                return found.result(folder, time.perf_counter() - started)
+                return found.result(folder, time.perf_counter() - started, plan.url)
             folder.recover()
             if found is None:
                 folder.discard()
@@ -167,12 +172,14 @@ def execute(
                 f"--nan zero has no effect with merge_method {plan.recipe.merge_method}, which "
                 "copies the bytes of tensors that are not scaled; leave it out"
             )
+        if upload is not None:
+            upload.check(overwrite=overwrite, again=restart or (resume and found is not None))
         check_inputs(plan)
         check_derived(plan)
         executor = (engine or make_executor)(
             plan, backend=backend, threads=threads, memory=memory, io=io, nan=nan
         )
-        run = _Run(plan, folder, journal, executor, nan, fsync, progress)
+        run = _Run(plan, folder, journal, executor, nan, fsync, progress, upload)
         if found is None:
             folder.create()
             lock.acquire()
@@ -194,6 +201,8 @@ def execute(
             digest = run.finish(reread=reread, write_card=write_card)
             run.publish(overwrite=overwrite)
     finally:
+        if upload is not None:
+            upload.close()
         journal.close()
         lock.release()
     return Result(
@@ -204,12 +213,21 @@ def execute(
         resumed=run.resumed,
         bytes_moved=run.moved,
         digest=digest,
+        url=plan.url,
     )
 
 
 def check_inputs(plan: Plan) -> None:
     """Raises CheckpointError when an input file is not as it was when the plan was made."""
     for header in {header.path: header for cp in plan.inputs for header in cp.files}.values():
+        if is_url(header.path):
+            there = state_of(header.path)
+            if there != State(header.file_size, header.mtime_ns, header.version):
+                raise CheckpointError(
+                    f"{header.path}: was changed after it was planned (size {header.file_size} "
+                    f"then, {there.size} now); merge again when nothing writes to the inputs"
+                )
+            continue
         try:
             now = Path(header.path).stat()
         except OSError as error:
@@ -261,6 +279,7 @@ def _stamps(plan: Plan) -> list[list[Any]]:
     """Path, size and time of change of every input file."""
     stamps = {
         header.path: [header.path, header.file_size, header.mtime_ns]
+        + ([header.version] if header.version else [])
         for checkpoint in plan.inputs
         for header in checkpoint.files
     }
@@ -274,6 +293,7 @@ class _Unfinished:
     start: dict[str, Any]
     codes: list[int] | None
     shards: dict[int, dict[str, Any]]
+    uploaded: dict[str, State]
     publish: dict[str, Any] | None
 
     @classmethod
@@ -294,17 +314,25 @@ class _Unfinished:
             start=by_kind["start"][-1],
             codes=by_kind["thresholds"][-1]["codes"] if "thresholds" in by_kind else None,
             shards=shards,
+            uploaded={
+                event["filename"]: State(event["size"], event["mtime_ns"], event["version"])
+                for event in by_kind.get("uploaded", [])
+            },
             publish=by_kind["publish"][-1] if "publish" in by_kind else None,
         )
 
-    def published(self, folder: OutputFolder) -> bool:
-        """Whether the output is the very folder that this run was about to move in."""
-        if self.publish is None or not folder.path.is_dir():
+    def published(self, folder: OutputFolder, upload: Upload | None) -> bool:
+        """Whether the output is the very folder that this run was about to move in, or upload."""
+        if self.publish is None:
+            return False
+        if upload is not None:
+            return upload.published()
+        if not folder.path.is_dir():
             return False
         now = folder.path.stat()
         return (now.st_dev, now.st_ino) == (self.publish["device"], self.publish["inode"])
 
-    def result(self, folder: OutputFolder, seconds: float) -> Result:
+    def result(self, folder: OutputFolder, seconds: float, url: str | None) -> Result:
         """The result of a run that had only its tidying up left."""
         assert self.publish is not None
         return Result(
@@ -315,6 +343,7 @@ class _Unfinished:
             resumed=len(self.shards),
             bytes_moved=0,
             digest=self.publish["digest"],
+            url=url,
         )
 
     def check(self, plan: Plan, folder: OutputFolder, nan: str, *, resume: bool) -> None:
@@ -357,8 +386,10 @@ class _Run:
         nan: Nan,
         fsync: bool,
         progress: Progress | None,
+        upload: Upload | None,
     ) -> None:
         self._plan = plan
+        self._upload = upload
         self._folder = folder
         self._journal = journal
         self._executor = executor
@@ -394,6 +425,12 @@ class _Run:
             )
         elif found.start["nan"] != self._nan:
             self._journal.append("start", **{**found.start, "nan": self._nan})
+        if self._upload is not None:
+            kept = {} if found is None else found.uploaded
+            here = {self._shard_path(number).name for number in self._finished}
+            self._upload.begin({name: kept[name] for name in kept.keys() & here})
+            for number in self._finished:
+                self._upload.send(self._shard_path(number), self._journal)
         for number in missing:
             allocate(self._shard_path(number), plan.shards[number].size)
 
@@ -418,8 +455,13 @@ class _Run:
                 for future in sealed:
                     if future.done():
                         future.result()
+                if self._upload is not None:
+                    self._upload.check_sent()
             for future in sealed:
                 future.result()
+        if self._upload is not None:
+            with self._phase("upload", self._upload.unsent) as tick:
+                self._upload.wait(tick)
 
     def finish(self, *, reread: bool, write_card: bool) -> str:
         """Writes all that stands beside the weights, then checks the folder. Returns the digest."""
@@ -472,6 +514,13 @@ class _Run:
             backend=self._executor.name,
             digest=self._digest,
         )
+        if self._upload is not None:
+            self._upload.finish(self._folder.model, [s.filename for s in self._plan.shards])
+            self._journal.close()
+            self._folder.discard()
+            with contextlib.suppress(OSError):
+                self._folder.path.parent.rmdir()
+            return
         try:
             self._folder.publish(overwrite=overwrite, fsync=self._fsync)
         except OSError as error:
@@ -501,6 +550,9 @@ class _Run:
                 )
             else:
                 self._journal.close()
+                if self._upload is not None:
+                    self._upload.close()
+                    self._upload.abandon()
                 self._folder.discard()
                 failure.add_note("nothing was kept; the output path is as it was")
             if failure is error:
@@ -568,6 +620,8 @@ class _Run:
         except OSError as error:
             raise write_failure(self._journal.path, error) from error
         self._finished[number] = records
+        if self._upload is not None:
+            self._upload.send(path, self._journal)
 
     def _check_written(self, records: Sequence[TensorRecord], *, reread: bool) -> None:
         """The finished folder through the eyes of a reader."""
@@ -583,6 +637,12 @@ class _Run:
             for number, shard in enumerate(plan.shards):
                 tensors = [by_name[plan.tensors[i].name] for i in shard.tensors]
                 self._check_shard(number, tensors if reread else [], tick)
+                if reread and self._upload is not None:
+                    self._upload.check_file(
+                        shard.filename,
+                        [(plan.tensors[i].offset, plan.tensors[i].nbytes) for i in shard.tensors],
+                        [record.crc64 for record in tensors],
+                    )
 
     def _check_shard(
         self, number: int, records: Sequence[TensorRecord], tick: Callable[[int], None]
@@ -639,6 +699,8 @@ def _moved(plan: Plan, number: int) -> int:
 def check_output(plan: Plan, *, overwrite: bool) -> None:
     """The checks on the output that need no writing, as `execute` begins with them."""
     _check_output(plan, OutputFolder(plan.output), overwrite=overwrite)
+    if plan.url is not None:
+        Upload(plan.url, plan.fingerprint).check(overwrite=overwrite, again=True)
 
 
 def read_bandwidth(plan: Plan, seconds: float = 0.25) -> float | None:
@@ -648,7 +710,12 @@ def read_bandwidth(plan: Plan, seconds: float = 0.25) -> float | None:
     weigh in as they will in the merge. None where there is nothing to read.
     """
     piece = 4 << 20
-    files = {header.path: header.file_size for cp in plan.inputs for header in cp.files}
+    files = {
+        header.path: header.file_size
+        for cp in plan.inputs
+        for header in cp.files
+        if not is_url(header.path)
+    }
     places = [
         (path, offset) for path, size in files.items() for offset in range(0, size, 8 * piece)
     ]

@@ -15,8 +15,9 @@ import ctypes
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -28,7 +29,15 @@ from cl_fast.merging.description import bytes_text
 from cl_fast.merging.journal import TensorRecord
 from cl_fast.merging.output import write_failure
 from cl_fast.merging.rules import PART, Blend, Whole, whole_memory
-from cl_fast.merging.sources import Made, Packed, Source, made, made_whole
+from cl_fast.merging.sources import (
+    READ_AHEAD,
+    Fetched,
+    Made,
+    Packed,
+    Source,
+    made,
+    made_whole,
+)
 from cl_fast.ops.policy import LONGEST_SCALED_ROW, row_length, selection_counts
 from cl_fast.ops.streams import keep_threshold
 
@@ -401,7 +410,13 @@ class NativeExecutor:
         self._nan = nan
 
     def model_thresholds(self, plan: Plan, tick: Tick) -> list[int]:
-        """See `Executor`; all tensors of the model in one job, nearly always in one read."""
+        """See `Executor`; all tensors of the model in one job, nearly always in one read.
+
+        What lies at URLs is not held whole for that: its histograms are counted tensor by tensor,
+        in two reads.
+        """
+        if any(isinstance(source, Fetched) for t in plan.tensors for source in made(t)):
+            return thresholds_by_counts(plan, lambda ranges: self._counted(plan, ranges, tick))
         job = self._job(self._nan)
         files: dict[str, tuple[int, int]] = {}
         combined = [tensor for tensor in plan.tensors if tensor.kind == "combine"]
@@ -427,13 +442,14 @@ class NativeExecutor:
         found = dict(
             zip((t.name for t in plain), self._write(plain, path, codes, tick), strict=True)
         )
-        for tensor in tensors:
-            if tensor.name in found:
-                continue
-            if isinstance(tensor.rule, Whole):
-                found[tensor.name] = self._write_whole(tensor, path, tick)
-            else:
-                [found[tensor.name]] = self._write([tensor], path, codes, tick)
+        rest = [tensor for tensor in tensors if tensor.name not in found]
+        with _ReadAhead(rest, self._memory) as ahead:
+            for tensor in rest:
+                if isinstance(tensor.rule, Whole):
+                    found[tensor.name] = self._write_whole(tensor, path, tick)
+                    continue
+                ready = self._make([tensor], ahead.take(tensor))
+                [found[tensor.name]] = self._write([tensor], path, codes, tick, ready)
         return [found[tensor.name] for tensor in tensors]
 
     def _write_whole(self, tensor: TensorPlan, path: Path, tick: Tick) -> TensorRecord:
@@ -461,12 +477,34 @@ class NativeExecutor:
         _watch(job, job.run, tick, size)
         return [list(job.result(task)["gram"]) for task in tasks]
 
+    def _counted(self, plan: Plan, ranges: Sequence[CodeRange], tick: Tick) -> list[Any]:
+        """Histograms over the whole model; the tensors that are made, one after the other."""
+        import numpy as np
+
+        combined = [tensor for tensor in plan.tensors if tensor.kind == "combine"]
+        groups = [[t for t in combined if not made(t)], *([t] for t in combined if made(t))]
+        totals: list[Any] = [0] * len(ranges)
+        with _ReadAhead([t for t in combined if made(t)], self._memory) as ahead:
+            for group in groups:
+                if not group:
+                    continue
+                ready = self._make(group, ahead.take(group[0]))
+                for position, part in enumerate(self._count(group, ranges, ready)):
+                    totals[position] = totals[position] + np.frombuffer(part, dtype=np.uint64)
+                tick(sum(source.nbytes for t in group for _, source in sources(t)) // 2)
+        return totals
+
     def _write(
-        self, tensors: Sequence[TensorPlan], path: Path, codes: Sequence[int] | None, tick: Tick
+        self,
+        tensors: Sequence[TensorPlan],
+        path: Path,
+        codes: Sequence[int] | None,
+        tick: Tick,
+        ready: dict[Source, bytearray] | None = None,
     ) -> list[TensorRecord]:
         if not tensors:
             return []
-        ready = self._make(tensors)
+        ready = {} if ready is None else ready
         job = self._job(self._nan)
         files: dict[str, tuple[int, int]] = {}
         output = job.output(str(path))
@@ -514,9 +552,16 @@ class NativeExecutor:
         self, tensors: Sequence[TensorPlan], ranges: Sequence[CodeRange]
     ) -> list[bytes]:
         """See `Executor`."""
+        return self._count(tensors, ranges, self._make(tensors))
+
+    def _count(
+        self,
+        tensors: Sequence[TensorPlan],
+        ranges: Sequence[CodeRange],
+        ready: dict[Source, bytearray],
+    ) -> list[bytes]:
         job = self._job(self._nan)
         files: dict[str, tuple[int, int]] = {}
-        ready = self._make(tensors)
         for tensor in tensors:
             # Counting writes nothing, but a task must name a place.
             self._add(job, tensor, None, files, ready, out=(1, -1, 0))
@@ -524,13 +569,18 @@ class NativeExecutor:
         _watch(job, lambda: counts.extend(job.count_codes(list(ranges))), lambda _: None, 0)
         return counts
 
-    def _make(self, tensors: Sequence[TensorPlan]) -> dict[Source, bytearray]:
-        """The bytes of all sources of these tensors that no file holds."""
-        return {
-            source: _made(tensor, source, self._nan, self._asked)
-            for tensor in tensors
-            for source in made_whole(tensor)
-        }
+    def _make(
+        self, tensors: Sequence[TensorPlan], have: Mapping[Source, bytearray] | None = None
+    ) -> dict[Source, bytearray]:
+        """The bytes of all sources of these tensors that no file holds; some are there already."""
+        ready = dict(have or {})
+        for tensor in tensors:
+            for source in made_whole(tensor):
+                if source not in ready:
+                    ready[source] = _made(tensor, source, self._nan, self._asked)
+                if not ready[source]:
+                    ready[source] = bytearray(1)  # empty, but it must have an address
+        return ready
 
     def _job(self, nan: Nan) -> Any:
         return self._core.Job(
@@ -662,6 +712,57 @@ def _run(job: Any, tensors: dict[int, TensorPlan]) -> Callable[[], None]:
 
     wanted = any(isinstance(tensor.rule, Blend) for tensor in tensors.values())
     return functools.partial(job.run, blend if wanted else None)
+
+
+class _ReadAhead:
+    """Fetches what `tensors` need from URLs in their order, some of it before it is asked for.
+
+    A context manager; at its end nothing more is fetched.
+    """
+
+    def __init__(self, tensors: Sequence[TensorPlan], memory: int | None) -> None:
+        wanted = {
+            t.name: list(dict.fromkeys(s for s in made_whole(t) if isinstance(s, Fetched)))
+            for t in tensors
+        }
+        self._left = deque((name, source) for name, own in wanted.items() for source in own)
+        self._ready: dict[str, dict[Fetched, Future[bytearray]]] = {name: {} for name in wanted}
+        self._count = {name: len(own) for name, own in wanted.items()}
+        largest = max((sum(s.nbytes for s in own) for own in wanted.values()), default=0)
+        self._most = READ_AHEAD if memory is None else max(0, memory - largest)
+        self._held = 0
+        self._pool = ThreadPoolExecutor(8, "cl_fast read-ahead") if self._left else None
+
+    def __enter__(self) -> _ReadAhead:
+        self._fill("")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=error[0] is None, cancel_futures=True)
+
+    def take(self, tensor: TensorPlan) -> dict[Source, bytearray]:
+        """The sources of the next tensor. Raises CheckpointError where a store cannot be read."""
+        if not self._count.get(tensor.name):
+            return {}
+        self._fill(tensor.name)
+        found: dict[Source, bytearray] = {}
+        for source, future in self._ready.pop(tensor.name).items():
+            found[source] = future.result()
+            self._held -= source.nbytes
+        self._fill("")
+        return found
+
+    def _fill(self, name: str) -> None:
+        """Asks for what fits the bound, and for all that the tensor `name` needs."""
+        while self._left and (
+            self._held + self._left[0][1].nbytes <= self._most
+            or (name and len(self._ready[name]) < self._count[name])
+        ):
+            owner, source = self._left.popleft()
+            assert self._pool is not None
+            self._ready[owner][source] = self._pool.submit(source.make)
+            self._held += source.nbytes
 
 
 def _address(buffer: bytearray) -> int:
@@ -1047,6 +1148,8 @@ def torch_dtype(name: str) -> torch.dtype:
 
 def read_stored(source: Source) -> bytearray:
     """The bytes of a stored tensor."""
+    if isinstance(source, Made):
+        return source.make()
     data = bytearray(source.nbytes)
     view, done = memoryview(data), 0
     with Path(source.path).open("rb", buffering=0) as file:
@@ -1063,6 +1166,8 @@ def _made(tensor: TensorPlan, source: Made, nan: Nan, threads: int | None = None
 
     Where it is the result itself, nothing else looks for NaN in it, or for an overflow.
     """
+    if isinstance(source, Fetched):
+        return source.make(threads)
     data = source.make(threads)
     if tensor.kind == "copy" and nan != "propagate":
         import torch

@@ -7,15 +7,24 @@ form of input, add a line to :data:`OPENERS`.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cl_fast.checkpoints.adapters import is_adapter
 from cl_fast.checkpoints.checkpoint import Checkpoint, absolute
 from cl_fast.checkpoints.deltas import is_delta
+from cl_fast.checkpoints.hub import is_hub_id, snapshot
 from cl_fast.checkpoints.patches import is_patch
+from cl_fast.checkpoints.remote import (
+    download_whole,
+    is_url,
+    local_path,
+    open_shadow,
+    shadow,
+)
 from cl_fast.errors import CheckpointError, RecipeError
 from cl_fast.merging.slices import Cut, list_inputs
 from cl_fast.merging.sources import Source
@@ -33,9 +42,12 @@ __all__ = [
     "Opener",
     "base_and_change",
     "check_derived",
+    "forget",
     "is_derived",
+    "local_folder",
     "open_inputs",
     "references",
+    "refuse_misplaced",
     "resolve",
     "same_path",
     "source_of",
@@ -152,9 +164,78 @@ OPENERS: tuple[Opener, ...] = (
 )
 
 
+#: What was found at references that are no paths, until `forget`; checkpoints opened on the way.
+_found: dict[str, str] = {}
+_opened: dict[str, Checkpoint] = {}
+
+
 def resolve(reference: str) -> str:
-    """What a reference of a recipe opens as. The same for every use of it in a run."""
-    return reference
+    """What a reference of a recipe opens as. The same for every use of it in a run.
+
+    A path stays as it is. An id of the Hugging Face hub becomes the folder of its snapshot, which
+    is downloaded if the hub's cache does not have it. The URL of a checkpoint stays a URL; a change
+    of a base (a patch, an adapter) at a URL is copied to the cache and becomes its path there.
+
+    Raises:
+        CheckpointError: the hub does not have it; the store cannot be asked, or nothing is there;
+            a URL carries credentials.
+    """
+    if reference in _found:
+        return _found[reference]
+    if is_url(reference):
+        path = local_path(reference)
+        _found[reference] = path if path is not None else _resolve_url(reference)
+    elif is_hub_id(reference) and not absolute(reference).exists():
+        _found[reference] = snapshot(reference)
+    else:
+        return reference
+    return _found[reference]
+
+
+def _resolve_url(url: str) -> str:
+    with shadow(url) as (place, listing, kept):
+        if any(opener.is_it(place) for opener in OPENERS):
+            return str(download_whole(listing, kept))
+        # A tokenizer's folder, and what is wrong, is told by who opens it as what it should be.
+        with contextlib.suppress(CheckpointError):
+            _opened[url] = open_shadow(url, place, listing, kept)
+    return url
+
+
+def forget() -> None:
+    """Look anew at whatever is at URLs and on the hub."""
+    _found.clear()
+    _opened.clear()
+
+
+def local_folder(reference: str) -> Path:
+    """The path of a reference, or the local folder with all but the weights of one at a URL."""
+    found = resolve(reference)
+    if not is_url(found):
+        return absolute(found)
+    if found in _opened:
+        return _opened[found].folder
+    with shadow(found) as (_, _, kept):
+        return kept
+
+
+def refuse_misplaced(recipe: Recipe) -> None:
+    """Raises CheckpointError for a path that leads somewhere from the recipe's folder only.
+
+    Before anything else is made of it: it may look like an id of the hub.
+    """
+    if recipe.source is None:
+        return
+    for key, reference in references(recipe):
+        if is_url(reference) or Path(reference).is_absolute() or absolute(reference).exists():
+            continue
+        beside = recipe.source.parent / reference
+        if beside.exists():
+            raise CheckpointError(
+                f"{key}: {absolute(reference)} does not exist. Relative paths start at the working "
+                f"directory; {beside} exists: run from {recipe.source.parent} or write the whole "
+                "path"
+            )
 
 
 def same_path(path: Path) -> Path:
@@ -192,7 +273,7 @@ def base_and_change(reference: str) -> tuple[str, str] | None:
 
     A path that holds a ``+`` itself is not cut.
     """
-    if "+" not in reference or absolute(resolve(reference)).exists():
+    if "+" not in reference or _exists(reference):
         return None
     pieces = reference.split("+")
     for cut in range(1, len(pieces)):
@@ -200,6 +281,15 @@ def base_and_change(reference: str) -> tuple[str, str] | None:
         if base and change and is_derived(change) is not None:
             return base, change
     return None
+
+
+def _exists(reference: str) -> bool:
+    if not is_url(reference):
+        return absolute(reference).exists()
+    try:
+        return bool(resolve(reference))
+    except CheckpointError:
+        return False
 
 
 def open_inputs(
@@ -221,9 +311,9 @@ def open_inputs(
         if reference not in opened:
             opener, parts = is_derived(reference), base_and_change(reference)
             if parts is not None:
-                opened[reference] = _open_pair(recipe, key, reference, *parts)
+                opened[reference] = _open_pair(key, reference, *parts)
             elif opener is None:
-                opened[reference] = _open_checkpoint(recipe, key, reference)
+                opened[reference] = _open_checkpoint(key, reference)
             else:
                 over = None if i < bases else listing.over[i - bases]
                 base = None if over is None else inputs[over]
@@ -232,27 +322,19 @@ def open_inputs(
     return tuple(inputs)
 
 
-def _open_checkpoint(recipe: Recipe, key: str, reference: str) -> Checkpoint:
-    try:
-        checkpoint = Checkpoint.open(resolve(reference), key=key)
-    except CheckpointError as error:
-        if recipe.source is None or Path(reference).is_absolute():
-            raise
-        beside = recipe.source.parent / reference
-        if Path(reference).exists() or not beside.exists():
-            raise
-        raise CheckpointError(
-            f"{error}. Relative paths start at the working directory; {beside} exists: "
-            f"run from {recipe.source.parent} or write the whole path"
-        ) from None
+def _open_checkpoint(key: str, reference: str) -> Checkpoint:
+    found = resolve(reference)
+    checkpoint = _opened.get(found) or Checkpoint.open(found, key=key)
+    if not is_url(reference):
+        checkpoint = replace(checkpoint, reference=reference)
     checkpoint.refuse_quantised()
     return checkpoint
 
 
-def _open_pair(recipe: Recipe, key: str, reference: str, base: str, change: str) -> Derived:
+def _open_pair(key: str, reference: str, base: str, change: str) -> Derived:
     opener = is_derived(change)
     assert opener is not None
-    below = _open_checkpoint(recipe, key, base)
+    below = _open_checkpoint(key, base)
     derived = opener.open(below, resolve(change), key=key)
     return derived.alone(reference)
 

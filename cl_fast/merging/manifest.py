@@ -97,7 +97,7 @@ def build(
                 "role": "base" if base else _role(checkpoint),
                 "name": None if base else plan.models[position - plan.bases],
                 "reference": checkpoint.reference,
-                "path": str(checkpoint.path),
+                "path": checkpoint.place,
                 "digest": digest(set(read)),
                 "files": [
                     {

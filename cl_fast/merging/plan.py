@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cl_fast.checkpoints.checkpoint import SINGLE_NAME, Checkpoint, absolute
+from cl_fast.checkpoints.hub import is_hub_id
+from cl_fast.checkpoints.remote import is_url, local_path
 from cl_fast.checkpoints.safetensors import DTYPE_BITS, build_header, tensor_nbytes
 from cl_fast.checkpoints.sidecar import Sidecar, plan_sidecars
 from cl_fast.errors import CheckpointError, RecipeError
@@ -31,8 +33,11 @@ from cl_fast.merging.deltas import DeltaCheckpoint
 from cl_fast.merging.inputs import (
     Derived,
     base_and_change,
+    forget,
+    local_folder,
     open_inputs,
     references,
+    refuse_misplaced,
     same_path,
     source_of,
 )
@@ -48,7 +53,7 @@ from cl_fast.merging.numbers import Numbers, Used
 from cl_fast.merging.references import term_names
 from cl_fast.merging.rules import Blend, Rule, Whole, whole_memory
 from cl_fast.merging.slices import Cut, Group, cut, edit_config, list_inputs, whole
-from cl_fast.merging.sources import Made, Packed, Source, made_whole
+from cl_fast.merging.sources import READ_AHEAD, Fetched, Made, Packed, Source, made_whole
 from cl_fast.merging.vocabulary import VocabularyPlan, plan_vocabulary
 from cl_fast.ops.policy import (
     Policy,
@@ -142,7 +147,7 @@ class Plan:
     """Everything that a merge will do. See :func:`make_plan`.
 
     Attributes:
-        output: folder to write.
+        output: folder to write; for an output at a ``url`` the local one that it is built in.
         recipe: the recipe it came from.
         tensors: every output tensor, in natural order of the names.
         shards: the output files.
@@ -189,6 +194,7 @@ class Plan:
     seed: int | None
     model_keep: tuple[int, ...]
     vocabulary: VocabularyPlan | None = None
+    url: str | None = None
 
     @property
     def has_base(self) -> bool:
@@ -215,7 +221,7 @@ def make_plan(
 
     Args:
         recipe: from ``load_recipe`` or ``parse_recipe``.
-        output: the folder that the merge will write.
+        output: the folder that the merge will write, or a URL.
         out_shard_size: bytes of tensors per output file; a larger tensor has a file of its own.
         seed: overrides the recipe's.
         threads: as the engine will be given; only for the prediction of memory.
@@ -277,9 +283,11 @@ def _plan(
     planned: Mapping[str, Checkpoint] | None,
     truncate_embeddings: bool,
 ) -> Plan:
-    folder = os.fspath(output)
+    folder, url = os.fspath(output), None
     if not folder.strip() or "\0" in folder:
         raise RecipeError(f"output: {folder!r} is not a path; name the folder to write")
+    if is_url(folder):
+        folder, url = _staged(recipe, folder)
     target = absolute(folder)
     method, notes = recipe.method, list[str]()
     if seed is not None and not method.random:
@@ -289,6 +297,8 @@ def _plan(
     else:
         seed = None
 
+    forget()
+    refuse_misplaced(recipe)
     _check_output(recipe, target)
     inputs = open_inputs(recipe, planned)
     listing = list_inputs(recipe)
@@ -371,6 +381,7 @@ def _plan(
         seed=seed,
         model_keep=model_keep,
         vocabulary=vocabulary,
+        url=url,
     )
     return replace(plan, fingerprint=_fingerprint(plan))
 
@@ -396,6 +407,24 @@ def _compared(
 # Inputs.
 
 
+def _staged(recipe: Recipe, url: str) -> tuple[str, str | None]:
+    """The folder that an output at a URL is built in, and the URL; of ``file://`` the path."""
+    path = local_path(url)
+    if path is not None:
+        return path, None
+    from cl_fast.merging.upload import staging
+
+    folder, url = staging(url), url.rstrip("/")
+    for key, reference in references(recipe):
+        given = reference.rstrip("/")
+        if given == url or given.startswith(f"{url}/") or url.startswith(f"{given}/"):
+            raise RecipeError(
+                f"{key}: the output {url} is, holds or lies inside the input {reference!r}; choose "
+                "another output, inputs are never touched"
+            )
+    return str(folder), url
+
+
 def _check_output(recipe: Recipe, target: Path) -> None:
     real = same_path(target)
     listed = references(recipe)
@@ -403,6 +432,8 @@ def _check_output(recipe: Recipe, target: Path) -> None:
         listed.append(("tokenizer_source", recipe.tokenizer_reference))
     parts = [(key, part) for key, ref in listed for part in base_and_change(ref) or (ref,)]
     for key, reference in parts:
+        if is_url(reference) or (is_hub_id(reference) and not absolute(reference).exists()):
+            continue
         folder = same_path(absolute(reference))
         if folder.is_file() and folder.parent == real:
             folder = folder.parent
@@ -663,7 +694,7 @@ def _on_base(
 def _applied(term: Term, base: Source | None, dtype: str) -> tuple[tuple[Term, ...], bool]:
     """A changed tensor's term as the result itself, rounded once; and whether it is one."""
     source = term.source
-    if isinstance(source, Made):
+    if isinstance(source, Made) and not isinstance(source, Fetched):
         made = source.rounded(dtype)
         return ((term,), False) if made is None else ((replace(term, source=made),), True)
     return (term,), source != base and source.dtype == dtype
@@ -672,9 +703,9 @@ def _applied(term: Term, base: Source | None, dtype: str) -> tuple[tuple[Term, .
 def _donor(recipe: Recipe, inputs: tuple[Checkpoint, ...]) -> Checkpoint:
     """The base; without one the model that ``base_model`` names, else the first."""
     if not recipe.method.needs_base and recipe.base_model is not None:
-        wanted = same_path(absolute(recipe.base_model))
+        wanted = same_path(local_folder(recipe.base_model))
         for checkpoint in inputs:
-            if same_path(checkpoint.path) == wanted:
+            if wanted in (same_path(checkpoint.path), same_path(checkpoint.folder)):
                 return checkpoint
     return inputs[0]
 
@@ -843,10 +874,13 @@ _TORCH_BYTES = 300_000_000
 
 def _made_memory(tensors: Sequence[TensorPlan], *, whole: bool) -> int:
     """What made sources add: a tensor's at a time, or all for a trim over the whole model."""
-    needs = [sum(source.memory for source in made_whole(tensor)) for tensor in tensors]
-    if not any(needs):
-        return 0
-    return _TORCH_BYTES + (sum(needs) if whole else max(needs))
+    sources = [made_whole(tensor) for tensor in tensors]
+    fetched = [sum(s.memory for s in own if isinstance(s, Fetched)) for own in sources]
+    needs = [sum(s.memory for s in own if not isinstance(s, Fetched)) for own in sources]
+    memory = min(sum(fetched), max(fetched) + READ_AHEAD) if any(fetched) else 0
+    if any(needs):
+        memory += _TORCH_BYTES + (sum(needs) if whole else max(needs))
+    return memory
 
 
 def _rules_memory(tensors: Sequence[TensorPlan], threads: int | None) -> int:
@@ -920,7 +954,10 @@ def _fingerprint(plan: Plan) -> str:
                 "inputs": [
                     [
                         checkpoint.reference,
-                        [[f.file_size, f.mtime_ns, f.digest] for f in checkpoint.files],
+                        [
+                            [f.file_size, f.mtime_ns, f.digest, f.version]
+                            for f in checkpoint.files
+                        ],
                     ]
                     for checkpoint in plan.inputs
                 ],

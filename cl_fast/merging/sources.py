@@ -15,9 +15,12 @@ if TYPE_CHECKING:
     from cl_fast.checkpoints.safetensors import TensorInfo
     from cl_fast.merging.plan import TensorPlan
 
-__all__ = ["Made", "Packed", "PackedAs", "Source", "made", "made_whole"]
+__all__ = ["READ_AHEAD", "Fetched", "Made", "Packed", "PackedAs", "Source", "made", "made_whole"]
 
 PackedAs = Literal["parts", "model", "delta"]
+
+READ_AHEAD = 256_000_000
+"""Most bytes of tensors at URLs that are fetched before their turn, if memory is not bounded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,8 @@ class Source:
 
     @classmethod
     def of(cls, info: TensorInfo) -> Source:
+        if "://" in info.path:
+            return Fetched(info.path, info.offset, info.dtype, info.nbytes)
         return Source(info.path, info.offset, info.dtype, info.nbytes)
 
 
@@ -72,6 +77,25 @@ class Made(Source):
             CheckpointError: a file that it is made from ended early, or holds what it must not.
         """
         raise TypeError("a Made source says itself how it is made")
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched(Made):
+    """A stored tensor of a file at a URL, ``path``: fetched by its range, ahead of its turn."""
+
+    @property
+    def stored(self) -> int:
+        return self.nbytes
+
+    @property
+    def memory(self) -> int:
+        return self.nbytes
+
+    def make(self, threads: int | None = None) -> bytearray:
+        """See `Made`. Raises CheckpointError where the store cannot be read."""
+        from cl_fast.checkpoints.remote import fetch
+
+        return fetch(self.path, self.offset, self.nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +147,14 @@ class Packed(Made):
 
 
 def made_whole(tensor: TensorPlan) -> list[Made]:
-    """Those of `made` that the core cannot make tile by tile."""
-    return [source for source in made(tensor) if not isinstance(source, Packed)]
+    """Those of `made` that the core cannot make tile by tile, and pieces that it cannot read."""
+    listed: list[Made] = []
+    for source in made(tensor):
+        if isinstance(source, Packed):
+            listed += [s for s in (source.values, source.base) if isinstance(s, Fetched)]
+        else:
+            listed.append(source)
+    return listed
 
 
 def made(tensor: TensorPlan) -> list[Made]:

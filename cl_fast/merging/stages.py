@@ -19,11 +19,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cl_fast.checkpoints.checkpoint import Checkpoint, absolute
+from cl_fast.checkpoints.remote import is_url, local_path
 from cl_fast.checkpoints.safetensors import TensorInfo, strict_json
 from cl_fast.documents import kind_of, parse_documents, read_document
 from cl_fast.errors import CheckpointError, ClFastError, OutputError, RecipeError
@@ -32,6 +33,7 @@ from cl_fast.merging.engine import Result
 from cl_fast.merging.plan import Plan, make_plan
 from cl_fast.merging.recipe import MAX_RECIPE_BYTES, Recipe, map_references, parse_recipe
 from cl_fast.merging.references import BadReference, reference_text
+from cl_fast.merging.upload import staging
 from cl_fast.merging.verify import verify
 
 if TYPE_CHECKING:
@@ -49,12 +51,14 @@ class Stage:
         recipe: its recipe; stages that it uses are named by their folders.
         output: the folder that it makes.
         uses: the outputs of other stages among its models.
+        url: where the output goes instead; `output` is where it is built then.
     """
 
     name: str | None
     recipe: Recipe
     output: Path
     uses: tuple[Path, ...]
+    url: str | None = None
 
     @property
     def title(self) -> str:
@@ -85,7 +89,7 @@ def load_stages(
 
     Args:
         path: the file; lines of ``---`` part the recipes.
-        output: the folder of the final merge: the one without a name, else the last in the file.
+        output: folder or URL of the final merge: the one without a name, else the last in the file.
         intermediate: the folder of the others' outputs, each under its name; by default
             ``OUTPUT.stages``.
 
@@ -99,12 +103,14 @@ def load_stages(
     file = Path(path)
     text = read_document(file, "recipe", MAX_RECIPE_BYTES)
     documents = [d for d in parse_documents(text, f"{file}: ") if d is not None]
+    url = str(output) if is_url(str(output)) and local_path(str(output)) is None else None
+    place = staging(url) if url is not None else absolute(local_path(str(output)) or str(output))
     if len(documents) < 2:
         if intermediate is not None:
             raise RecipeError(
                 f"{file}: holds one recipe; a folder for intermediate merges has no effect"
             )
-        return (Stage(None, parse_recipe(text, source=file), absolute(str(output)), ()),)
+        return (Stage(None, parse_recipe(text, source=file), place, (), url),)
     names = [_name(document, f"{file}: document {i}: ") for i, document in enumerate(documents, 1)]
     for i, name in enumerate(names):
         if name in names[:i]:
@@ -113,7 +119,7 @@ def load_stages(
                 words = "has no name; only one merge, the final one, may have none"
             raise RecipeError(f"{file}: document {i + 1}: {words}")
     final = names.index(None) if None in names else len(names) - 1
-    target = absolute(str(output))
+    target = place
     folder = target.with_name(f"{target.name}.stages")
     if intermediate is not None:
         folder = absolute(str(intermediate))
@@ -122,6 +128,8 @@ def load_stages(
     for i, (name, document) in enumerate(zip(names, documents, strict=True)):
         prefix = f"document {i + 1}" + ("" if name is None else f" ({name})")
         stages[name] = _stage(name, document, outputs, file, prefix)
+        if i == final:
+            stages[name] = replace(stages[name], url=url)
     return tuple(_ordered(stages, names[final], file))
 
 
@@ -237,7 +245,7 @@ def plan_stages(stages: Sequence[Stage], **options: Any) -> list[Plan]:
 
 def _plan(stage: Stage, stages: Sequence[Stage], **options: Any) -> Plan:
     try:
-        return make_plan(stage.recipe, stage.output, **options)
+        return make_plan(stage.recipe, stage.url or stage.output, **options)
     except (RecipeError, CheckpointError) as error:
         if len(stages) == 1:
             raise

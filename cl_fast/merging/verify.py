@@ -24,13 +24,14 @@ from typing import TYPE_CHECKING, Any
 
 from cl_fast.backends import native
 from cl_fast.checkpoints.checkpoint import Checkpoint
+from cl_fast.checkpoints.remote import fetch, is_url, list_folder
 from cl_fast.checkpoints.safetensors import Header, TensorInfo
 from cl_fast.errors import CheckpointError, ClFastError
 from cl_fast.merging import manifest as manifests
 from cl_fast.merging.checksum import combine, crc64, crc64_of_file
 from cl_fast.merging.description import bytes_text
 from cl_fast.merging.executors import make_executor, torch_dtype
-from cl_fast.merging.inputs import check_derived, is_derived
+from cl_fast.merging.inputs import check_derived, forget, is_derived
 from cl_fast.merging.journal import TensorRecord
 from cl_fast.ops.policy import DTYPES
 from cl_fast.ops.streams import stream_key
@@ -105,10 +106,11 @@ def verify(
         VerifyError: the folder has no readable record, so there is nothing to compare with.
     """
     folder = Path(folder)
+    forget()
     manifest = manifests.read(folder)
     records = manifests.records(manifest)
     for entry in manifest["inputs"]:
-        entry["path"] = str(_place(entry, folder))
+        entry["path"] = _place(entry, folder)
     report = Report(folder)
     workers = threads or native.threads()
     try:
@@ -252,7 +254,7 @@ def _check_inputs(
     sound = True
     opened: list[tuple[int, dict[str, Any], tuple[Header, ...], dict[str, TensorInfo]]] = []
     for position, entry in enumerate(manifest["inputs"]):
-        gone = [p for p in (entry["path"], entry.get("on")) if p and not Path(p).exists()]
+        gone = [p for p in (entry["path"], entry.get("on")) if p and not _exists(p)]
         if gone:
             report.notes.append(f"input {entry['reference']} is not at {gone[0]} any more")
             sound = False
@@ -271,6 +273,8 @@ def _check_inputs(
 
         def same(item: tuple[TensorInfo, int]) -> bool:
             info, crc = item
+            if is_url(info.path):
+                return crc64(fetch(info.path, info.offset, info.nbytes)) == crc
             return crc64_of_file(info.path, info.offset, info.nbytes) == crc
 
         if not changed:
@@ -428,13 +432,22 @@ def _recompute(
         report.recomputed.append(tensor.name)
 
 
-def _place(entry: dict[str, Any], folder: Path) -> Path:
-    """Where an input is: where it was, or, of a change moved with the output, there."""
-    path = Path(entry["path"])
-    beside = folder / path.name
-    if entry["role"] in ("patch", "delta") and not path.exists() and beside.is_file():
-        return beside
-    return path
+def _place(entry: dict[str, Any], folder: Path) -> str:
+    """Where an input is: where it was, or, of a change that was moved with the output, there."""
+    place = str(entry["path"])
+    beside = folder / Path(place).name
+    if entry["role"] in ("patch", "delta") and not _exists(place) and beside.is_file():
+        return str(beside)
+    return place
+
+
+def _exists(place: str) -> bool:
+    if not is_url(place):
+        return Path(place).exists()
+    try:
+        return bool(list_folder(place).files)
+    except ClFastError:
+        return False
 
 
 def _rebuild(manifest: dict[str, Any], folder: Path) -> Plan:

@@ -27,13 +27,13 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from cl_fast.checkpoints.checkpoint import Checkpoint, absolute
+from cl_fast.checkpoints.checkpoint import Checkpoint
 from cl_fast.checkpoints.safetensors import TensorInfo, strict_json
 from cl_fast.checkpoints.sidecar import Sidecar, has_tokenizer
 from cl_fast.checkpoints.vocabulary import Vocabulary, added_token, extend, read_vocabulary
 from cl_fast.errors import CheckpointError, RecipeError
 from cl_fast.merging.aligned import GROUP, MEAN, SHIFT, ZERO, Aligned
-from cl_fast.merging.inputs import Derived, is_derived, resolve, same_path, source_of
+from cl_fast.merging.inputs import Derived, is_derived, local_folder, same_path, source_of
 from cl_fast.merging.slices import Cut, Group, whole
 from cl_fast.merging.sources import Made, Packed, Source
 from cl_fast.ops.policy import DTYPES
@@ -350,7 +350,7 @@ class _Alignment:
         return 0
 
     def _position(self, reference: str) -> int | None:
-        path = same_path(absolute(resolve(reference)))
+        path = same_path(local_folder(reference))
         for position, checkpoint in enumerate(self._inputs):
             if checkpoint.reference == reference or same_path(checkpoint.path) == path:
                 return position
@@ -370,7 +370,7 @@ class _Alignment:
         position = self._position(reference)
         if position is not None:
             return _folder(self._inputs[position]), position
-        path = absolute(resolve(reference))
+        path = local_folder(reference)
         folder = path if path.is_dir() else path.parent
         if not path.exists() or not has_tokenizer(folder):
             wrong = "holds no tokenizer" if path.exists() else "does not exist"

@@ -17,6 +17,7 @@ import torch
 from merge_cases import contents, family, recipe, save, tensors, write_recipe
 from merge_cases import plan as make_case
 
+from cl_fast.checkpoints.remote import State
 from cl_fast.cli import main
 from cl_fast.errors import CheckpointError, Interrupted, NonFiniteError, OutputError
 from cl_fast.integrations import ray as module
@@ -143,15 +144,15 @@ def test_nodes_that_do_not_see_the_same_files_are_refused_before_any_work(
     [path] = {header.path for header in plan.inputs[1].files}
     size, mtime = Path(path).stat().st_size, Path(path).stat().st_mtime_ns
     for files, words in (
-        ({str(tmp_path / "none"): (1, 1)}, "node x does not see this input"),
-        ({path: (size + 1, mtime)}, "node x sees another file there"),
-        ({path: (size, mtime + 1)}, "node x sees another file there"),
+        ({str(tmp_path / "none"): State(1, 1, "")}, "node x does not see this input"),
+        ({path: State(size + 1, mtime, "")}, "node x sees another file there"),
+        ({path: State(size, mtime + 1, "")}, "node x sees another file there"),
     ):
         refused = module._look(seen, "node x", files, "native")
         assert isinstance(refused, CheckpointError)
         assert words in str(refused)
         assert "without shared storage" in str(refused)
-    assert isinstance(module._look(seen, "node x", {path: (size, mtime)}, "eager"), dict)
+    assert isinstance(module._look(seen, "node x", {path: State(size, mtime, "")}, "eager"), dict)
 
 
 @pytest.mark.parametrize(
