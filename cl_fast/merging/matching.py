@@ -12,6 +12,7 @@ from cl_fast.checkpoints.layers import LAYER
 from cl_fast.checkpoints.safetensors import TensorInfo
 from cl_fast.checkpoints.sidecar import token_count
 from cl_fast.errors import CheckpointError, RecipeError
+from cl_fast.merging.slices import Cut
 from cl_fast.merging.vocabulary import vocabulary_axis
 from cl_fast.ops.policy import DTYPES, OUTPUT_DTYPES
 
@@ -203,9 +204,17 @@ def check_shapes(inputs: tuple[Checkpoint, ...], names: list[str]) -> None:
                     "tokenizer_source: union (the tokens of all), base, or one of the models"
                 )
             raise CheckpointError(
-                f"tensor {name!r} has shape {list(ours)} in {reference.path} and {list(theirs)} in "
-                f"{checkpoint.path}; only models of one architecture and size can be merged"
+                f"tensor {name!r} has shape {list(ours)} in "
+                f"{reference.path}{_stored(reference, name)} and {list(theirs)} in "
+                f"{checkpoint.path}{_stored(checkpoint, name)}; only models "
+                "of one architecture and size can be merged"
             )
+
+
+def _stored(checkpoint: Checkpoint, name: str) -> str:
+    """What a tensor is called in a model whose layers get other numbers."""
+    stored = checkpoint.stored[name] if isinstance(checkpoint, Cut) else name
+    return "" if stored == name else f" ({stored!r} there)"
 
 
 def _but(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import adapter_cases
 import pytest
 import torch
 from merge_cases import load, need_native, poison, raw, save
@@ -59,6 +60,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("slices")
     for seed, name in enumerate(NAMES):
         write(folder / name, state(seed), layer_types=[f"{name}{i}" for i in range(4)])
+    odd = state(3)
+    odd[f"{STACK}2.mlp.down_proj.weight"] = torch.zeros(6, 3)
+    write(folder / "odd", odd)
     return folder
 
 
@@ -200,6 +204,38 @@ def test_a_base_that_is_not_listed(root: Path, tmp_path: Path) -> None:
     execute(planned(root, tmp_path / "a", listed, **recipe))
     execute(planned(root, tmp_path / "b", [source(root, "base", 1, 3), *listed], **recipe))
     assert raw(tmp_path / "a") == raw(tmp_path / "b")
+
+
+def test_adapters_inside_slices(root: Path, tmp_path: Path) -> None:
+    """A layer of BASE+ADAPTER is that of the model with the adapter on it; so is one beside it."""
+    need_native()
+    module = f"{STACK}1.mlp.down_proj"
+    adapter = adapter_cases.write(
+        tmp_path / "adapter", adapter_cases.factors({module: (6, 17)}, 2, size=1.0)
+    )
+    whole = {"merge_method": "task_arithmetic", "base_model": str(root / "base")}
+    applied = {**whole, "models": [{"model": str(adapter)}]}
+    execute(make_plan(parse_recipe(applied), tmp_path / "applied"))
+    want, base = raw(tmp_path / "applied"), raw(root / "base")
+    name = f"{module}.weight"
+    assert want[name] != base[name]
+    pair = {"model": f"{root / 'base'}+{adapter}", "layer_range": [1, 3]}
+    plan = planned(root, tmp_path / "pair", [pair], [source(root, "base", 1, 2)])
+    execute(plan)
+    made = raw(tmp_path / "pair")
+    rest = "mlp.down_proj.weight"
+    assert [made[f"{STACK}{i}.{rest}"] for i in range(3)] == [
+        want[name],
+        base[f"{STACK}2.{rest}"],
+        base[name],
+    ]
+    beside = [{"model": str(adapter), "layer_range": [1, 3]}]
+    execute(planned(root, tmp_path / "beside", beside, beside, **whole))
+    made = raw(tmp_path / "beside")
+    assert made[f"{STACK}0.{rest}"] == made[f"{STACK}2.{rest}"] == want[name]
+    for output in ("pair", "beside"):
+        report = verify(tmp_path / output, sample=None)
+        assert report.ok, report.problems
 
 
 def test_an_interrupted_merge_goes_on(root: Path, tmp_path: Path) -> None:
@@ -467,6 +503,11 @@ ERRORS: list[tuple[Any, dict[str, Any], str]] = [
     ([[("one", 0, 2)]], {"models": [{"model": "x"}]}, "slices: stands beside 'models'"),
     ([[("none", 0, 2)]], {}, "does not exist"),
     ([[("one", 0)]], {}, "layer_range: must be two numbers"),
+    (
+        [[("one", 0, 1), ("odd", 2, 3)]],
+        {"merge_method": "linear"},
+        "('model.layers.2.mlp.down_proj.weight' there); only models of one architecture",
+    ),
 ]
 
 
