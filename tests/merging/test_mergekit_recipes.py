@@ -295,7 +295,38 @@ models:
         40,
     ),
 }
+RECIPES["examples: arcee fusion"] = (
+    """
+models:
+  - model: garden/rose-13b
+  - model: meadow/clover-v1
+merge_method: arcee_fusion
+base_model: garden/rose-13b
+dtype: bfloat16
+""",
+    40,
+)
+RECIPES["pages: nearswap"] = (
+    """
+slices:
+  - sources:
+      - model: garden/rose-13b
+        layer_range: [0, 40]
+      - model: meadow/clover-v1
+        layer_range: [0, 40]
+merge_method: nearswap
+base_model: garden/rose-13b
+parameters:
+  t:
+    - value: 0.0001
+dtype: bfloat16
+""",
+    40,
+)
 for _method, _base, _parameters in (
+    ("sce", True, "{select_topk: 0.5}"),
+    ("ram", True, "{}"),
+    ("ramplus_tl", True, "{}"),
     ("nuslerp", False, "{}"),
     ("nuslerp", True, "{nuslerp_flatten: false, nuslerp_row_wise: true}"),
     ("multislerp", True, "{normalize_weights: true, eps: 1e-8}"),
@@ -306,7 +337,8 @@ for _method, _base, _parameters in (
     ("della", True, "{density: 0.6, epsilon: 0.1, lambda: 1.0, normalize: true}"),
     ("della_linear", True, "{density: 0.6, epsilon: 0.1}"),
 ):
-    _weight = "" if _method in ("karcher", "model_stock") else "{weight: 0.5}"
+    _unweighted = ("karcher", "model_stock", "sce", "ram", "ramplus_tl")
+    _weight = "" if _method in _unweighted else "{weight: 0.5}"
     RECIPES[f"pages: {_method} {_parameters}"] = (
         f"""
 merge_method: {_method}
