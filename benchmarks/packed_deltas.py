@@ -187,7 +187,7 @@ def main() -> None:
     }
     about = machine() | {"shape": a.shape, "reps": a.reps, "sizes": sizes}
     results = HERE / "results" / f"packed_deltas-{a.shape}"
-    results.with_suffix(".json").write_text(json.dumps({"about": about, "rows": rows}, indent=1))
+    Path(f"{results}.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1))
     table = report(about, rows, runs)
     Path(f"{results}.md").write_text(table)
     print(table)

@@ -163,3 +163,25 @@ class Reader:
     def key(self, name: str) -> int:
         text = "\0".join(("cl_fast philox v1", self.metadata["seed"], self.metadata["model"], name))
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def seal(path: Path, metadata: dict[str, Any], tensors: dict[str, Any]) -> None:
+    """Writes a delta again with other words in its header, and the seal that belongs to them."""
+    data = Reader(path)
+    words = metadata | {"tensors": json.dumps(tensors)}
+    body = json.dumps({"__metadata__": words, **data.header}).encode()
+    head = struct.pack("<Q", len(body)) + body
+    digest = hashlib.blake2b(head, digest_size=16).digest()
+    path.write_bytes(head + data.raw[data.start : -16] + digest)
+
+
+def forge_offsets(path: Path, name: str, offsets: list[int]) -> None:
+    """Gives a tensor other offsets, with their checksum."""
+    data = Reader(path)
+    table = struct.pack(f"<{len(offsets)}q", *offsets)
+    begin, end = data.header[f"offsets/{name}"]["data_offsets"]
+    raw = bytearray(data.raw)
+    raw[data.start + begin : data.start + end] = table
+    path.write_bytes(raw)
+    data.tensors[name]["offsets_crc64"] = f"{crc64(table):016x}"
+    seal(path, data.metadata, data.tensors)

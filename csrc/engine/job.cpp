@@ -919,7 +919,9 @@ void Job::combine_tile(Task& t, int64_t tile, Worker& w) {
         uint8_t* dense = placed + c.scratch;
         auto* bits = reinterpret_cast<uint64_t*>(dense + kSubTile * c.item);
         const int64_t kept = draw_bits(t.terms[k].x.packed->stream, first + o, m, bits);
-        if (c.position + kept > c.end || (o + m == n && c.position + kept != c.end))
+        const bool ends = (first + o + m) % kStatChunk == 0 || o + m == n;
+        if (c.position + kept > c.end ||
+            (ends && c.position + kept != bounds(k, first + o + m)))
           wrong_blocks(*t.terms[k].x.packed);
         std::memset(dense, 0, size_t(m * c.item));
         scatter_bits(c.item, c.values, bits, m, dense);

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -174,15 +173,9 @@ def test_a_truncated_file_is_refused(root: Path, tmp_path: Path) -> None:
 
 def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> None:
     """Changes the metadata and the entries of a delta, and seals it again."""
-    import hashlib
-
     data = cases.Reader(path)
     change(data.metadata, data.tensors)
-    data.metadata["tensors"] = json.dumps(data.tensors)
-    body = json.dumps({"__metadata__": data.metadata, **data.header}).encode()
-    head = struct.pack("<Q", len(body)) + body
-    seal = hashlib.blake2b(head, digest_size=16).digest()
-    path.write_bytes(head + data.raw[data.start : -16] + seal)
+    cases.seal(path, data.metadata, data.tensors)
 
 
 def _entry(**changes: Any) -> Callable[[dict[str, Any], dict[str, Any]], None]:
@@ -322,6 +315,22 @@ def test_a_full_disk_leaves_nothing(
     with pytest.raises(OutputError, match="the disk is full"):
         pack_delta(root / "base", root / "math", tmp_path / "d.safetensors", drop_rate=0.5)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_no_hindrance(root: Path, tmp_path: Path) -> None:
+    """The hidden file of a run that was killed is written over; while one runs it is refused."""
+    import fcntl
+
+    part = tmp_path / ".d.safetensors.cl_fast-partial"
+    part.write_bytes(b"x" * 1_000_000)
+    path = tmp_path / "d.safetensors"
+    with part.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(OutputError, match="another run is writing it"):
+            pack_delta(root / "base", root / "renumbered", path, drop_rate=0.9, seed=7)
+    pack_delta(root / "base", root / "renumbered", path, drop_rate=0.9, seed=7)
+    assert path.read_bytes() == (root / "d.safetensors").read_bytes()
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_ctrl_c_leaves_nothing(root: Path, tmp_path: Path) -> None:

@@ -431,6 +431,34 @@ def test_a_flipped_bit_of_the_delta_is_refused(root: Path, tmp_path: Path, backe
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+def test_offsets_that_are_not_those_of_the_stream_are_refused(
+    root: Path, tmp_path: Path, method: str, backend: str
+) -> None:
+    """Forged with the right checksums: they lead to no byte outside of the values."""
+    source = root / "math.delta.safetensors"
+    path = tmp_path / "inputs" / source.name
+    path.parent.mkdir()
+    right = cases.Reader(source).offsets(UP)
+    for wrong in (
+        [right[0], right[1] + 1, right[2]],
+        [right[0], right[2], right[2]],
+        [1, right[1], right[2]],
+        [right[0], right[1], right[2] - 1],
+        [right[0], right[2] + 1, right[2]],
+        [right[0], -1, right[2]],
+        [right[0], 2**62, right[2]],
+    ):
+        path.write_bytes(source.read_bytes())
+        cases.forge_offsets(path, UP, wrong)
+        content = recipe(root, method, str(path), packed={} if method[1] == "a" else
+                         {"density": 0.05})  # fmt: skip
+        with pytest.raises(CheckpointError, match=f"{re.escape(str(path))}.*offsets"):
+            run(content, tmp_path / "out", backend=backend)
+    assert [path.name for path in tmp_path.iterdir()] == ["inputs"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_flipped_bit_of_the_base_is_refused(root: Path, tmp_path: Path, backend: str) -> None:
     """In every tensor, also one that did not change; large ones are noticed in the merge itself."""
     inputs = tmp_path / "inputs"
