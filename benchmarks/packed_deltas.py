@@ -227,6 +227,23 @@ def report(about: dict[str, Any], rows: list[dict[str, Any]], runs: dict[str, An
                 f"| {statistics.median(disk) / 1e9 if disk else 0:.3f} "
                 f"| {max(r['peak_anonymous_mb'] for r in some):.0f} |"
             )
+    lines += ["", "Of each repetition, the packed merge over the dense one:", ""]
+    lines += ["| what | cache | wall | CPU |", "|---|---|---|---|"]
+    for state in ("warm", "cold"):
+        for what in ("packed 0.9", "packed 0.99"):
+            ratios = {
+                clock: [
+                    next(r for r in rows if (r["what"], r["cache"], r["repetition"]) == key)[clock]
+                    / dense[clock]
+                    for dense in rows
+                    if (dense["what"], dense["cache"]) == ("dense", state)
+                    for key in ((what, state, dense["repetition"]),)
+                ]
+                for clock in ("wall_s", "cpu_s")
+            }
+            lines.append(
+                f"| {what} | {state} | {spread(ratios['wall_s'])} | {spread(ratios['cpu_s'])} |"
+            )
     return "\n".join(lines) + "\n"
 
 

@@ -63,6 +63,7 @@ BLOCK = 65_536
 NAME = "delta.safetensors"
 """The file in a folder that holds a delta and what travels with it."""
 STREAM = "cl_fast philox v1"
+_WHOLE = ("model.safetensors", "model.safetensors.index.json")
 RESCALES = ("l1", "keep_rate", "none")
 
 Kind = Literal["kept", "whole", "same"]
@@ -150,19 +151,20 @@ def delta_path(path: str | os.PathLike[str]) -> Path:
 def is_delta(path: str | os.PathLike[str]) -> bool:
     """Whether this is a packed delta: a file whose header says so, or a folder with one.
 
-    A file that cannot be read, or that is damaged, is none.
+    What is called one (NAME.delta.safetensors, a folder with delta.safetensors) and cannot be read
+    is taken for one, so that opening it tells of its damage.
     """
     where = Path(path)
-    if where.is_dir() and (where / "model.safetensors").exists():
+    if where.is_dir() and any((where / name).exists() for name in _WHOLE):
         return False
     file = delta_path(where)
     if file.suffix != ".safetensors" or not file.is_file():
         return False
     try:
-        return read_header(file).metadata.get("format") == FORMAT
+        words = read_header(file).metadata
     except CheckpointError:
-        # A folder that is called to be one is opened as one, so that its damage is told.
-        return where.is_dir()
+        return where.is_dir() or where.name.endswith(f".{NAME}")
+    return words.get("format") == FORMAT or {"stream", "threshold", "block"} <= words.keys()
 
 
 def header_of(

@@ -414,7 +414,7 @@ def test_a_flipped_bit_of_the_delta_is_refused(root: Path, tmp_path: Path, backe
     data = cases.Reader(source)
     path = tmp_path / "inputs" / source.name
     path.parent.mkdir()
-    places = [data.start - 70, len(data.raw) - 1]
+    places = [0, data.raw.index(b"cl_fast.delta"), data.start - 70, len(data.raw) - 1]
     for name in (f"kept/{UP}", f"offsets/{UP}", "kept/model.norm.weight"):
         begin, end = data.header[name]["data_offsets"]
         places.append(data.start + (begin + end) // 2)
@@ -425,7 +425,7 @@ def test_a_flipped_bit_of_the_delta_is_refused(root: Path, tmp_path: Path, backe
             apply_delta(root / "base", path, tmp_path / "out", backend=backend)
         content = recipe(root, "ties", "math.delta.safetensors", str(path),
                          packed={"density": 0.05})  # fmt: skip
-        with pytest.raises(CheckpointError):
+        with pytest.raises(CheckpointError, match=re.escape(str(path))):
             run(content, tmp_path / "out", backend=backend)
     assert [path.name for path in tmp_path.iterdir()] == ["inputs"]
 
