@@ -1059,13 +1059,22 @@ def compute_whole(tensor: TensorPlan, nan: Nan, threads: int) -> tuple[bytearray
     step = tensor.numel if rule.unit == "tensor" else max(1, PART // least) * least
     shape = {"element": (-1,), "row": (-1, columns), "tensor": tensor.shape}[rule.unit]
 
+    statistics = _load_statistics(tensor, rule, values)
+
     def part(first: int) -> None:
         cut = slice(first, min(first + step, tensor.numel))
+        known = [x[cut] if rule.unit == "element" else x for x in statistics]
         start = None
         if base is not None and tensor.policy.difference:
             start = base[cut].float().reshape(shape)
         with torch.no_grad():
-            result = rule.apply([x[cut].float().reshape(shape) for x in values], start, weights)
+            parts = [x[cut].float().reshape(shape) for x in values]
+            try:
+                result = rule.apply(parts, start, weights, known)
+            except ValueError as error:
+                if not known:
+                    raise
+                raise CheckpointError(f"tensor {tensor.name}: {error}") from error
             out[cut] = result.reshape(-1).to(torch.float32).to(out.dtype)
 
     before = torch.get_num_threads()
@@ -1085,6 +1094,27 @@ def compute_whole(tensor: TensorPlan, nan: Nan, threads: int) -> tuple[bytearray
     )
     check_finite(tensor, record, nan)
     return data, record
+
+
+def _load_statistics(tensor: TensorPlan, rule: Whole, values: Sequence[Tensor]) -> list[Tensor]:
+    """The statistics of a rule, of the models that they were collected on."""
+    import torch
+
+    loaded = []
+    for term, source, crc, value in zip(
+        tensor.terms, rule.statistics, rule.crcs, values, strict=False
+    ):
+        if crc is not None:
+            stored = value.float().contiguous().view(torch.uint8)
+            if crc64(stored.numpy().data) != crc:
+                raise CheckpointError(
+                    f"{source.path}: its statistics of tensor {tensor.name} were collected on "
+                    f"another model than {term.model} ({term.source.path}); collect them anew"
+                )
+        data = read_stored(source)
+        found = torch.frombuffer(data, dtype=torch_dtype(source.dtype))
+        loaded.append(found if rule.unit == "element" else found.view(rule.shape))
+    return loaded
 
 
 def _factor(term: Term) -> float:

@@ -16,6 +16,8 @@ nuslerp            the same with weights, also on deltas and for rows or columns
 multislerp         the weighted mean of directions, with the mean length
 karcher            the mean on the sphere, with the mean length
 model_stock        ``base + t (mean_k x_k - base)``, t from the angles of the deltas
+fisher             ``sum_k w_k F_k x_k / sum_k w_k F_k``
+regmean            ``(sum_k w_k G_k)^-1 sum_k w_k G_k W_k`` for linear layers
 =================  ==========================================================================
 
 with ``d_k = x_k - base``. The defaults under these names are mergekit's. The codes and papers
@@ -170,8 +172,12 @@ SWITCHES: tuple[str, ...] = (
     "nuslerp_row_wise",
 )
 
-RuleMaker = Callable[[Mapping[str, Any]], Rule]
-"""Makes the rule of a tensor from the numbers of the whole merge and the switches, by name."""
+#: Parameters that name a file of each model.
+FILES: tuple[str, ...] = ("fisher", "gram")
+
+RuleMaker = Callable[[Mapping[str, Any]], Rule | None]
+"""Makes the rule of a tensor from the numbers of the whole merge and the switches, by name;
+``None`` where the policy alone is meant."""
 
 #: What ``base_model`` is for a method: what deltas are taken from (needed, or wanted where it is
 #: given), one of the models (needed, or possible), or only where config and tokenizer come from.
@@ -199,6 +205,7 @@ class Method:
         switches: names in :data:`SWITCHES` that the rule is given, with their defaults.
         weighted: whether the models have weights.
         base: what ``base_model`` is for it; by default as the policy says.
+        statistic: name in :data:`FILES` of the file that each model needs.
         least, most: how many models are merged with one another, a base of deltas not counted.
     """
 
@@ -214,6 +221,7 @@ class Method:
     switches: Mapping[str, bool] = field(default_factory=dict)
     weighted: bool = True
     base: Base | None = None
+    statistic: str | None = None
     least: int = 1
     most: int | None = None
 
@@ -263,7 +271,7 @@ class Method:
     @property
     def model_parameters(self) -> tuple[str, ...]:
         """Parameters that each model may have of its own."""
-        return self.model_numbers
+        return self.model_numbers + ((self.statistic,) if self.statistic else ())
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -271,7 +279,8 @@ class Method:
         if self.one_as_it_is:
             return (*self.model_numbers, *self.whole_numbers)
         if self.rule is not None:
-            return (*self._all_numbers, *self.switches)
+            files = (self.statistic,) if self.statistic else ()
+            return (*self._all_numbers, *self.switches, *files)
         names = [*self.model_numbers, "normalize", *self.whole_numbers]
         if self.policy.sparsify != "none":
             names += ["rescale", "rescale_by"]
@@ -328,6 +337,35 @@ def _selective(name: str, unit: Unit, *numbers: str) -> RuleMaker:
 _FROM_ZERO = Number(
     default=1e-5, low=0.0, words="the magnitude up to which a delta counts as none, at least 0"
 )
+def _fisher(given: Mapping[str, Any]) -> Rule | None:
+    known = given["statistics"]
+    if known is None:
+        return None
+    return Whole(
+        "fisher",
+        function="cl_fast.ops.weighted_means:fisher_rule",
+        unit="element",
+        statistics=known.sources,
+        shape=known.shape,
+        crcs=known.crcs,
+    )
+
+
+def _regmean(given: Mapping[str, Any]) -> Rule | None:
+    known = given["statistics"]
+    if known is None:
+        return None
+    return Whole(
+        "regmean",
+        (("alpha", given["alpha"]), ("in_first", known.in_first)),
+        function="cl_fast.ops.weighted_means:regmean_rule",
+        unit="tensor",
+        statistics=known.sources,
+        shape=known.shape,
+        crcs=known.crcs,
+    )
+
+
 _MODELS = Policy(difference=False)
 _DELTAS = Policy()
 
@@ -509,6 +547,29 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 numbers=("r", "alpha", "epsilon"),
                 own={"epsilon": _FROM_ZERO},
                 weighted=False,
+            ),
+            Method(
+                name="fisher",
+                summary="mean of the models weighted by their Fisher diagonals",
+                policy=Policy(difference=False, reduce="mean"),
+                rule=_fisher,
+                statistic="fisher",
+            ),
+            Method(
+                name="regmean",
+                summary="linear layers that keep the models' outputs on their own inputs",
+                policy=Policy(difference=False, reduce="mean"),
+                rule=_regmean,
+                numbers=("alpha",),
+                own={
+                    "alpha": Number(
+                        default=0.9,
+                        low=0.0,
+                        high=1.0,
+                        words="the factor of the off-diagonals, from 0 to 1",
+                    )
+                },
+                statistic="gram",
             ),
         )
     }

@@ -54,6 +54,7 @@ from cl_fast.merging.references import term_names
 from cl_fast.merging.rules import Blend, Rule, Whole, whole_memory
 from cl_fast.merging.slices import Cut, Group, cut, edit_config, list_inputs, whole
 from cl_fast.merging.sources import READ_AHEAD, Fetched, Made, Packed, Source, made_whole
+from cl_fast.merging.statistics import known_of, open_all
 from cl_fast.merging.vocabulary import VocabularyPlan, plan_vocabulary
 from cl_fast.ops.policy import (
     Policy,
@@ -476,6 +477,7 @@ class _Draft:
         check_shapes(inputs, names)
         self._group = group
         self._policy = part.policy
+        self._statistics = open_all(part, method.statistic)
         self.infos = {name: inputs[0].tensors[name] for name in names}
         self.kinds = {name: kind_of_tensor(inputs, name) for name in names}
         self.combined = [name for name in names if self.kinds[name] == "combine"]
@@ -571,7 +573,9 @@ class _Draft:
             if method.rule is not None and kind == "combine":
                 values = {word: numbers.of_whole(word, name) for word in numbers.whole}
                 part = group.part
-                rule = method.rule({**values, **part.switches, "base": part.base_position})
+                known = known_of(part, self._statistics, group.stored, name, info.shape)
+                given = {"base": part.base_position, "statistics": known}
+                rule = method.rule({**values, **part.switches, **given})
             terms = tuple(
                 Term(
                     model,
@@ -863,6 +867,8 @@ def _reads(tensors: list[TensorPlan]) -> tuple[int, int]:
             passes += (policy.sparsify in ("trim", "band")) + (policy.rescale == "l1")
         if isinstance(tensor.rule, Blend):
             passes += 1
+        if isinstance(tensor.rule, Whole):
+            nbytes += sum(source.nbytes for source in tensor.rule.statistics)
         most = max(most, passes)
         total += passes * nbytes
     return most, total
@@ -940,6 +946,14 @@ def _predicted_memory(
 def _fingerprint(plan: Plan) -> str:
     """Digest of all that decides the bytes of the output."""
     digest = blake2b(digest_size=16)
+    paths = {
+        source.path
+        for tensor in plan.tensors
+        if isinstance(tensor.rule, Whole)
+        for source in tensor.rule.statistics
+    }
+    stats = {path: Path(path).stat() for path in sorted(paths)}
+    files = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()]
     rules = sorted({repr(tensor.rule) for tensor in plan.tensors if tensor.rule is not None})
     digest.update(
         json.dumps(
@@ -948,6 +962,7 @@ def _fingerprint(plan: Plan) -> str:
                 "recipe": plan.recipe.model_dump(mode="json"),
                 "policies": sorted({repr(tensor.policy) for tensor in plan.tensors}),
                 **({"rules": rules} if rules else {}),
+                **({"statistics": files} if files else {}),
                 "seed": plan.seed,
                 "vocabulary": plan.vocabulary.digest if plan.vocabulary is not None else "",
                 "models": plan.models,

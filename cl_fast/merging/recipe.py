@@ -42,6 +42,7 @@ from cl_fast.errors import RecipeError
 from cl_fast.merging.chat_templates import check_chat_template
 from cl_fast.merging.methods import (
     CHOICES,
+    FILES,
     NUMBERS,
     SWITCHES,
     Method,
@@ -246,7 +247,8 @@ class Recipe(BaseModel):
             key = f"{prefix}models[{i}]"
             _check_reference(f"{key}.model", entry.model)
             settings = _own(method, entry.parameters, f"{key}.parameters")
-            entries.append(Entry(key, entry.model, None, settings))
+            file = _file(method, entry.parameters, key)
+            entries.append(Entry(key, entry.model, None, settings, file))
         base = None
         if self.base_model is not None:
             base = Entry("base_model", self.base_model, None, {})
@@ -267,7 +269,8 @@ class Recipe(BaseModel):
             _check_reference(f"{where}.model", entry.model)
             settings = _own(method, entry.parameters, f"{where}.parameters")
             layers = _layer_range(entry.layer_range, f"{where}.layer_range")
-            entries.append(Entry(where, entry.model, layers, settings))
+            file = _file(method, entry.parameters, where)
+            entries.append(Entry(where, entry.model, layers, settings, file))
         first = entries[0]
         for other in entries[1:]:
             if _length(other) != _length(first):
@@ -384,12 +387,14 @@ class Entry:
         model: its reference.
         layers: the layers that take part, first and after the last; ``None``: all of them.
         settings: its own numbers.
+        file: its file of statistics, for a method that needs one.
     """
 
     key: str
     model: str
     layers: tuple[int, int] | None
     settings: Mapping[str, Setting]
+    file: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -439,6 +444,8 @@ def _scope(method: Method, parameters: Mapping[str, Any], where: str) -> _Scope:
         check_parameter(method, name, key)
         if value is None:
             raise RecipeError(f"{key}: has no value; give one or remove the key")
+        if name in FILES:
+            raise RecipeError(f"{key}: is of one model; move it to that model's 'parameters'")
         if name in NUMBERS:
             settings[name] = _setting(method, name, value, key)
         elif name == "int8_mask":
@@ -447,6 +454,18 @@ def _scope(method: Method, parameters: Mapping[str, Any], where: str) -> _Scope:
         else:
             words[name] = value
     return _Scope(settings, words, where)
+
+
+def _file(method: Method, parameters: Mapping[str, Any], where: str) -> str | None:
+    """The file of statistics of a model."""
+    if method.statistic is None:
+        return None
+    if parameters.get(method.statistic) is None:
+        raise RecipeError(
+            f"{where}.parameters.{method.statistic}: is required by merge_method {method.name!r}; "
+            f"name the file that cl_fast.merging.statistics.collect_{method.statistic} wrote"
+        )
+    return str(parameters[method.statistic])
 
 
 def _own(method: Method, parameters: Mapping[str, Any], where: str) -> dict[str, Setting]:
@@ -461,6 +480,10 @@ def _own(method: Method, parameters: Mapping[str, Any], where: str) -> dict[str,
             )
         if value is None:
             raise RecipeError(f"{key}: has no value; give one or remove the key")
+        if name in FILES:
+            if not isinstance(value, str | Path) or not str(value).strip():
+                raise RecipeError(f"{key}: must be the path of a file; got {kind_of(value)}")
+            continue
         own[name] = _setting(method, name, value, key)
     return own
 

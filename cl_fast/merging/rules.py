@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cl_fast.merging.plan import TensorPlan
+    from cl_fast.merging.sources import Source
 
 __all__ = ["BLENDS", "PART", "Blend", "Rule", "Unit", "Whole", "whole_memory"]
 
@@ -115,16 +116,30 @@ class Whole(Rule):
     tells how it may be cut: ``element`` gets flat runs, ``row`` gets [rows, last extent] with
     whole rows, ``tensor`` the tensor in its shape. It is called in several threads, each with one
     torch thread, so the bits do not depend on the number of threads. It changes no input.
+
+    ``statistics`` are further tensors, one for each model, that it is given as ``statistics=``: in
+    parts like the models for ``element``, else whole and of ``shape``. ``crcs`` tell, where they
+    are known, the CRC-64 of the models' tensors in float32 that they were collected on.
     """
 
     function: str = ""
     unit: Unit = "tensor"
+    statistics: tuple[Source, ...] = ()
+    shape: tuple[int, ...] = ()
+    crcs: tuple[int | None, ...] = ()
 
-    def apply(self, values: list[Tensor], base: Tensor | None, weights: Sequence[float]) -> Tensor:
+    def apply(
+        self,
+        values: list[Tensor],
+        base: Tensor | None,
+        weights: Sequence[float],
+        statistics: list[Tensor],
+    ) -> Tensor:
         """The result for one part of a tensor."""
         module, function = self.function.split(":")
+        more = {"statistics": statistics} if self.statistics else {}
         made: Tensor = getattr(importlib.import_module(module), function)(
-            values, base, weights=weights, **dict(self.settings)
+            values, base, weights=weights, **more, **dict(self.settings)
         )
         return made
 
@@ -137,6 +152,8 @@ def whole_memory(tensor: TensorPlan, threads: int | None) -> int:
     count = len(tensor.terms) + (tensor.base is not None)
     stored = sum(term.source.nbytes for term in tensor.terms)
     stored += tensor.base.nbytes if tensor.base is not None else 0
+    stored += sum(source.nbytes for source in rule.statistics)
+    count += len(rule.statistics)
     part = tensor.numel
     if rule.unit != "tensor":
         least = tensor.shape[-1] if rule.unit == "row" and tensor.shape else 1

@@ -15,7 +15,7 @@ tensors must be equal in all models and are passed on. Names that share storage 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from cl_fast.errors import CheckpointError, NonFiniteError, RecipeError
 from cl_fast.merging.methods import find_method, make_policy
-from cl_fast.ops import combine_many, selective, stream_key
+from cl_fast.ops import combine, combine_many, selective, spherical, stream_key
 from cl_fast.ops.magnitude import READABLE
 from cl_fast.ops.policy import (
     Divisor,
@@ -37,6 +37,8 @@ from cl_fast.ops.policy import (
     TrimTies,
     check_keep_probabilities,
 )
+from cl_fast.ops.weighted_means import fisher_mean
+from cl_fast.ops.weighted_means import regmean as mean_by_inputs
 
 __all__ = [
     "breadcrumbs",
@@ -45,8 +47,15 @@ __all__ = [
     "dare_ties",
     "della",
     "della_linear",
+    "fisher",
+    "karcher",
     "linear",
+    "model_stock",
+    "multislerp",
+    "nuslerp",
+    "regmean",
     "sce",
+    "slerp",
     "task_arithmetic",
     "ties",
 ]
@@ -477,6 +486,248 @@ def sce(
             )
             merged.append(out.to(out_dtype or start.dtype))
         return _finish(inputs, names, merged, into, nan)
+
+
+def slerp(
+    start: Model,
+    end: Model,
+    *,
+    t: PerTensor,
+    out_dtype: torch.dtype | None = None,
+    into: nn.Module | None = None,
+    nan: Nan = "refuse",
+) -> dict[str, Tensor]:
+    """Spherical interpolation of each tensor from `start` (t = 0) to `end` (t = 1).
+
+    Args:
+        start, end: state dicts or modules.
+        t: a number, or one for each tensor: a mapping from names, or a function of the name.
+        out_dtype, into, nan: see `ties`.
+
+    Raises:
+        As `ties`.
+    """
+
+    def one(name: str, base: Tensor | None, values: list[Tensor], weights: list[float]) -> Tensor:
+        found = t(name) if callable(t) else t[name] if isinstance(t, Mapping) else t
+        return spherical.slerp(values[0], values[1], float(found), out_dtype=out_dtype)
+
+    return _by_rule(None, {"start": start, "end": end}, 1.0, one, into, nan)
+
+
+def nuslerp(
+    models: Models,
+    *,
+    base: Model | None = None,
+    weight: PerModel = 1.0,
+    along: spherical.Along = "all",
+    out_dtype: torch.dtype | None = None,
+    into: nn.Module | None = None,
+    nan: Nan = "refuse",
+) -> dict[str, Tensor]:
+    """Spherical interpolation of two models, or of their deltas from `base`, by their weights.
+
+    `along` is "all", "rows" or "columns" (`cl_fast.ops.spherical.nuslerp`). Other arguments and
+    errors: see `ties`; ValueError too where there are not two models.
+    """
+    if len(models) != 2:
+        raise ValueError(f"nuslerp merges two models; got {len(models)}")
+
+    def one(name: str, base: Tensor | None, values: list[Tensor], weights: list[float]) -> Tensor:
+        return spherical.nuslerp(
+            values[0], values[1], weights, base=base, along=along, out_dtype=out_dtype
+        )
+
+    return _by_rule(base, models, weight, one, into, nan)
+
+
+def multislerp(
+    models: Models,
+    *,
+    base: Model | None = None,
+    weight: PerModel = 1.0,
+    normalize_weights: bool = True,
+    eps: float = 1e-8,
+    out_dtype: torch.dtype | None = None,
+    into: nn.Module | None = None,
+    nan: Nan = "refuse",
+) -> dict[str, Tensor]:
+    """The weighted mean of the directions of models, or of their deltas, with their mean length.
+
+    `normalize_weights`, `eps`: `cl_fast.ops.spherical.multislerp`. Others and errors: see `ties`.
+    """
+
+    def one(name: str, base: Tensor | None, values: list[Tensor], weights: list[float]) -> Tensor:
+        return spherical.multislerp(
+            values, weights, base=base, normalize_weights=normalize_weights, eps=eps,
+            out_dtype=out_dtype,
+        )  # fmt: skip
+
+    return _by_rule(base, models, weight, one, into, nan)
+
+
+def karcher(
+    models: Models,
+    *,
+    max_iter: int = 10,
+    tol: float = 1e-5,
+    out_dtype: torch.dtype | None = None,
+    into: nn.Module | None = None,
+    nan: Nan = "refuse",
+) -> dict[str, Tensor]:
+    """The mean of the models on the sphere, with their mean length.
+
+    `max_iter`, `tol`: `cl_fast.ops.spherical.karcher_mean`. Others and errors: see `ties`.
+    """
+
+    def one(name: str, base: Tensor | None, values: list[Tensor], weights: list[float]) -> Tensor:
+        return spherical.karcher_mean(values, max_iter=max_iter, tol=tol, out_dtype=out_dtype)
+
+    return _by_rule(None, models, 1.0, one, into, nan)
+
+
+def model_stock(
+    base: Model,
+    models: Models,
+    *,
+    filter_wise: bool = False,
+    out_dtype: torch.dtype | None = None,
+    into: nn.Module | None = None,
+    nan: Nan = "refuse",
+) -> dict[str, Tensor]:
+    """Between the base and the mean, as far as the deltas agree (Jang et al. 2024).
+
+    `filter_wise` takes an angle for each row. Other arguments and errors: see `ties`.
+    """
+
+    def one(name: str, base: Tensor | None, values: list[Tensor], weights: list[float]) -> Tensor:
+        assert base is not None
+        return spherical.model_stock(base, values, filter_wise=filter_wise, out_dtype=out_dtype)
+
+    return _by_rule(base, models, 1.0, one, into, nan)
+
+
+def fisher(
+    models: Models,
+    fishers: Sequence[StateDict],
+    *,
+    weight: PerModel = 1.0,
+    out_dtype: torch.dtype | None = None,
+    into: nn.Module | None = None,
+    nan: Nan = "refuse",
+) -> dict[str, Tensor]:
+    """The mean of the models weighted by their Fisher diagonals (Matena and Raffel 2022).
+
+    Args:
+        models: see `ties`. There is no base.
+        fishers: for each model, name -> F in the shape of the tensor; tensors of which no model has
+            one are the weighted mean, and so are elements where all are 0.
+        weight, out_dtype, into, nan: see `ties`.
+
+    Raises:
+        As `ties`; ValueError too where the fishers do not fit the models.
+    """
+    _check_known("fishers", fishers, models)
+
+    def one(name: str, base: Tensor | None, values: list[Tensor], weights: list[float]) -> Tensor:
+        known = _known("fishers", fishers, name)
+        if known is None:
+            return _mean(values, weights, out_dtype)
+        return _round(fisher_mean(values, known, weights), out_dtype or values[0].dtype)
+
+    return _by_rule(None, models, weight, one, into, nan)
+
+
+def regmean(
+    models: Models,
+    grams: Sequence[StateDict],
+    *,
+    weight: PerModel = 1.0,
+    alpha: float = 0.9,
+    in_first: Collection[str] = (),
+    out_dtype: torch.dtype | None = None,
+    into: nn.Module | None = None,
+    nan: Nan = "refuse",
+) -> dict[str, Tensor]:
+    """Linear layers that keep the models' outputs on their own inputs (RegMean; Jin et al. 2023).
+
+    Args:
+        models: see `ties`. There is no base.
+        grams: for each model, name of a linear layer's weight -> second moments of its inputs; all
+            other tensors are the weighted mean.
+        alpha: factor of their off-diagonals.
+        in_first: names of weights that are stored as [in, out].
+        weight, out_dtype, into, nan: see `ties`.
+
+    Raises:
+        As `ties`; ValueError too where the grams do not fit the models.
+    """
+    _check_known("grams", grams, models)
+
+    def one(name: str, base: Tensor | None, values: list[Tensor], weights: list[float]) -> Tensor:
+        known = _known("grams", grams, name)
+        if known is None:
+            return _mean(values, weights, out_dtype)
+        made = mean_by_inputs(values, known, weights, alpha=alpha, in_first=name in in_first)
+        return _round(made, out_dtype or values[0].dtype)
+
+    return _by_rule(None, models, weight, one, into, nan)
+
+
+def _check_known(argument: str, known: Sequence[StateDict], models: Models) -> None:
+    if len(known) != len(models):
+        raise ValueError(f"{argument}: {len(models)} models need as many; got {len(known)}")
+
+
+def _known(argument: str, known: Sequence[StateDict], name: str) -> list[Tensor] | None:
+    found = [one[name] for one in known if name in one]
+    if found and len(found) < len(known):
+        raise ValueError(f"{argument}: some of the models have {name!r} there, and some have not")
+    return found or None
+
+
+def _mean(values: list[Tensor], weights: list[float], dtype: torch.dtype | None) -> Tensor:
+    policy = Policy(difference=False, reduce="mean")
+    return combine(None, values, weights=weights, policy=policy, out_dtype=dtype)
+
+
+def _round(made: Tensor, dtype: torch.dtype) -> Tensor:
+    """By way of float32, as a merge of files stores it."""
+    return made.float().to(dtype)
+
+
+def _by_rule(
+    base: Model | None,
+    models: Models,
+    weight: PerModel,
+    one: Callable[[str, Tensor | None, list[Tensor], list[float]], Tensor],
+    into: nn.Module | None,
+    nan: Nan,
+) -> dict[str, Tensor]:
+    """Merges tensor by tensor with a function of name, base, values and weights."""
+    if nan not in ("refuse", "propagate"):
+        raise ValueError(f"nan must be 'refuse' or 'propagate'; got {nan!r}")
+    if into is not None and not isinstance(into, nn.Module):
+        raise TypeError(f"into must be an nn.Module, got {type(into).__name__}")
+    inputs = Inputs.of(base, models)
+    with torch.no_grad():
+        names = inputs.check()
+        if nan == "refuse":
+            inputs.refuse_nonfinite(names)
+        rows = _PerModel("weight", weight, inputs.names).rows(names)
+        merged = {}
+        for name, weights in zip(names, rows, strict=True):
+            start = inputs.base[name] if inputs.base is not None else None
+            merged[name] = one(name, start, [model[name] for model in inputs.models], weights)
+        if nan == "refuse" and (bad := first_nonfinite(merged.items())) is not None:
+            raise NonFiniteError(
+                f"tensor {bad!r}: the merge overflows {merged[bad].dtype}; lower the weights, or "
+                "set out_dtype=torch.float32"
+            )
+        result = inputs.result(merged)
+    if into is not None:
+        into.load_state_dict(result)
+    return result
 
 
 def _merge(

@@ -9,7 +9,8 @@
 All take their weights from the inner products in float64 (:mod:`cl_fast.ops.blending` has the
 formulas, and what is done with zeros, equal and opposite vectors), and combine once, in float32
 with one rounding, or in float64 for float64 tensors. For float32, bfloat16 and float16 on the CPU
-the results are those of ``cl-fast merge`` to the last bit. None is differentiable.
+the results are those of ``cl-fast merge`` to the last bit. None is differentiable. ``out_dtype`` is
+the type of the result; by default that of the base or of the first tensor.
 """
 
 from __future__ import annotations
@@ -50,7 +51,14 @@ Along = Literal["all", "rows", "columns"]
 _SMALLEST_SINE = 1e-6
 
 
-def slerp(start: Tensor, end: Tensor, t: float, *, linear_above: float = LINEAR_ABOVE) -> Tensor:
+def slerp(
+    start: Tensor,
+    end: Tensor,
+    t: float,
+    *,
+    linear_above: float = LINEAR_ABOVE,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
     """Spherical interpolation from ``start`` (t = 0) to ``end`` (t = 1), each as one vector.
 
     Args:
@@ -65,7 +73,8 @@ def slerp(start: Tensor, end: Tensor, t: float, *, linear_above: float = LINEAR_
         ValueError: shapes differ. TypeError: not of a floating type.
     """
     gram = _gram([start, end], None)
-    return _combine([start, end], slerp_weights(gram, t, linear_above=linear_above), None)
+    found = slerp_weights(gram, t, linear_above=linear_above)
+    return _combine([start, end], found, None, out_dtype)
 
 
 def nuslerp(
@@ -75,6 +84,7 @@ def nuslerp(
     *,
     base: Tensor | None = None,
     along: Along = "all",
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Spherical interpolation by weights, of tensors or of their differences from a base.
 
@@ -96,13 +106,13 @@ def nuslerp(
         raise ValueError(f"along must be one of {', '.join(get_args(Along))}; got {along!r}")
     if along == "all":
         found = nuslerp_weights(_gram([first, second], base), weights)
-        return _combine([first, second], found, base)
+        return _combine([first, second], found, base, out_dtype)
     _gram([first[:0] if first.ndim else first, second[:0] if second.ndim else second], None)
     if first.shape != second.shape or (base is not None and base.shape != first.shape):
         raise ValueError(f"the shapes differ: {tuple(first.shape)} and {tuple(second.shape)}")
     run = nuslerp_rows if along == "rows" else nuslerp_columns
     with torch.no_grad():
-        return run([first, second], base, weights=weights).to(first.dtype)
+        return _rounded(run([first, second], base, weights=weights), out_dtype or first.dtype)
 
 
 def multislerp(
@@ -112,6 +122,7 @@ def multislerp(
     base: Tensor | None = None,
     normalize_weights: bool = True,
     eps: float = 1e-8,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The weighted mean of the directions of K tensors (or deltas), with their mean length.
 
@@ -128,7 +139,7 @@ def multislerp(
     found = multislerp_weights(
         _gram(tensors, base), given, normalize_weights=normalize_weights, eps=eps
     )
-    return _combine(tensors, found, base)
+    return _combine(tensors, found, base, out_dtype)
 
 
 def karcher_mean(
@@ -137,6 +148,7 @@ def karcher_mean(
     *,
     max_iter: int = 10,
     tol: float = 1e-5,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The Karcher (Frechet) mean of the directions of K tensors, with their mean length.
 
@@ -149,12 +161,17 @@ def karcher_mean(
         ValueError: shapes or numbers of weights differ, weights that sum to 0.
     """
     given = _weights(tensors, weights)
-    return _combine(
-        tensors, karcher_weights(_gram(tensors, None), given, max_iter=max_iter, tol=tol), None
-    )
+    found = karcher_weights(_gram(tensors, None), given, max_iter=max_iter, tol=tol)
+    return _combine(tensors, found, None, out_dtype)
 
 
-def model_stock(base: Tensor, tensors: Sequence[Tensor], *, filter_wise: bool = False) -> Tensor:
+def model_stock(
+    base: Tensor,
+    tensors: Sequence[Tensor],
+    *,
+    filter_wise: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
     """Between a base and the mean of K >= 2 finetuned tensors, as far as their deltas agree.
 
     Args:
@@ -165,13 +182,15 @@ def model_stock(base: Tensor, tensors: Sequence[Tensor], *, filter_wise: bool = 
         ValueError: fewer than two tensors, or shapes that differ.
     """
     if not filter_wise:
-        return _combine(tensors, model_stock_weights(_gram(tensors, base)), base)
+        found = model_stock_weights(_gram(tensors, base))
+        return _combine(tensors, found, base, out_dtype)
     if len(tensors) < 2:
         raise ValueError(f"model stock needs two or more tensors; got {len(tensors)}")
     if any(x.shape != base.shape for x in tensors):
         raise ValueError(f"every tensor must have the shape of the base, {tuple(base.shape)}")
     with torch.no_grad():
-        return model_stock_rows(list(tensors), base, weights=()).to(base.dtype)
+        made = model_stock_rows(list(tensors), base, weights=())
+        return _rounded(made, out_dtype or base.dtype)
 
 
 # The parts of tensors that rules of merges are given: inputs of any floating type, float64 inside.
@@ -242,7 +261,17 @@ def _gram(tensors: Sequence[Tensor], base: Tensor | None) -> list[list[float]]:
     return rows
 
 
-def _combine(tensors: Sequence[Tensor], weights: Sequence[float], base: Tensor | None) -> Tensor:
+def _rounded(made: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 in the type of the result, by way of float32 as a merge stores it."""
+    return made if dtype == torch.float64 else made.float().to(dtype)
+
+
+def _combine(
+    tensors: Sequence[Tensor],
+    weights: Sequence[float],
+    base: Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
     policy = Policy(difference=base is not None)
     every = [*tensors, *([] if base is None else [base])]
     with torch.no_grad():
@@ -252,7 +281,8 @@ def _combine(tensors: Sequence[Tensor], weights: Sequence[float], base: Tensor |
                 tensors,
                 weights=weights,
                 policy=policy,
-                out_dtype=torch.float64,
+                out_dtype=out_dtype or torch.float64,
                 compute_dtype=torch.float64,
             )
-        return combine(base, [x.detach() for x in tensors], weights=weights, policy=policy)
+        inputs = [x.detach() for x in tensors]
+        return combine(base, inputs, weights=weights, policy=policy, out_dtype=out_dtype)
