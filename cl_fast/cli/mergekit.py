@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import sys
 from typing import Any, NamedTuple
 
 from cl_fast.cli.arguments import positive, size
@@ -125,6 +126,8 @@ def notes(arguments: argparse.Namespace) -> list[str]:
         )
     if arguments.transformers_cache is not None:
         os.environ["HF_HUB_CACHE"] = arguments.transformers_cache
+        if constants := sys.modules.get("huggingface_hub.constants"):  # it has looked already
+            vars(constants)["HF_HUB_CACHE"] = arguments.transformers_cache
     found = [
         f"--{flag.name} changes nothing: {flag.why}"
         for flag in _WITHOUT_EFFECT

@@ -969,10 +969,7 @@ def _fingerprint(plan: Plan) -> str:
                 "inputs": [
                     [
                         checkpoint.reference,
-                        [
-                            [f.file_size, f.mtime_ns, f.digest, f.version]
-                            for f in checkpoint.files
-                        ],
+                        [[f.file_size, f.mtime_ns, f.digest, f.version] for f in checkpoint.files],
                     ]
                     for checkpoint in plan.inputs
                 ],

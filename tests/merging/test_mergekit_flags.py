@@ -12,7 +12,6 @@ from merge_cases import family, recipe, write_recipe
 
 from cl_fast.cli import main
 from cl_fast.cli.mergekit import shard_size
-from cl_fast.merging.methods import METHODS
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +34,8 @@ def test_shard_sizes_mean_what_they_mean_there(text: str, value: int) -> None:
 
 def test_flags_with_an_effect(root: Path, tmp_path: Path) -> None:
     flags = ["--random-seed", "7", "-j", "1", "--out-shard-size", "100K", "--no-copy-tokenizer"]
-    flags += ["--no-write-model-card", "--transformers-cache", str(tmp_path / "hub")]
-    before = os.environ.get("HF_HUB_CACHE")
-    try:
-        assert run(root, tmp_path, *flags, method="dare_linear") == 0
-        assert os.environ["HF_HUB_CACHE"] == str(tmp_path / "hub")
-    finally:
-        os.environ.pop("HF_HUB_CACHE", None)
-        if before is not None:
-            os.environ["HF_HUB_CACHE"] = before
+    flags += ["--no-write-model-card"]
+    assert run(root, tmp_path, *flags, method="dare_linear") == 0
     out = tmp_path / "out"
     assert json.loads((out / "cl_fast_merge.json").read_text())["seed"] == 7
     names = {path.name for path in out.iterdir()}
@@ -51,6 +43,27 @@ def test_flags_with_an_effect(root: Path, tmp_path: Path) -> None:
     assert not names & {"tokenizer.json", "chat_template.jinja", "README.md"}
     assert {"config.json", "generation_config.json"} <= names
     assert main(["verify", str(out), "--quiet"]) == 0
+
+
+def test_models_of_the_hub_are_looked_for_in_its_cache(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "other"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "other"))
+    cache = tmp_path / "cache" / "models--org--tiny"
+    (cache / "snapshots").mkdir(parents=True)
+    (cache / "snapshots" / ("a" * 40)).symlink_to(root / "one", target_is_directory=True)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("a" * 40)
+    content = recipe(root, "linear")
+    content["models"][0]["model"] = "org/tiny"
+    path = str(write_recipe(tmp_path / "recipe.yml", content))
+    words = ["merge", path, str(tmp_path / "out"), "--dry-run"]
+    assert main(words) == 1
+    assert main([*words, "--transformers-cache", str(tmp_path / "cache")]) == 0
+    assert os.environ["HF_HUB_CACHE"] == str(tmp_path / "cache")
 
 
 NOTHING = ["cuda", "gpu-rich", "low-cpu-memory", "read-to-gpu", "multi-gpu", "lazy-unpickle"]
@@ -78,36 +91,6 @@ def test_pickles_are_not_written(
     assert run(root, tmp_path, "--no-safe-serialization") == 1
     assert "pickles are not written" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.peers
-def test_every_flag_is_accepted_and_on_the_page(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = pytest.importorskip("mergekit.options", reason="mergekit is not installed")
-    page = (Path(__file__).parents[2] / "docs" / "from-mergekit.md").read_text()
-    flags: list[str] = []
-    for name, field in options.MergeOptions.model_fields.items():
-        flag = "-v" if name == "verbosity" else f"--{name.replace('_', '-')}"
-        assert f"`{flag}`" in page, flag
-        if field.annotation is bool or name == "verbosity":
-            flags += [flag]
-        elif flag not in ("--transformers-cache", "--device"):
-            flags += [flag, "bfloat16" if name == "lora_merge_dtype" else "7"]
-    flags.remove("--quiet")  # it stands beside -v
-    assert run(root, tmp_path, *flags, "--dry-run", method="dare_linear") == 0
-
-
-@pytest.mark.peers
-def test_every_method_is_on_the_page() -> None:
-    registry = pytest.importorskip(
-        "mergekit.merge_methods.registry", reason="mergekit is not installed"
-    )
-    page = (Path(__file__).parents[2] / "docs" / "from-mergekit.md").read_text()
-    rows = [line for line in page.splitlines() if line.startswith("|")]
-    for method in registry.registered_methods():
-        [row] = [row for row in rows if f"`{method.spec.name}`" in row.split("|")[1]]
-        assert (method.spec.name in METHODS) is ("| same |" in row), row
 
 
 def test_the_page_names_tests_that_there_are() -> None:

@@ -20,11 +20,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cl_fast.checkpoints.layers import find_module, find_modules
+from cl_fast.cli import main
 from cl_fast.merging.engine import execute
+from cl_fast.merging.methods import METHODS
 from cl_fast.merging.plan import make_plan
 from cl_fast.merging.recipe import parse_recipe
 
 pytestmark = pytest.mark.peers
+
+PAGE = Path(__file__).parents[2] / "docs" / "from-mergekit.md"
 
 TEXT = {
     "architectures": ["LlamaForCausalLM"],
@@ -300,3 +304,32 @@ def test_layers_are_found_as_its_definitions_say() -> None:
                 assert {*module.pre, *module.post} == whole, (file.name, title)
         seen += 1
     assert seen > 50
+
+
+def test_every_flag_is_accepted_and_on_the_page(root: Path, tmp_path: Path) -> None:
+    options = pytest.importorskip("mergekit.options", reason="mergekit is not installed")
+    page = PAGE.read_text()
+    flags: list[str] = []
+    for name, field in options.MergeOptions.model_fields.items():
+        flag = "-v" if name == "verbosity" else f"--{name.replace('_', '-')}"
+        assert f"`{flag}`" in page, flag
+        if field.annotation is bool or name == "verbosity":
+            flags += [flag]
+        elif flag not in ("--transformers-cache", "--device"):
+            flags += [flag, "bfloat16" if name == "lora_merge_dtype" else "7"]
+    flags.remove("--quiet")  # it stands beside -v
+    text = RECIPES["whole models in a module"].replace("linear", "dare_linear\nbase_model: base")
+    path = tmp_path / "recipe.yml"
+    path.write_text(yaml.safe_dump(filled(yaml.safe_load(text), root)))
+    assert main(["merge", str(path), str(tmp_path / "out"), *flags, "--dry-run"]) == 0
+
+
+def test_every_method_is_on_the_page() -> None:
+    registry = pytest.importorskip(
+        "mergekit.merge_methods.registry", reason="mergekit is not installed"
+    )
+    page = PAGE.read_text()
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    for method in registry.registered_methods():
+        [row] = [row for row in rows if f"`{method.spec.name}`" in row.split("|")[1]]
+        assert (method.spec.name in METHODS) is ("| same |" in row), row
