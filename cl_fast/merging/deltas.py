@@ -17,7 +17,6 @@ costs no further read. Nothing is at the output before all of them agree.
 from __future__ import annotations
 
 import array
-import fcntl
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -53,6 +52,7 @@ from cl_fast.checkpoints.sidecar import Sidecar, plan_sidecars
 from cl_fast.errors import CheckpointError, NonFiniteError, OutputError, RecipeError
 from cl_fast.merging.checksum import crc64, crc64_of_file
 from cl_fast.merging.inputs import Derived
+from cl_fast.merging.journal import WorkLock
 from cl_fast.merging.output import OutputFolder, write_failure
 from cl_fast.merging.sources import Packed, Source
 from cl_fast.ops.policy import DTYPES
@@ -503,24 +503,7 @@ def pack_delta(
     if target.suffix == ".safetensors":
         _write_file(target, packer)
     else:
-        folder = OutputFolder(target)
-        folder.create()
-        try:
-            folder.discard()
-            folder.create()
-            folder.model.mkdir()
-            _write_file(folder.model / NAME, packer)
-            for sidecar in _different_files(plan):
-                copy = folder.model / sidecar.name
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                copy.write_bytes(sidecar.content or sidecar.source.read_bytes())
-            folder.publish(overwrite=overwrite, fsync=True)
-        except OSError as error:
-            if isinstance(error, OutputError):
-                raise
-            raise write_failure(target, error) from error
-        finally:
-            folder.discard()
+        _write_folder(target, packer, _different_files(plan), overwrite=overwrite)
     return read_delta(target)
 
 
@@ -607,6 +590,35 @@ def _different_files(plan: Plan) -> list[Sidecar]:
     return differ
 
 
+def _write_folder(
+    target: Path, packer: _Packer, files: Sequence[Sidecar], *, overwrite: bool
+) -> None:
+    """All or nothing, in a hidden sibling that is not that of a merge."""
+    folder = OutputFolder(target)
+    folder.work = folder.path.parent / f".{folder.path.name}.cl_fast-delta"
+    folder.model, folder.replaced = folder.work / "model", folder.work / "replaced"
+    lock = WorkLock(folder.work, folder.path)
+    folder.create()
+    lock.acquire()
+    try:
+        folder.recover()
+        folder.clear()
+        folder.model.mkdir()
+        _write_file(folder.model / NAME, packer)
+        for file in files:
+            copy = folder.model / file.name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(file.content or file.source.read_bytes())
+        folder.publish(overwrite=overwrite, fsync=True)
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise write_failure(target, error) from error
+    finally:
+        folder.discard()
+        lock.release()
+
+
 def _write_file(target: Path, packer: _Packer) -> None:
     """All or nothing: the file grows under a hidden name and is renamed when it is whole."""
     part = target.with_name(f".{target.name}.cl_fast-partial")
@@ -615,10 +627,7 @@ def _write_file(target: Path, packer: _Packer) -> None:
     except OSError as error:
         raise write_failure(target, error) from error
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise OutputError(f"{target}: another run is writing it; wait for that one") from error
+        _lock(fd, target)
         try:
             os.ftruncate(fd, 0)
             packer.write(fd)
@@ -636,6 +645,17 @@ def _write_file(target: Path, packer: _Packer) -> None:
             raise
     finally:
         os.close(fd)
+
+
+def _lock(fd: int, target: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system: no flock, so no protection from a second run
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise OutputError(f"{target}: another run is writing it; wait for that one") from error
 
 
 class _Packer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -321,6 +322,21 @@ def test_what_a_killed_run_left_is_no_hindrance(root: Path, tmp_path: Path) -> N
     """The hidden file of a run that was killed is written over; while one runs it is refused."""
     import fcntl
 
+    merge = tmp_path / "out" / ".folder.cl_fast-partial"
+    merge.mkdir(parents=True)
+    (merge / "journal.jsonl").write_text("a merge that was interrupted")
+    left = tmp_path / "out" / ".folder.cl_fast-delta" / "model"
+    left.mkdir(parents=True)
+    (left / "x").write_bytes(b"x")
+    pack_delta(
+        root / "base", root / "renumbered", tmp_path / "out" / "folder", drop_rate=0.9, seed=7
+    )
+    assert (merge / "journal.jsonl").exists()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        ".folder.cl_fast-partial",
+        "folder",
+    ]
+    shutil.rmtree(tmp_path / "out")
     part = tmp_path / ".d.safetensors.cl_fast-partial"
     part.write_bytes(b"x" * 1_000_000)
     path = tmp_path / "d.safetensors"
