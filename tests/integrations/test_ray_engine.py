@@ -70,6 +70,19 @@ def test_the_output_has_the_bytes_of_a_local_merge(
     assert result.shards == 6
 
 
+def test_weights_that_come_from_inner_products(cluster: Any, models: Path, tmp_path: Path) -> None:
+    content = {
+        "merge_method": "model_stock",
+        "base_model": str(models / "base"),
+        "models": [{"model": str(models / name)} for name in ("one", "two", "three")],
+    }
+    outputs = []
+    for name, options in {"local": {}, "ray": {"engine": RayEngine(unit=1)}}.items():
+        plan = make_plan(parse_recipe(content), tmp_path / name / "out", out_shard_size=SHARD)
+        outputs.append(contents(execute(plan, fsync=False, **options).output))
+    assert outputs[0] == outputs[1]
+
+
 def test_what_keeps_being_lost_ends_the_run_and_can_be_resumed(
     cluster: Any, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

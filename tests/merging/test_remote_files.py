@@ -135,6 +135,31 @@ def test_the_eager_backend_and_a_memory_bound_change_nothing(
     assert len(digests) == 1
 
 
+@pytest.mark.parametrize(
+    ("method", "models_", "parameters"),
+    [("model_stock", ("one", "two", "three"), {}), ("nearswap", ("one",), {"t": 0.01})],
+)
+def test_methods_that_are_rules(
+    memory: Any,
+    models: Path,
+    tmp_path: Path,
+    method: str,
+    models_: tuple[str, ...],
+    parameters: dict[str, Any],
+) -> None:
+    digests = set()
+    for place, root in {"here": str(models), "there": "memory://models"}.items():
+        content = {
+            "merge_method": method,
+            "base_model": f"{root}/base",
+            "models": [{"model": f"{root}/{name}"} for name in models_],
+            "parameters": parameters,
+        }
+        plan = make_plan(parse_recipe(content), tmp_path / place)
+        digests.add(execute(plan, fsync=False).digest)
+    assert len(digests) == 1
+
+
 def test_one_file_and_mixed_places(memory: Any, models: Path, tmp_path: Path) -> None:
     content = cases.recipe(models)
     content["models"][0]["model"] = "memory://models/one/model.safetensors"
