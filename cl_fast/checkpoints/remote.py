@@ -17,7 +17,7 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -49,6 +49,7 @@ __all__ = [
     "redacted",
     "shadow",
     "state_of",
+    "states_of",
     "telling",
 ]
 
@@ -116,11 +117,13 @@ def name_of(url: str) -> str:
 
 
 def redacted(url: str) -> str:
-    """The URL without user, password and query, for messages."""
+    """The URL without password and query, for messages."""
     scheme, _, rest = url.partition("://")
     place, _, _ = rest.partition("?")
     host, slash, path = place.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+    if ":" in host.rpartition("@")[0]:
+        host = host.rpartition("@")[2]
+    return f"{scheme}://{host}{slash}{path}"
 
 
 def check_url(url: str, error: type[ClFastError] = CheckpointError, key: str | None = None) -> None:
@@ -134,6 +137,11 @@ def check_url(url: str, error: type[ClFastError] = CheckpointError, key: str | N
             f"{prefix}{redacted(url)}: carries credentials in the URL, which would end up in "
             "records and messages; give them as the store's library takes them (for s3 "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile) and leave them out of it"
+        )
+    if parts.query or parts.fragment:
+        raise error(
+            f"{prefix}{redacted(url)}: what follows '?' or '#' in the URL has no meaning here; "
+            "leave it out"
         )
     if not parts.netloc and not parts.path.strip("/"):
         raise error(f"{prefix}{redacted(url)}: names no folder")
@@ -253,6 +261,14 @@ def state_of(url: str, error: type[ClFastError] = CheckpointError) -> State:
         return _state(store.info(path))
 
 
+def states_of(urls: Sequence[str]) -> list[State]:
+    """`state_of` of many files, asked for side by side."""
+    if not urls:
+        return []
+    with ThreadPoolExecutor(_CONNECTIONS, "cl_fast states") as pool:
+        return list(pool.map(state_of, urls))
+
+
 def _state(info: dict[str, Any]) -> State:
     version = next(
         (
@@ -277,7 +293,9 @@ def _state(info: dict[str, Any]) -> State:
             changed = 0
     if isinstance(changed, datetime):
         changed = changed.timestamp()
-    return State(int(info.get("size") or 0), int(changed * 1e9), version)
+    # A store may tell one time to the second and the other to the millisecond; its tag says more.
+    mtime_ns = int(changed) * 10**9 if version else int(changed * 1e9)
+    return State(int(info.get("size") or 0), mtime_ns, version)
 
 
 def list_folder(url: str, error: type[ClFastError] = CheckpointError) -> Listing:

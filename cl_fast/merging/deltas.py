@@ -54,7 +54,7 @@ from cl_fast.merging.checksum import crc64, crc64_of_file
 from cl_fast.merging.inputs import Derived
 from cl_fast.merging.journal import WorkLock
 from cl_fast.merging.output import OutputFolder, write_failure
-from cl_fast.merging.sources import Packed, Source
+from cl_fast.merging.sources import Fetched, Packed, Source
 from cl_fast.ops.policy import DTYPES
 from cl_fast.ops.streams import keep_threshold, stream_key
 
@@ -927,13 +927,18 @@ class _Reader:
         self._source = source
 
     def __enter__(self) -> _Reader:
-        self._fd = os.open(self._source.path, os.O_RDONLY | os.O_CLOEXEC)
+        self._fd = -1
+        if not isinstance(self._source, Fetched):
+            self._fd = os.open(self._source.path, os.O_RDONLY | os.O_CLOEXEC)
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
+        if self._fd >= 0:
+            os.close(self._fd)
 
     def read(self, start: int, nbytes: int) -> bytearray:
+        if isinstance(self._source, Fetched):
+            return replace(self._source, offset=self._source.offset + start, nbytes=nbytes).make()
         data = bytearray(nbytes)
         view, done = memoryview(data), 0
         while done < nbytes:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cl_fast.checkpoints.checkpoint import INDEX_NAME, Checkpoint
-from cl_fast.checkpoints.remote import State, is_url, state_of
+from cl_fast.checkpoints.remote import State, is_url, states_of
 from cl_fast.errors import (
     CheckpointError,
     ClFastError,
@@ -219,15 +219,16 @@ def execute(
 
 def check_inputs(plan: Plan) -> None:
     """Raises CheckpointError when an input file is not as it was when the plan was made."""
-    for header in {header.path: header for cp in plan.inputs for header in cp.files}.values():
-        if is_url(header.path):
-            there = state_of(header.path)
-            if there != State(header.file_size, header.mtime_ns, header.version):
-                raise CheckpointError(
-                    f"{header.path}: was changed after it was planned (size {header.file_size} "
-                    f"then, {there.size} now); merge again when nothing writes to the inputs"
-                )
-            continue
+    headers = {header.path: header for cp in plan.inputs for header in cp.files}
+    urls = [path for path in headers if is_url(path)]
+    for path, there in zip(urls, states_of(urls), strict=True):
+        header = headers.pop(path)
+        if there != State(header.file_size, header.mtime_ns, header.version):
+            raise CheckpointError(
+                f"{path}: was changed after it was planned (size {header.file_size} then, "
+                f"{there.size} now); merge again when nothing writes to the inputs"
+            )
+    for header in headers.values():
         try:
             now = Path(header.path).stat()
         except OSError as error:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from cl_fast.backends import native
 from cl_fast.checkpoints.checkpoint import Checkpoint
-from cl_fast.checkpoints.remote import fetch, is_url, list_folder
+from cl_fast.checkpoints.remote import is_url, list_folder
 from cl_fast.checkpoints.safetensors import Header, TensorInfo
 from cl_fast.errors import CheckpointError, ClFastError
 from cl_fast.merging import manifest as manifests
@@ -273,8 +273,6 @@ def _check_inputs(
 
         def same(item: tuple[TensorInfo, int]) -> bool:
             info, crc = item
-            if is_url(info.path):
-                return crc64(fetch(info.path, info.offset, info.nbytes)) == crc
             return crc64_of_file(info.path, info.offset, info.nbytes) == crc
 
         if not changed:

@@ -342,6 +342,7 @@ def test_the_command_takes_urls(
         ("gs://models/one", "out", CheckpointError, r"gs://models/one: .*pip install gcsfs"),
         ("nope://models/one", "out", CheckpointError, "nobody here knows the protocol nope://"),
         (f"s3://AKIA:{SECRET}@models/one", "out", CheckpointError, "s3://models/one: carries cred"),
+        ("s3://models/one?x=1", "out", CheckpointError, r"s3://models/one: what follows '\?'"),
         (f"https://x.org/m?token={SECRET}", "out", CheckpointError, "https://x.org/m: carries cr"),
         ("one", f"s3://AKIA:{SECRET}@out/x", OutputError, "s3://out/x: carries credentials"),
         ("one", "s3://absent/x", OutputError, "s3://absent/x.*: there is no such bucket"),
