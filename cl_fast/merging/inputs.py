@@ -26,7 +26,7 @@ from cl_fast.checkpoints.remote import (
     shadow,
 )
 from cl_fast.errors import CheckpointError, RecipeError
-from cl_fast.merging.slices import Cut, list_inputs
+from cl_fast.merging.slices import Cut, Listing, list_inputs
 from cl_fast.merging.sources import Source
 
 if TYPE_CHECKING:
@@ -318,8 +318,20 @@ def open_inputs(
                 over = None if i < bases else listing.over[i - bases]
                 base = None if over is None else inputs[over]
                 opened[reference] = _open_derived(opener, recipe, base, key, reference)
+                _check_one_base(opener, listing, key, reference)
         inputs.append(opened[reference])
     return tuple(inputs)
+
+
+def _check_one_base(opener: Opener, listing: Listing, key: str, reference: str) -> None:
+    """A change of a base is opened once, so all slices that use it must have that base."""
+    same = {i for i, entry in enumerate(listing.models) if entry.model == reference}
+    found = {base for base, places in listing.parts if same & set(places)}
+    if len(found) > 1:
+        raise RecipeError(
+            f"{key}: {reference!r} is {opener.noun}, and the slices that use it have different "
+            f"bases; write it as BASE+{reference} in them"
+        )
 
 
 def _open_checkpoint(key: str, reference: str) -> Checkpoint:

@@ -418,6 +418,12 @@ class _Search:
                 raise RecipeError(
                     "sampler: cma-es needs the package cmaes: pip install cmaes"
                 ) from error
+            ranges = [n for n in numbers if n.choices is None and n.low < n.high]
+            if len(ranges) < 2:
+                raise RecipeError(
+                    f"sampler: cma-es adapts two ranges or more; the recipe has {len(ranges)}, "
+                    "use tpe"
+                )
 
     def _check_recipes(self) -> list[Plan]:
         """Plans of what the space can be: whatever headers can tell is told now."""
@@ -554,7 +560,10 @@ class _Search:
         study = self._study
         wanted = study.trials
         if study.sampler == "grid":
-            wanted = min(wanted, math.prod(len(n.grid or ()) for n in self._space.numbers))
+            points = math.prod(len(n.grid or ()) for n in self._space.numbers)
+            if wanted < points:
+                self._say(f"the grid has {points} combinations, of which {wanted} are tried")
+            wanted = min(wanted, points)
         running = self._optuna.trial.TrialState.RUNNING
         for number in range(wanted):
             if self._over(started):

@@ -427,3 +427,33 @@ def test_where_an_adapter_cannot_stand(made: Path, tmp_path: Path) -> None:
     content["models"][0]["model"] = f"{made / 'base'}+{made / 'one'}"
     with pytest.raises(CheckpointError, match="is no folder of an adapter"):
         make_plan(parse_recipe(content), tmp_path / "out")
+
+
+def test_slices_give_an_adapter_one_base(made: Path, tmp_path: Path) -> None:
+    """Two slices of the adapter on its base are the adapter; slices of two bases are refused."""
+
+    def sliced(*bases: str) -> dict[str, Any]:
+        return {
+            "merge_method": "task_arithmetic",
+            "slices": [
+                {
+                    "base_model": str(made / base),
+                    "sources": [
+                        {"model": str(made / "plain"), "layer_range": [i, i + 1]},
+                        {"model": str(made / base), "layer_range": [i, i + 1]},
+                    ],
+                    "parameters": {"weight": 1.0},
+                }
+                for i, base in enumerate(bases)
+            ],
+        }
+
+    out = run(sliced("base", "base"), tmp_path / "out")
+    written, exact, base = cases.load(out), on_base(made, "plain"), cases.load(made / "base")
+    for name in LINEAR:
+        value = written[f"{name}.weight"]
+        assert torch.equal(value, exact[f"{name}.weight"].float().bfloat16())
+        assert not torch.equal(value, base[f"{name}.weight"])
+    assert verify(out, sample=None).problems == []
+    with pytest.raises(RecipeError, match="have different bases; write it as BASE"):
+        make_plan(parse_recipe(sliced("base", "one")), tmp_path / "no")

@@ -105,6 +105,9 @@ def test_a_grid_tries_every_combination_once(inputs: Path) -> None:
     assert list(result.best.values.values()) == [0.25, 0.75]
     assert result.best.score == 0.0
     assert result.recipe["models"][0]["parameters"] == {"weight": 0.25}
+    notes: list[str] = []
+    search(recipe(inputs, steps, 0.5), bowl, sampler="grid", trials=2, say=notes.append)
+    assert notes == ["the grid has 5 combinations, of which 2 are tried"]
     assert result.table(2)[1].split() == ["0", str(result.best.number), "0.25", "0.75"]
 
 
@@ -513,6 +516,8 @@ def test_what_else_is_found_before_the_first_trial(inputs: Path, tmp_path: Path)
         search(recipe(tmp_path / "nowhere", RANGE, 0.5, base_model=str(inputs / "base")), never)
     with pytest.raises(RecipeError, match="sampler: grid needs a step"):
         search(recipe(inputs, RANGE, 0.5), never, sampler="grid")
+    with pytest.raises(RecipeError, match="adapts two ranges or more; the recipe has 1"):
+        search(recipe(inputs, RANGE, 0.5), never, sampler="cma-es")
     with pytest.raises(RecipeError, match="leads nowhere in the recipe"):
         search(recipe(inputs, 0.5, 0.5), never, space={"models[7].weight": RANGE})
     content = recipe(inputs, RANGE, 0.5, merge_method="ties")
