@@ -20,6 +20,7 @@ import contextlib
 import fcntl
 import json
 import math
+import os
 import shlex
 import time
 import warnings
@@ -33,7 +34,14 @@ import yaml
 
 from cl_fast import options
 from cl_fast.documents import kind_of, parse_document, read_document
-from cl_fast.errors import CheckpointError, ClFastError, NonFiniteError, OutputError, RecipeError
+from cl_fast.errors import (
+    CheckpointError,
+    ClFastError,
+    Interrupted,
+    NonFiniteError,
+    OutputError,
+    RecipeError,
+)
 from cl_fast.merging.candidates import Maker, Workspace
 from cl_fast.merging.methods import suggest
 from cl_fast.merging.plan import Plan, make_plan, term_names
@@ -319,7 +327,7 @@ def search(
             raise TypeError("evaluate and space are the study's own; give a recipe instead")
         study = replace(recipe, **settings) if settings else recipe
     else:
-        document = json.loads(json.dumps(recipe))
+        document = _plain(recipe)
         for key, value in (space or {}).items():
             place(document, key, value)
         if evaluate is None:
@@ -370,7 +378,8 @@ class _Search:
         started = time.monotonic()
         with self._locked(), warnings.catch_warnings():
             warnings.simplefilter("ignore", category=self._optuna.exceptions.ExperimentalWarning)
-            beside = self._storage or Path.cwd() / "search"
+            # Without a storage nothing keeps two searches apart but their processes.
+            beside = self._storage or Path.cwd() / f"search-{os.getpid()}"
             self._workspace = Workspace(beside, self._say)
             try:
                 identity = self._identity(self._check_recipes())
@@ -464,7 +473,7 @@ class _Search:
         study = self._study
         return {
             "format": _FORMAT,
-            "space": self._space.to_json(),
+            "space": _plain(self._space.to_json()),
             "recipe": _plain(study.recipe),
             "inputs": stamps,
             "direction": study.direction,
@@ -648,8 +657,11 @@ class _Search:
     def _score(self, recipe: Mapping[str, Any]) -> float:
         evaluate = self._study.evaluate
         if isinstance(evaluate, tuple):
-            with self._workspace.folder(recipe, self._threads) as folder:
-                return score_by_command(evaluate, folder, "evaluate")
+            try:
+                with self._workspace.folder(recipe, self._threads) as folder:
+                    return score_by_command(evaluate, folder, "evaluate")
+            except Interrupted:  # of the merge, whose finished shards are of no use here
+                raise KeyboardInterrupt from None
         if self._maker is None:
             self._maker = Maker(self._study.device, self._threads)
         plan = self._plan(recipe)
