@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     )
     from cl_fast.ops.dropping import dare, keep_mask
     from cl_fast.ops.gated_experts import gated_low_rank
+    from cl_fast.ops.inner_products import gram_matrix
     from cl_fast.ops.low_rank import gram, gram_, rank_update, rank_update_, rank_update_many_
     from cl_fast.ops.magnitude import magnitude_threshold
     from cl_fast.ops.nearest import nearest_key
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
     )
     from cl_fast.ops.packing import PackedDelta, pack, unpack
     from cl_fast.ops.ranking import magnitude_band, magprune
+    from cl_fast.ops.spherical import karcher_mean, model_stock, multislerp, nuslerp, slerp
+    from cl_fast.ops.weighted_means import fisher_mean, regmean
 
 __all__ = [
     "PackedDelta",
@@ -61,16 +64,22 @@ __all__ = [
     "combine_many_",
     "combine_reference",
     "dare",
+    "fisher_mean",
     "gated_low_rank",
     "gram",
     "gram_",
+    "gram_matrix",
+    "karcher_mean",
     "keep_mask",
     "keep_threshold",
     "magnitude_band",
     "magnitude_threshold",
     "magprune",
+    "model_stock",
     "model_thresholds",
+    "multislerp",
     "nearest_key",
+    "nuslerp",
     "orthogonal_penalty",
     "orthogonal_project",
     "orthogonal_project_",
@@ -78,6 +87,8 @@ __all__ = [
     "rank_update",
     "rank_update_",
     "rank_update_many_",
+    "regmean",
+    "slerp",
     "stream_key",
     "trim_keep_count",
     "unpack",
@@ -95,15 +106,21 @@ _HOMES = {
     "combine_many_": "combining",
     "combine_reference": "combining",
     "dare": "dropping",
+    "fisher_mean": "weighted_means",
     "gated_low_rank": "gated_experts",
     "gram": "low_rank",
     "gram_": "low_rank",
+    "gram_matrix": "inner_products",
+    "karcher_mean": "spherical",
     "keep_mask": "dropping",
     "magnitude_band": "ranking",
     "magnitude_threshold": "magnitude",
     "magprune": "ranking",
+    "model_stock": "spherical",
     "model_thresholds": "combining",
+    "multislerp": "spherical",
     "nearest_key": "nearest",
+    "nuslerp": "spherical",
     "orthogonal_penalty": "orthogonality",
     "orthogonal_project": "orthogonality",
     "orthogonal_project_": "orthogonality",
@@ -111,6 +128,8 @@ _HOMES = {
     "rank_update": "low_rank",
     "rank_update_": "low_rank",
     "rank_update_many_": "low_rank",
+    "regmean": "weighted_means",
+    "slerp": "spherical",
     "unpack": "packing",
 }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +172,20 @@ def test_grams_of_an_executor(root: Path, tmp_path: Path, backend: str) -> None:
         base, *values = (states[name][tensor.name] for name in states)
         assert gram == gram_reference(values, base)
         assert unpack_gram(gram, 3)[0][0] > 0
+
+
+def test_the_core_needs_neither_torch_nor_numpy(root: Path, tmp_path: Path) -> None:
+    cases.need_native()
+    file = cases.write_recipe(tmp_path / "recipe.yml", content(root, "model_stock"))
+    code = (
+        "import sys; from cl_fast.cli import main; "
+        f"code = main(['merge', {str(file)!r}, {str(tmp_path / 'out')!r}]); "
+        "print(code, sorted({'torch', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip().endswith("0 []"), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("case", ["slerp", "model_stock", "nuslerp, rows"])
