@@ -26,13 +26,17 @@ class _Flag(NamedTuple):
     why: str
 
 
-_ON_CPU = "the merge runs on the CPU, at the speed at which its files are read and written"
+_ON_CPU = "the merge runs on the CPU"
 
 #: Flags that change nothing here, and why.
 _WITHOUT_EFFECT = (
     _Flag("cuda", None, _ON_CPU),
     _Flag("gpu-rich", None, _ON_CPU),
-    _Flag("low-cpu-memory", None, "memory does not grow with the model"),
+    _Flag(
+        "low-cpu-memory",
+        None,
+        "nothing is kept on a device; --dry-run tells the memory that is needed",
+    ),
     _Flag("read-to-gpu", None, _ON_CPU),
     _Flag("multi-gpu", None, _ON_CPU),
     _Flag("lazy-unpickle", None, "pickles are never opened; safetensors are always read in parts"),

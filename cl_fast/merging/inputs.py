@@ -46,6 +46,7 @@ __all__ = [
     "is_derived",
     "local_folder",
     "open_inputs",
+    "open_model",
     "references",
     "refuse_misplaced",
     "resolve",
@@ -341,6 +342,21 @@ def _open_checkpoint(key: str, reference: str) -> Checkpoint:
         checkpoint = replace(checkpoint, reference=reference)
     checkpoint.refuse_quantised()
     return checkpoint
+
+
+def open_model(key: str, reference: str) -> Checkpoint:
+    """A model that nothing is merged of: config and tokenizer come from it.
+
+    Raises:
+        CheckpointError: it is missing, malformed or quantised.
+        RecipeError: it is a change of a model.
+    """
+    if opener := is_derived(reference):
+        raise RecipeError(
+            f"{key}: {reference!r} is {opener.noun}, which is a change of a model and not one; "
+            "name a checkpoint"
+        )
+    return _open_checkpoint(key, reference)
 
 
 def _open_pair(key: str, reference: str, base: str, change: str) -> Derived:

@@ -337,6 +337,8 @@ def _selective(name: str, unit: Unit, *numbers: str) -> RuleMaker:
 _FROM_ZERO = Number(
     default=1e-5, low=0.0, words="the magnitude up to which a delta counts as none, at least 0"
 )
+
+
 def _fisher(given: Mapping[str, Any]) -> Rule | None:
     known = given["statistics"]
     if known is None:

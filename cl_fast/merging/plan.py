@@ -36,6 +36,7 @@ from cl_fast.merging.inputs import (
     forget,
     local_folder,
     open_inputs,
+    open_model,
     references,
     refuse_misplaced,
     same_path,
@@ -429,6 +430,8 @@ def _staged(recipe: Recipe, url: str) -> tuple[str, str | None]:
 def _check_output(recipe: Recipe, target: Path) -> None:
     real = same_path(target)
     listed = references(recipe)
+    if recipe.base_model is not None:
+        listed.append(("base_model", recipe.base_model))
     if recipe.tokenizer_reference is not None:
         listed.append(("tokenizer_source", recipe.tokenizer_reference))
     parts = [(key, part) for key, ref in listed for part in base_and_change(ref) or (ref,)]
@@ -705,13 +708,17 @@ def _applied(term: Term, base: Source | None, dtype: str) -> tuple[tuple[Term, .
 
 
 def _donor(recipe: Recipe, inputs: tuple[Checkpoint, ...]) -> Checkpoint:
-    """The base; without one the model that ``base_model`` names, else the first."""
-    if not recipe.method.needs_base and recipe.base_model is not None:
-        wanted = same_path(local_folder(recipe.base_model))
-        for checkpoint in inputs:
-            if wanted in (same_path(checkpoint.path), same_path(checkpoint.folder)):
-                return checkpoint
-    return inputs[0]
+    """The model that ``base_model`` names, also if it is merged nowhere; without one the first."""
+    if recipe.base_model is None:
+        return inputs[0]
+    wanted = same_path(local_folder(recipe.base_model))
+    for checkpoint in inputs:
+        if checkpoint.reference == recipe.base_model or wanted in (
+            same_path(checkpoint.path),
+            same_path(checkpoint.folder),
+        ):
+            return checkpoint
+    return open_model("base_model", recipe.base_model)
 
 
 def _model_keep(recipe: Recipe, drafts: Sequence[_Draft]) -> tuple[int, ...]:

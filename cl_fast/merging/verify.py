@@ -464,6 +464,8 @@ def _rebuild(manifest: dict[str, Any], folder: Path) -> Plan:
     if recorded is None or truncated:  # where the tokenizer's files come from changes no tensor
         recipe.pop("tokenizer_source", None)
         recipe.pop("tokenizer", None)
+        if recipe.get("base_model") not in paths.values():
+            recipe.pop("base_model", None)  # it gave the config, and no tensor
     else:
         for place, key in ((recipe, "tokenizer_source"), (recipe.get("tokenizer") or {}, "source")):
             if place.get(key, "base") not in ("base", "union", *paths.values()):

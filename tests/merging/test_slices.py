@@ -183,6 +183,23 @@ def test_a_trim_over_the_whole_model(root: Path, tmp_path: Path) -> None:
         planned(root, tmp_path / "x", parts[0], [source(root, "one", 2, 4)], **recipe)
 
 
+def test_config_and_tokenizer_of_a_model_that_is_not_merged(root: Path, tmp_path: Path) -> None:
+    """Of the base_model, for a method that has no use for a base; and the output goes on alone."""
+    donor = write(tmp_path / "donor", state(9), rope_theta=5.0)
+    recipe = {"base_model": str(donor)}
+    execute(planned(root, tmp_path / "out", [source(root, "one", 0, 2)], **recipe))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["rope_theta"] == 5.0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 2
+    with pytest.raises(RecipeError, match=r"base_model: the output .* lies inside the input"):
+        planned(root, donor / "out", [source(root, "one", 0, 2)], **recipe)
+    donor.rename(tmp_path / "gone")
+    report = verify(tmp_path / "out", sample=None)
+    assert report.ok, report.problems
+    assert report.recomputed
+    with pytest.raises(CheckpointError, match="does not exist"):
+        planned(root, tmp_path / "x", [source(root, "one", 0, 2)], **recipe)
+
+
 def test_a_model_twice_in_a_slice(root: Path, tmp_path: Path) -> None:
     """Two layers of one model are averaged, as those of two models would be."""
     both = [source(root, "one", 0, 2, weight=3), source(root, "one", 2, 4, weight=1)]
