@@ -489,6 +489,20 @@ PYBIND11_MODULE(_native, m) {
           py::arg("path"), py::arg("mode") = "mmap")
       .def("output", &Job::output, py::arg("path"))
       .def(
+          "rows",
+          [](Job& j, int64_t row_bytes, const py::bytes& codes,
+             const std::vector<std::tuple<SourceTuple, int64_t>>& tables, const py::bytes& made) {
+            RowsSource r;
+            r.row_bytes = row_bytes;
+            const std::string_view listed = codes, rows = made;
+            r.codes.resize(listed.size() / 8);
+            std::memcpy(r.codes.data(), listed.data(), r.codes.size() * 8);
+            for (const auto& [source, count] : tables) r.tables.push_back({source_of(source), count});
+            r.made.assign(rows.begin(), rows.end());
+            return j.rows(std::move(r));
+          },
+          py::arg("row_bytes"), py::arg("codes"), py::arg("tables"), py::arg("made"))
+      .def(
           "add_task",
           [](Job& j, int64_t n, const std::string& out_dtype, uintptr_t out_ptr, int out_file,
              int64_t out_offset, const std::optional<SourceTuple>& base, bool difference,

@@ -4,7 +4,7 @@ A fast tokenizer is ``tokenizer.json``: the vocabulary of its model (BPE, Unigra
 WordLevel) and added tokens, which are cut out of the text before the model sees it. Ids of added
 tokens are not what the file says but what loading gives: the id in the model's vocabulary, else the
 next one that is free. The special tokens that ``tokenizer_config.json`` names are added when they
-are missing. :func:`read_vocabulary` tells what a loaded tokenizer would have, from JSON alone;
+are missing. :class:`VocabularyReader` tells what a loaded tokenizer would have, from JSON alone;
 where there are only files of a slow tokenizer (``tokenizer.model``, ``vocab.json``) transformers
 converts them.
 
@@ -25,7 +25,7 @@ from cl_fast.checkpoints.safetensors import strict_json
 from cl_fast.checkpoints.sidecar import has_tokenizer
 from cl_fast.errors import CheckpointError
 
-__all__ = ["Vocabulary", "added_token", "extend", "read_vocabulary"]
+__all__ = ["Vocabulary", "VocabularyReader", "added_token", "extend", "read_vocabulary"]
 
 _SPECIAL = (
     "bos_token",
@@ -53,7 +53,6 @@ class Vocabulary:
         kind: of its model: ``BPE``, ``Unigram``, ``WordPiece``, ``WordLevel``.
         tokens: token -> id, as loading gives it.
         added: the added tokens with their flags, in the order of their ids.
-        digest: of the files that it was read from.
         content: ``tokenizer.json`` as text.
         config: ``tokenizer_config.json`` as text; ``None`` where there is none.
         moved: a token that loading gives another id than the file says, with both, or ``None``.
@@ -63,7 +62,6 @@ class Vocabulary:
     kind: str
     tokens: dict[str, int]
     added: dict[str, dict[str, Any]]
-    digest: str
     content: str
     config: str | None
     moved: tuple[str, int, int] | None
@@ -74,22 +72,61 @@ class Vocabulary:
         return max(self.tokens.values(), default=-1) + 1
 
 
-def read_vocabulary(
-    folder: Path,
-    known: dict[str, Vocabulary] | None = None,
-    instead: Mapping[str, bytes] | None = None,
-) -> Vocabulary | None:
-    """The vocabulary of the tokenizer in ``folder``; ``None`` where there is none.
+class VocabularyReader:
+    """Reads tokenizers, each different tokenizer.json once."""
 
-    Args:
-        known: vocabularies by digest; one with the same files is taken from there, and a new one
-            is put there.
-        instead: files that stand for those in the folder, by name.
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[Vocabulary, _Loaded]] = {}
 
-    Raises:
-        CheckpointError: a file cannot be read, or is not a tokenizer; or it is a slow one and
-            transformers is not installed, or cannot convert it.
-    """
+    def digest(self, folder: Path, instead: Mapping[str, bytes] | None = None) -> str | None:
+        """Of all that tells the tokens; ``None`` where that is not tokenizer.json."""
+        files = _files(folder, instead)
+        if files is None or "tokenizer.json" not in files:
+            return None
+        hasher = blake2b(digest_size=16)
+        for name, data in files.items():
+            hasher.update(name.encode() + len(data).to_bytes(8, "little") + data)
+        return hasher.hexdigest()
+
+    def read(self, folder: Path, instead: Mapping[str, bytes] | None = None) -> Vocabulary | None:
+        """The vocabulary of the tokenizer in ``folder``; ``None`` where there is none.
+
+        Args:
+            instead: files that stand for those in the folder, by name.
+
+        Raises:
+            CheckpointError: a file cannot be read, or is not a tokenizer; or it is a slow one and
+                transformers is not installed, or cannot convert it.
+        """
+        files = _files(folder, instead)
+        if files is None:
+            return None
+        raw = files["tokenizer.json"] if "tokenizer.json" in files else _convert(folder)
+        digest = blake2b(raw, digest_size=16).hexdigest()
+        if digest not in self._known:
+            self._known[digest] = _parse(folder, raw)
+        vocabulary, loaded = self._known[digest]
+        implied = [e for e in _implied(folder, files) if e["content"] not in loaded.added]
+        if implied:
+            loaded = loaded.copy()
+            for entry in implied:
+                loaded.add(entry)
+        config = files.get("tokenizer_config.json")
+        return replace(
+            vocabulary,
+            folder=folder,
+            tokens=loaded.tokens,
+            added={token: loaded.added[token] for token in loaded.order()},
+            config=None if config is None else config.decode("utf-8"),
+        )
+
+
+def read_vocabulary(folder: Path) -> Vocabulary | None:
+    """The vocabulary of one tokenizer; see :meth:`VocabularyReader.read`."""
+    return VocabularyReader().read(folder)
+
+
+def _files(folder: Path, instead: Mapping[str, bytes] | None) -> dict[str, bytes] | None:
     try:
         files = {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
         if not instead and not has_tokenizer(folder):
@@ -98,22 +135,7 @@ def read_vocabulary(
         raise CheckpointError(
             f"{error.filename or folder}: cannot be read ({error.strerror or error})"
         ) from error
-    files |= {name: data for name, data in (instead or {}).items() if name in _FILES}
-    if "tokenizer.json" in files:
-        content = files["tokenizer.json"]
-        hasher = blake2b(digest_size=16)
-        for name, data in files.items():
-            hasher.update(name.encode() + len(data).to_bytes(8, "little") + data)
-        digest = hasher.hexdigest()
-        if known is not None and digest in known:
-            return replace(known[digest], folder=folder)
-    else:
-        content = _convert(folder)
-        digest = blake2b(content, digest_size=16).hexdigest()
-    vocabulary = _parse(folder, content, files, digest)
-    if known is not None:
-        known[digest] = vocabulary
-    return vocabulary
+    return {**files, **{name: data for name, data in (instead or {}).items() if name in _FILES}}
 
 
 def _convert(folder: Path) -> bytes:
@@ -137,7 +159,7 @@ def _convert(folder: Path) -> bytes:
     return str(text).encode()
 
 
-def _parse(folder: Path, raw: bytes, files: Mapping[str, bytes], digest: str) -> Vocabulary:
+def _parse(folder: Path, raw: bytes) -> tuple[Vocabulary, _Loaded]:
     path = folder / "tokenizer.json"
     content = _object(strict_json(raw, str(path)), path)
     model = content.get("model")
@@ -158,20 +180,8 @@ def _parse(folder: Path, raw: bytes, files: Mapping[str, bytes], digest: str) ->
         got = loaded.add(_entry(entry["content"], entry))
         if type(said) is int and said != got and moved is None:
             moved = (entry["content"], said, got)
-    for entry in _implied(folder, files):
-        loaded.add(entry)
-    order = sorted(loaded.added, key=loaded.tokens.__getitem__)
-    config = files.get("tokenizer_config.json")
-    return Vocabulary(
-        folder,
-        _kind(model),
-        loaded.tokens,
-        {token: loaded.added[token] for token in order},
-        digest,
-        raw.decode("utf-8"),
-        None if config is None else config.decode("utf-8"),
-        moved,
-    )
+    text = raw.decode("utf-8")
+    return Vocabulary(folder, _kind(model), loaded.tokens, {}, text, None, moved), loaded
 
 
 class _Loaded:
@@ -182,6 +192,16 @@ class _Loaded:
         self.tokens = tokens
         self.added: dict[str, dict[str, Any]] = {}
         self._size, self._top = len(tokens), -1
+
+    def copy(self) -> _Loaded:
+        other = _Loaded(dict(self.tokens))
+        other.added = dict(self.added)
+        other._size, other._top = self._size, self._top
+        return other
+
+    def order(self) -> list[str]:
+        """The added tokens by their ids."""
+        return sorted(self.added, key=self.tokens.__getitem__)
 
     def add(self, entry: dict[str, Any]) -> int:
         token: str = entry["content"]

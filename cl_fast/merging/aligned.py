@@ -3,12 +3,16 @@
     out[i] = inputs[k][r]                 a row of the model itself, or of another
              0, or a mean of rows         where no model has one, or several have
 
-The rows are gathered from the mapped files, block by block, at the speed of memory; numpy does it
-for every backend, so the bytes are the same.
+The core gathers the rows tile by tile while it merges, and no aligned matrix is ever whole; where
+it cannot (rows of several types, rows that are made themselves, the eager reference) numpy makes
+the matrix from the mapped files. The rows that no input has come from numpy in both cases, so the
+bytes are the same.
 """
 
 from __future__ import annotations
 
+import sys
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,38 +70,99 @@ class Aligned(Made):
         inner = sum(source.memory for source in self.inputs if isinstance(source, Made))
         return self.nbytes + inner + 3 * _BLOCK + 16 * self.width
 
+    @property
+    def streamed(self) -> bool:
+        """Whether all rows are stored, in this type; the core then gathers them tile by tile."""
+        return all(
+            not isinstance(source, Made) and source.crc64 is None and source.dtype == self.dtype
+            for source in self.inputs
+            if source.nbytes
+        )
+
+    @property
+    def row_bytes(self) -> int:
+        return self.nbytes // self.rows if self.rows else 0
+
+    def tables(self) -> list[tuple[Source, int]]:
+        """The inputs, and how many rows each has; of a streamed one."""
+        size = max(1, self.row_bytes)
+        return [(source, source.nbytes // size) for source in self.inputs]
+
+    def made_rows(self) -> bytes:
+        """The rows that no input has: zeros, the mean of all, the means of the groups."""
+        if not self.groups and not _holds(self.codes, MEAN):
+            return bytes(self.row_bytes)
+        import numpy as np
+
+        return _Gather(self, np.frombuffer(self.codes, "<i8"), None).made().tobytes()
+
     def make(self, threads: int | None = None) -> bytearray:
         """The aligned rows.
 
         Raises:
-            CheckpointError: a file ended early.
+            CheckpointError: a file ended early, or is not what a packed delta says.
         """
         import numpy as np
 
-        codes = np.frombuffer(self.codes, np.int64)
+        codes = np.frombuffer(self.codes, "<i8")
+        gather = _Gather(self, codes, threads)
         data = bytearray(self.nbytes)
         out = np.frombuffer(data, _ITEM[self.dtype]).reshape(self.rows, self.width)
-        tables = [_table(source, self.width, threads) for source in self.inputs]
-        kinds = [source.dtype for source in self.inputs]
-        step = max(1, _BLOCK // max(1, self.width * out.itemsize))
-        for start in range(0, self.rows, step):
-            _gather(out[start : start + step], codes[start : start + step], tables, kinds, self)
-        for row in np.flatnonzero(codes <= GROUP):
-            total = np.zeros(self.width)
-            group = self.groups[GROUP - int(codes[row])]
-            for code in group:
-                total += _widen(tables[code >> SHIFT][code & ROW], kinds[code >> SHIFT])
-            out[row] = _narrow((total / len(group)).astype(np.float32), self.dtype)
-        if (codes == MEAN).any():
-            total, counted = np.zeros(self.width), int((codes != MEAN).sum())
-            for start in range(0, self.rows, step):
-                block = out[start : start + step][codes[start : start + step] != MEAN]
-                # row after row, whatever the size of the blocks
-                wide = _widen(block, self.dtype).astype(np.float64)
-                total = np.add.reduce(np.concatenate((total[None], wide)), axis=0)
-            mean = (total / max(1, counted)).astype(np.float32)
-            out[codes == MEAN] = _narrow(mean, self.dtype)
+        for start in range(0, self.rows, gather.step):
+            gather.fill(out[start : start + gather.step], codes[start : start + gather.step])
+        if (codes < 0).any():
+            out[codes < 0] = gather.made()[-1 - codes[codes < 0]]
         return data
+
+
+def _holds(codes: bytes, code: int) -> bool:
+    """Whether a code is among them."""
+    listed = array("q", codes)
+    if sys.byteorder == "big":
+        listed.byteswap()
+    return code in listed
+
+
+class _Gather:
+    """The rows of an aligned matrix, from the mapped inputs."""
+
+    def __init__(self, aligned: Aligned, codes: NDArray[np.int64], threads: int | None) -> None:
+        self._aligned, self._codes = aligned, codes
+        self._kinds = [source.dtype for source in aligned.inputs]
+        self._tables = [_table(source, aligned.width, threads) for source in aligned.inputs]
+        self.step = max(1, _BLOCK // max(1, aligned.row_bytes))
+
+    def fill(self, out: NDArray[Any], codes: NDArray[np.int64]) -> None:
+        """Fills the rows of a block that are single rows of an input."""
+        _gather(out, codes, self._tables, self._kinds, self._aligned)
+
+    def made(self) -> NDArray[Any]:
+        """Row -1 - code for every code below 0."""
+        import numpy as np
+
+        aligned, codes = self._aligned, self._codes
+        out = np.zeros((2 + len(aligned.groups), aligned.width), _ITEM[aligned.dtype])
+        for row, group in zip(out[2:], aligned.groups, strict=True):
+            total = np.zeros(aligned.width)
+            for code in group:
+                k = code >> SHIFT
+                total += _widen(self._tables[k][code & ROW], self._kinds[k])
+            row[:] = _narrow((total / len(group)).astype(np.float32), aligned.dtype)
+        if not (codes == MEAN).any():
+            return out
+        total, counted = np.zeros(aligned.width), 0
+        for start in range(0, aligned.rows, self.step):
+            part = codes[start : start + self.step]
+            part = part[part != MEAN]
+            block = np.empty((len(part), aligned.width), out.dtype)
+            self.fill(block, part)
+            block[part < 0] = out[-1 - part[part < 0]]
+            # row after row, whatever the size of the blocks
+            wide = _widen(block, aligned.dtype).astype(np.float64)
+            total = np.add.reduce(np.concatenate((total[None], wide)), axis=0)
+            counted += len(part)
+        out[1] = _narrow((total / max(1, counted)).astype(np.float32), aligned.dtype)
+        return out
 
 
 _ITEM = {"F32": "<u4", "BF16": "<u2", "F16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1"}

@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from cl_fast.errors import CheckpointError, NonFiniteError, OutputError
+from cl_fast.merging.aligned import Aligned
 from cl_fast.merging.checksum import crc64
 from cl_fast.merging.description import bytes_text
 from cl_fast.merging.journal import TensorRecord
@@ -600,6 +601,13 @@ class NativeExecutor:
         def place(source: Source) -> tuple[str, int, int, int]:
             if isinstance(source, Packed):
                 return source.dtype, 0, -1, 0
+            if isinstance(source, Aligned) and source.streamed:
+                nothing = "BYTES", 0, -1, 0
+                tables = [
+                    (place(stored) if rows else nothing, rows) for stored, rows in source.tables()
+                ]
+                handle = job.rows(source.row_bytes, source.codes, tables, source.made_rows())
+                return "BYTES" if copy else source.dtype, 0, handle, 0
             if source in ready:
                 return "BYTES" if copy else source.dtype, _address(ready[source]), -1, 0
             if source.path not in files:

@@ -379,7 +379,8 @@ def _plan(
         passes=passes,
         memory=_predicted_memory(tensors, inputs, threads, memory)
         + _made_memory(tensors, whole=bool(model_keep))
-        + _rules_memory(tensors, threads),
+        + _rules_memory(tensors, threads)
+        + (0 if vocabulary is None else vocabulary.memory),
         seed=seed,
         model_keep=model_keep,
         vocabulary=vocabulary,

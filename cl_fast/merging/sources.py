@@ -65,6 +65,11 @@ class Made(Source):
         """Peak bytes that making it takes, itself included."""
         raise TypeError("a Made source says itself what making it takes")
 
+    @property
+    def streamed(self) -> bool:
+        """Whether the core makes it tile by tile, and never needs it whole."""
+        return False
+
     def rounded(self, dtype: str) -> Made | None:
         """The same in another type, rounded once; ``None`` where that is not possible."""
         return None
@@ -135,6 +140,10 @@ class Packed(Made):
         """What making it whole takes; the core does not need to."""
         return self.nbytes + self.values.nbytes + self.base.nbytes + 9 * self.numel
 
+    @property
+    def streamed(self) -> bool:
+        return True
+
     def as_model(self) -> Packed:
         """The same for a method that combines models and not their deltas."""
         return replace(self, dtype="F32", nbytes=4 * self.numel, as_="model")
@@ -152,7 +161,7 @@ def made_whole(tensor: TensorPlan) -> list[Made]:
     for source in made(tensor):
         if isinstance(source, Packed):
             listed += [s for s in (source.values, source.base) if isinstance(s, Fetched)]
-        else:
+        elif not source.streamed:
             listed.append(source)
     return listed
 

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from cl_fast.checkpoints.checkpoint import Checkpoint
 from cl_fast.checkpoints.safetensors import TensorInfo, strict_json
 from cl_fast.checkpoints.sidecar import Sidecar, has_tokenizer
-from cl_fast.checkpoints.vocabulary import Vocabulary, added_token, extend, read_vocabulary
+from cl_fast.checkpoints.vocabulary import Vocabulary, VocabularyReader, added_token, extend
 from cl_fast.errors import CheckpointError, RecipeError
 from cl_fast.merging.aligned import GROUP, MEAN, SHIFT, ZERO, Aligned
 from cl_fast.merging.inputs import Derived, is_derived, local_folder, same_path, source_of
@@ -69,6 +69,7 @@ class VocabularyPlan:
         ids: special token ids for config.json and generation_config.json, by file and key.
         digest: of the maps; "" where nothing is aligned.
         source, tokens: for people and for the manifest.
+        memory: bytes that the maps, and reading the tokenizers, take.
     """
 
     groups: list[Group]
@@ -80,6 +81,7 @@ class VocabularyPlan:
     digest: str
     source: str
     tokens: int | None
+    memory: int = 0
 
     @property
     def aligned(self) -> tuple[str, ...]:
@@ -268,6 +270,9 @@ def _replaced(checkpoint: Checkpoint, changed: _Replaced) -> Cut:
     )
 
 
+#: What a token of a tokenizer leaves in the process, measured.
+_TOKEN_BYTES = 120
+
 #: In the place of inputs that no row comes from.
 _NOTHING = Source("", 0, "F32", 0)
 
@@ -285,7 +290,7 @@ class _Alignment:
     ) -> None:
         self._recipe, self._rules, self._inputs = recipe, rules, inputs
         self._groups, self._notes = groups, notes
-        self._known: dict[str, Vocabulary] = {}
+        self._reader = VocabularyReader()
         self._own_rows: dict[tuple[int, int], list[int]] = {}
         self._used_ids: dict[int, frozenset[int]] = {}
         self._base = self._base_position()
@@ -293,6 +298,10 @@ class _Alignment:
     def plan(self) -> VocabularyPlan:
         """See `plan_vocabulary`."""
         folder, source = self._source()
+        if source is not None and self._all_equal():
+            return VocabularyPlan(
+                self._groups, folder, {}, None, None, {}, "", self._rules.source, None
+            )
         vocabularies = [self._read(checkpoint) for checkpoint in self._inputs]
         first = vocabularies[source] if source is not None else self._external(folder)
         if first is None:
@@ -313,6 +322,8 @@ class _Alignment:
         self._note_shared(models, tokens, folder)
         self._check_rules(models, first)
         rows, digest, done = None, blake2b(digest_size=16), list[Group]()
+        read = {id(v.tokens): len(v.tokens) for v in known}
+        memory = _TOKEN_BYTES * sum(read.values())
         for number, group in enumerate(self._groups):
             found: list[_Replaced] = [{} for _ in group.inputs]
             here = _models(group.positions, group.inputs, known)
@@ -324,6 +335,7 @@ class _Alignment:
                         f"{number} {k} {name} {made.dtype} {made.rows} {made.groups}\n".encode()
                     )
                     digest.update(made.codes)
+                    memory += 2 * len(made.codes)
                     for replaced, checkpoint in zip(found, group.inputs, strict=True):
                         if checkpoint.reference == here[k].checkpoint.reference:
                             replaced[name] = made, info
@@ -339,7 +351,23 @@ class _Alignment:
             digest.hexdigest() if changed else "",
             self._rules.source,
             len(tokens),
+            memory,
         )
+
+    def _all_equal(self) -> bool:
+        """Whether all files and shapes are the same, so that there is nothing to read and to do."""
+        if self._rules.tokens or self._rules.pad_to_multiple_of:
+            return False
+        below = {str(_folder(checkpoint)): _below(checkpoint) for checkpoint in self._inputs}
+        found = {self._reader.digest(c.folder, c.tokenizer_files) for c in below.values()}
+        shapes = {
+            (name, checkpoint.tensors[name].shape)
+            for group in self._groups
+            for name in _vocabulary_tensors(group)
+            for checkpoint in group.inputs
+        }
+        names = {name for name, _ in shapes}
+        return len(found) == 1 and None not in found and len(shapes) == len(names)
 
     # Which tokenizer.
 
@@ -381,11 +409,11 @@ class _Alignment:
         return folder, None
 
     def _external(self, folder: Path) -> Vocabulary | None:
-        return read_vocabulary(folder, self._known)
+        return self._reader.read(folder)
 
     def _read(self, checkpoint: Checkpoint) -> Vocabulary | None:
         checkpoint = _below(checkpoint)
-        return read_vocabulary(checkpoint.folder, self._known, checkpoint.tokenizer_files)
+        return self._reader.read(checkpoint.folder, checkpoint.tokenizer_files)
 
     def _without(self, folder: Path, vocabularies: Sequence[Vocabulary | None]) -> None:
         """The source has no tokenizer: fine where there is nothing to align."""

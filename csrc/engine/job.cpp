@@ -150,6 +150,26 @@ int Job::output(const std::string& path) {
   return int(outputs_.size()) - 1;
 }
 
+int Job::rows(RowsSource rows) {
+  constexpr int64_t kNoRow = (int64_t(1) << 40) - 1;
+  if (rows.row_bytes <= 0) throw std::invalid_argument("row_bytes must be positive");
+  for (const RowsSource::Table& table : rows.tables) {
+    if (table.source.packed || table.source.file < -1)
+      throw std::invalid_argument("the tables of rows are plain ones");
+    check(Source{DType::BYTES, table.source.ptr, table.source.file, table.source.offset, nullptr},
+          table.rows * rows.row_bytes);
+  }
+  const int64_t made = int64_t(rows.made.size()) / rows.row_bytes;
+  for (int64_t code : rows.codes) {
+    const bool good = code < 0 ? -1 - code < made
+                               : (code >> 40) < int64_t(rows.tables.size()) &&
+                                     (code & kNoRow) < rows.tables[size_t(code >> 40)].rows;
+    if (!good) throw std::invalid_argument("a row lies outside its table");
+  }
+  rows_.push_back(std::move(rows));
+  return -1 - int(rows_.size());
+}
+
 void Job::check(const Source& s, int64_t n) const {
   if (s.packed) {
     const PackedSource& p = *s.packed;
@@ -166,6 +186,12 @@ void Job::check(const Source& s, int64_t n) const {
   }
   const int64_t bytes = n * dtype_size(s.dtype);
   if (s.ptr) return;
+  if (s.file < -1 && size_t(-2 - s.file) < rows_.size()) {
+    const RowsSource& r = rows_[size_t(-2 - s.file)];
+    if (int64_t(r.codes.size()) * r.row_bytes != bytes)
+      throw std::invalid_argument("there are not as many rows as the tensor has");
+    return;
+  }
   if (s.file < 0 || s.file >= int(files_.size())) {
     if (bytes == 0) return;
     throw std::invalid_argument("a source has neither memory nor a file of this job");
@@ -221,13 +247,43 @@ const uint8_t* Job::fetch(Worker& w, const Source& s, int slot, int64_t first, i
   while (int(w.inputs.size()) <= slot) w.inputs.emplace_back();
   if (s.packed) return expand(w, *s.packed, s.dtype, slot, first, n);
   const int64_t size = dtype_size(s.dtype);
-  if (s.ptr) return s.ptr + first * size;
+  if (s.file < -1) return gather(w, rows_[size_t(-2 - s.file)], slot, first * size, n * size);
+  return stored(w, s, slot, first * size, n * size);
+}
+
+const uint8_t* Job::stored(Worker& w, const Source& s, int slot, int64_t first, int64_t bytes) {
+  if (s.ptr) return s.ptr + first;
   const InputFile& f = *files_[size_t(s.file)];
-  const int64_t at = s.offset + first * size, bytes = n * size;
+  const int64_t at = s.offset + first;
   // once per read-ahead window, ask for the next one
   if (at / kReadAhead != (at + bytes) / kReadAhead)
     f.prefetch((at / kReadAhead + 2) * kReadAhead, kReadAhead);
   return f.bytes(at, bytes, w.inputs[size_t(slot)]);
+}
+
+// Rows that follow each other in a table are one piece; a tile that is one piece is not copied.
+const uint8_t* Job::gather(Worker& w, const RowsSource& r, int slot, int64_t first,
+                           int64_t bytes) {
+  constexpr int64_t kRow = (int64_t(1) << 40) - 1;
+  while (int(w.expanded.size()) <= slot) w.expanded.emplace_back();
+  uint8_t* out = nullptr;
+  for (int64_t done = 0; done < bytes;) {
+    const int64_t row = (first + done) / r.row_bytes, inside = (first + done) % r.row_bytes;
+    const int64_t code = r.codes[size_t(row)];
+    int64_t length = r.row_bytes - inside;
+    for (int64_t i = 1; code >= 0 && length < bytes - done; ++i, length += r.row_bytes)
+      if (r.codes[size_t(row + i)] != code + i) break;
+    length = std::min(length, bytes - done);
+    const uint8_t* piece =
+        code < 0 ? r.made.data() + (-1 - code) * r.row_bytes + inside
+                 : stored(w, r.tables[size_t(code >> 40)].source, slot,
+                          (code & kRow) * r.row_bytes + inside, length);
+    if (length == bytes) return piece;
+    if (!out) out = w.expanded[size_t(slot)].reserve(bytes);
+    std::memcpy(out + done, piece, size_t(length));
+    done += length;
+  }
+  return out;
 }
 
 void Job::wrong_blocks(const PackedSource& p) const {

@@ -38,9 +38,22 @@ struct PackedSource;
 struct Source {
   DType dtype = DType::F32;
   const uint8_t* ptr = nullptr;  // in memory, or
-  int file = -1;                 // an input file of the job
+  int file = -1;                 // an input file of the job, or, below -1, rows of the job
   int64_t offset = 0;
   std::shared_ptr<const PackedSource> packed;  // or made from this, a tile at a time
+};
+
+// A matrix whose rows lie elsewhere, in the order of another vocabulary: code k << 40 | r is row r
+// of table k, code -1 - j row j of `made`.
+struct RowsSource {
+  struct Table {
+    Source source;
+    int64_t rows = 0;
+  };
+  int64_t row_bytes = 0;
+  std::vector<int64_t> codes;
+  std::vector<Table> tables;
+  std::vector<uint8_t> made;
 };
 
 // What a packed delta stands for where all elements are asked for:
@@ -110,6 +123,8 @@ class Job {
   ~Job();
   int file(const std::string& path, IoMode mode);
   int output(const std::string& path);
+  // The `file` of sources that are these rows.
+  int rows(RowsSource rows);
   int add_task(const TaskSpec& spec);
   void add_term(int task, const TermSpec& term);
   void run(const Blend& blend = nullptr);
@@ -150,6 +165,8 @@ class Job {
   void finish_phase(Task& t, int index, Phase phase, Worker& w);
   bool wait_for(Task& t, int phases);
   const uint8_t* fetch(Worker& w, const Source& s, int slot, int64_t first, int64_t n);
+  const uint8_t* stored(Worker& w, const Source& s, int slot, int64_t first, int64_t bytes);
+  const uint8_t* gather(Worker& w, const RowsSource& r, int slot, int64_t first, int64_t bytes);
   const uint8_t* expand(Worker& w, const PackedSource& p, DType to, int slot, int64_t first,
                         int64_t n);
   const uint8_t* packed_values(Worker& w, const PackedSource& p, int slot, int64_t from,
@@ -181,6 +198,7 @@ class Job {
   bool checksums_;
   int64_t memory_;
   std::vector<std::unique_ptr<InputFile>> files_;
+  std::vector<RowsSource> rows_;
   std::vector<std::unique_ptr<OutputFile>> outputs_;
   std::deque<std::unique_ptr<Task>> tasks_;
   std::vector<Unit> units_;
