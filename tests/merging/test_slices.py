@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,25 @@ def test_a_trim_over_the_whole_model(root: Path, tmp_path: Path) -> None:
     assert outputs[0] == outputs[1]
     with pytest.raises(RecipeError, match="has other models or parameters"):
         planned(root, tmp_path / "x", parts[0], [source(root, "one", 2, 4)], **recipe)
+
+
+@pytest.mark.parametrize("cuts", [(0, 1, 4), (0, 1, 2, 3, 4), (0, 3, 4)])
+def test_where_slices_are_cut_changes_nothing(
+    root: Path, tmp_path: Path, cuts: tuple[int, ...]
+) -> None:
+    """Numbers that are no gradients do not know of slices."""
+    recipe = {"merge_method": "dare_ties", "base_model": str(root / "base")}
+    recipe["parameters"] = {
+        "density": 0.5,
+        "weight": [{"filter": "layers.2.", "value": 0.3}, {"value": 0.7}],
+    }
+    for name, ends in (("one", (0, 4)), ("many", cuts)):
+        parts = [
+            [source(root, model, low, high) for model in ("one", "two")]
+            for low, high in pairwise(ends)
+        ]
+        execute(planned(root, tmp_path / name, *parts, **recipe))
+    assert raw(tmp_path / "one") == raw(tmp_path / "many")
 
 
 def test_config_and_tokenizer_of_a_model_that_is_not_merged(root: Path, tmp_path: Path) -> None:
