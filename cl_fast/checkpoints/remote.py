@@ -462,6 +462,8 @@ def shadow(url: str, *, key: str | None = None) -> Iterator[tuple[Path, Listing,
         for _ in pool.map(lambda name: _header_only(listing, name, folder), weights):
             pass
         for name, state in listing.files.items():
+            if name in weights:
+                continue  # its header is there, also where the cache has all of it
             if _is_kept(kept / name, state):
                 (folder / name).parent.mkdir(exist_ok=True)
                 (folder / name).symlink_to(kept / name)

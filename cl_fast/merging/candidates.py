@@ -191,13 +191,9 @@ class Maker:
 
 
 def _torch_dtype(name: str) -> torch.dtype:
-    import torch
+    from cl_fast.merging.factors import any_dtype
 
-    from cl_fast.merging.executors import torch_dtype
-
-    others = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-              "U8": torch.uint8, "BOOL": torch.bool, "F64": torch.float64}  # fmt: skip
-    return others[name] if name in others else torch_dtype(name)
+    return any_dtype(name)
 
 
 class Workspace:

@@ -47,6 +47,7 @@ from cl_fast.merging.factors import (
     truncate,
     truncate_product,
 )
+from cl_fast.merging.inputs import resolve
 from cl_fast.merging.methods import suggest
 from cl_fast.merging.plan import term_names
 
@@ -177,7 +178,7 @@ def merge_adapters(
         raise ValueError("adapters must name at least one folder")
     method = method.removesuffix("_svd") if method.endswith("_svd") else method
     _check_method(method)
-    opened = [read_adapter(path) for path in paths]
+    opened = [read_adapter(resolve(path)) for path in paths]
     names = list(term_names(paths))
     factors = _per_adapter("weights", weights, len(paths))
     kept = None if density is None else _per_adapter("density", density, len(paths))

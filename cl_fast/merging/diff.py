@@ -397,7 +397,8 @@ def _open(
         if isinstance(reference, Checkpoint):
             return reference
         text = os.fspath(reference)
-        opener, parts = is_derived(text), base_and_change(text)
+        parts = base_and_change(text)
+        opener = None if parts is not None else is_derived(text)
         if parts is not None:  # a change on a base of its own
             change = is_derived(parts[1])
             assert change is not None

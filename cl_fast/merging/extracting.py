@@ -39,6 +39,7 @@ from cl_fast.merging.factors import (
     torch_read,
     truncate,
 )
+from cl_fast.merging.inputs import resolve
 from cl_fast.merging.matching import natural_key
 
 __all__ = ["Extraction", "LostTensor", "extract_adapter"]
@@ -137,7 +138,8 @@ def extract_adapter(
     """Writes the PEFT adapter that comes nearest to a finetune.
 
     Args:
-        base: folder or file of the checkpoint that was finetuned.
+        base: the checkpoint that was finetuned: a folder or file, or what else a recipe may name
+            (an id of the hub, a URL).
         finetuned: that of the result: tensors of the same names and shapes.
         output: the folder to make.
         rank: of every layer; or
@@ -168,7 +170,8 @@ def extract_adapter(
     options.one_of("dtype", dtype, DTYPES)
     if svd == "randomized" and wanted.bound is None:
         raise ValueError("svd='randomized' needs rank or max_rank")
-    below, above = Checkpoint.open(base, key="base"), Checkpoint.open(finetuned, key="finetuned")
+    below = Checkpoint.open(resolve(os.fspath(base)), key="base")
+    above = Checkpoint.open(resolve(os.fspath(finetuned)), key="finetuned")
     for checkpoint in (below, above):
         checkpoint.refuse_quantised()
     _check_output(output, (below, above))

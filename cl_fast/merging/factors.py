@@ -43,6 +43,7 @@ __all__ = [
     "AdapterWriter",
     "Rank",
     "Svd",
+    "any_dtype",
     "frobenius",
     "layer_by_layer",
     "product_error",
@@ -59,6 +60,15 @@ _OVERSAMPLE = 16
 _ITERATIONS = 4
 _BLOCK = 1 << 22
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+_OTHERS = {
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -253,12 +263,19 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
+def any_dtype(name: str) -> torch.dtype:
+    """The dtype that a safetensors name means, integers too."""
+    from cl_fast.merging.executors import torch_dtype
+
+    return _OTHERS[name] if name in _OTHERS else torch_dtype(name)
+
+
 def torch_read(info: TensorInfo) -> Tensor:
     """A stored tensor."""
-    from cl_fast.merging.executors import read_stored, torch_dtype
+    from cl_fast.merging.executors import read_stored
     from cl_fast.merging.sources import Source
 
-    dtype = torch.float64 if info.dtype == "F64" else torch_dtype(info.dtype)
+    dtype = any_dtype(info.dtype)
     if not info.nbytes:
         return torch.zeros(info.shape, dtype=dtype)
     return torch.frombuffer(read_stored(Source.of(info)), dtype=dtype).reshape(info.shape)

@@ -310,7 +310,8 @@ def open_inputs(
     bases = len(listing.bases)
     for i, (key, reference) in enumerate(listing.entries):
         if reference not in opened:
-            opener, parts = is_derived(reference), base_and_change(reference)
+            parts = base_and_change(reference)
+            opener = None if parts is not None else is_derived(reference)
             if parts is not None:
                 opened[reference] = _open_pair(key, reference, *parts)
             elif opener is None:

@@ -327,11 +327,13 @@ def tuned(tmp_path: Path) -> tuple[Path, Path, dict[str, Tensor], dict[str, Tens
         f"{EMBED}.weight": torch.randn(10, 40, generator=g),
         "lm_head.weight": torch.randn(10, 40, generator=g),
     }
-    base = {name: value.bfloat16() for name, value in base.items()}
+    base = {name: value.bfloat16() for name, value in base.items()} | {"ids": torch.arange(3)}
     after = {
         name: (value.float() + 0.05 * torch.randn(value.shape, generator=g)).bfloat16()
         for name, value in base.items()
+        if value.is_floating_point()
     }
+    after["ids"] = base["ids"]
     after[f"{Q.format(1)}.weight"] = base[f"{Q.format(1)}.weight"]
     return (
         cases.save(tmp_path / "base", base), cases.save(tmp_path / "tuned", after, 2), base, after
@@ -360,7 +362,7 @@ def test_the_error_told_is_that_of_the_written_factors(tmp_path: Path) -> None:
     assert made.change == pytest.approx(
         math.sqrt(sum(float(d.square().sum()) for d in total.values())), rel=1e-9
     )
-    assert made.unchanged == 1
+    assert made.unchanged == 2
     rough = extract_adapter(
         base, finetuned, tmp_path / "rough", rank=4, others="lose", svd="randomized", threads=2
     )
@@ -463,6 +465,8 @@ def test_finetunes_that_cannot_be_extracted(tmp_path: Path) -> None:
     bad[0, 0] = math.nan
     broken = cases.save(tmp_path / "nan", after | {f"{Q.format(0)}.weight": bad})
     refuse(broken, NonFiniteError, "holds NaN")
+    other = cases.save(tmp_path / "ids", after | {"ids": torch.arange(3) + 1})
+    refuse(other, CheckpointError, "'ids' holds integers or booleans that differ")
     with pytest.raises(OutputError, match="touches the input"):
         extract_adapter(base, finetuned, finetuned, rank=2)
     assert not (tmp_path / "out").exists()
@@ -479,7 +483,7 @@ def test_the_command(three: list[Path], tmp_path: Path, capsys: pytest.CaptureFi
     said = capsys.readouterr().out
     assert "lost: model.norm.weight" in said
     assert "rank 2 on 2 modules" in said
-    assert json.loads(report.read_text())["unchanged"] == 1
+    assert json.loads(report.read_text())["unchanged"] == 2
     assert main(["adapter", "info", str(out), "--base", str(base)]) == 0
     said = capsys.readouterr().out
     assert f"fits     {base}" in said

@@ -190,6 +190,34 @@ def test_a_patch_at_a_url_on_a_base_at_a_url(memory: Any, models: Path, tmp_path
     assert len(digests) == 1
 
 
+def test_an_adapter_at_a_url_alone_and_with_its_base(
+    memory: Any, models: Path, tmp_path: Path
+) -> None:
+    """Planned twice, so that the second time finds the adapter whole in the cache."""
+    import adapter_cases
+
+    made = adapter_cases.factors({"model.layers.0.mlp.up_proj": (300, 401)}, 4)
+    adapter = adapter_cases.write(tmp_path / "lora", made)
+    memory.put(f"{adapter}/", "/models/lora/", recursive=True)
+    root, digests = "memory://models", dict[str, set[str]]()
+    for base, lora in ((str(models / "base"), str(adapter)), (f"{root}/base", f"{root}/lora")) * 2:
+        alone = {
+            "merge_method": "task_arithmetic",
+            "base_model": base,
+            "models": [{"model": lora, "parameters": {"weight": 1.0}}],
+        }
+        pair = {
+            "merge_method": "linear",
+            "models": [{"model": f"{base}+{lora}", "parameters": {"weight": 1.0}}],
+        }
+        for content in (alone, pair):
+            out = tmp_path / f"out{sum(map(len, digests.values()))}{len(digests)}"
+            result = execute(make_plan(parse_recipe(content), out), fsync=False, overwrite=True)
+            digests.setdefault(content["merge_method"], set()).add(result.digest)
+            assert verify(out, sample=4).problems == []
+    assert [len(found) for found in digests.values()] == [1, 1]
+
+
 def test_reading_ahead_keeps_to_its_bound(
     memory: Any, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
