@@ -117,7 +117,8 @@ def main() -> None:
         for _ in range(a.reps):
             for name, command in providers.items():
                 warm(files)
-                runs[name].append(process(command, log))
+                load = os.getloadavg()[0]
+                runs[name].append(process(command, log) | {"load": load})
     result: dict[str, Any] = {
         "shape": a.shape,
         "models": a.models,
@@ -130,6 +131,8 @@ def main() -> None:
         "runs": runs,
     }
     floor = statistics.median(run["wall_s"] for run in runs["read"])
+    busy = max(run["load"] for run in runs["read"])
+    print(f"load before a run: up to {busy:.1f} (others' work makes walls meaningless)")
     print(f"{'':8}{'s':>8}{'min':>8}{'max':>8}{'CPU s':>8}{'GB/s':>8}{'/ read':>8}{'MB anon':>9}")
     for name, listed in runs.items():
         walls = [run["wall_s"] for run in listed]

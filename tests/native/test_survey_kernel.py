@@ -129,27 +129,28 @@ def test_a_difference_that_overflows_counts_as_the_models(core: ModuleType) -> N
 
 
 def test_the_same_bits_for_any_threads_and_instruction_set(core: ModuleType) -> None:
-    states = made(300 * 1024, 3, ("BF16",))
+    states = made(150 * 1024, 3, ("BF16",))
     before = core.isa()
     core.set_isa("portable")
     want = run(core, states, 1024)
     core.set_isa(before)
     for threads in (1, 3):
         assert run(core, states, 1024, threads) == want
-    assert want["sampled"] == 300 * 2 * 16
+    assert want["sampled"] == 150 * 2 * 16
 
 
 def test_the_sample_tells_of_the_whole(core: ModuleType) -> None:
-    states = made(2048 * 512, 1, ("F32",))
+    states = made(256 * 512, 1, ("F32",))
     found = run(core, states, 512)
     first, counts = found["bins"][0]
     delta = (states[1] - states[0]).abs()
     exact = torch.bincount(delta[delta > 0].view(torch.int32) >> 20)
-    assert found["sampled"] == 2048 * 16
+    assert found["sampled"] == 256 * 16
     for i, count in enumerate(counts):
         share = float(exact[first + i]) / len(delta)
-        # six standard deviations of a binomial sample
-        assert abs(count / found["sampled"] - share) <= 6 * math.sqrt(share / found["sampled"])
+        # six standard deviations of a binomial sample, and where few are expected three of them
+        error = abs(count - share * found["sampled"])
+        assert error <= 6 * math.sqrt(share * found["sampled"]) + 3
 
 
 def test_arguments_out_of_range(core: ModuleType) -> None:
