@@ -10,11 +10,9 @@ Both return one record per tensor with the CRC-64 of what they read and of what 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,6 +37,7 @@ from cl_fast.merging.sources import (
     made,
     made_whole,
 )
+from cl_fast.merging.watching import watch
 from cl_fast.ops.policy import LONGEST_SCALED_ROW, row_length, selection_counts
 from cl_fast.ops.streams import keep_threshold
 
@@ -429,7 +428,7 @@ class NativeExecutor:
             size += sum(source.stored for _, source in sources(tensor))
         wanted = [max(1, keep) for keep in plan.model_keep]
         codes: list[int] = []
-        _watch(job, lambda: codes.extend(job.select_model(wanted)), tick, size)
+        watch(job, lambda: codes.extend(job.select_model(wanted)), tick, size)
         return [
             int(code) if known is None else known
             for code, known in zip(codes, _without_selection(plan), strict=True)
@@ -475,7 +474,7 @@ class NativeExecutor:
             for tensor in tensors
         ]
         size = sum(source.nbytes for tensor in tensors for _, source in sources(tensor))
-        _watch(job, job.run, tick, size)
+        watch(job, job.run, tick, size)
         return [list(job.result(task)["gram"]) for task in tasks]
 
     def _counted(self, plan: Plan, ranges: Sequence[CodeRange], tick: Tick) -> list[Any]:
@@ -515,7 +514,7 @@ class NativeExecutor:
         ]
         size = sum(t.nbytes + sum(source.stored for _, source in sources(t)) for t in tensors)
         try:
-            _watch(job, _run(job, dict(zip(tasks, tensors, strict=True))), tick, size)
+            watch(job, _run(job, dict(zip(tasks, tensors, strict=True))), tick, size)
         except OSError as error:
             if error.filename == str(path):
                 raise write_failure(path, error) from error
@@ -529,7 +528,7 @@ class NativeExecutor:
                     job = self._job("propagate")
                     output = job.output(str(path))
                     task = self._add(job, tensor, codes, {}, ready, out=(0, output, tensor.offset))
-                    _watch(job, _run(job, {task: tensor}), lambda _: None, 0)
+                    watch(job, _run(job, {task: tensor}), lambda _: None, 0)
                     self._record(job.result(task), tensor)
         return [self._record(result, t) for result, t in zip(results, tensors, strict=True)]
 
@@ -543,7 +542,7 @@ class NativeExecutor:
         ready = self._make([tensor])
         job = self._job(self._nan)
         task = self._add(job, tensor, codes, {}, ready, out=(_address(data), -1, 0))
-        _watch(job, _run(job, {task: tensor}), lambda _: None, 0)
+        watch(job, _run(job, {task: tensor}), lambda _: None, 0)
         result = job.result(task)
         # A job that stopped at a NaN has not read all.
         whole = self._nan != "refuse" or not any(result["nonfinite"])
@@ -567,7 +566,7 @@ class NativeExecutor:
             # Counting writes nothing, but a task must name a place.
             self._add(job, tensor, None, files, ready, out=(1, -1, 0))
         counts: list[bytes] = []
-        _watch(job, lambda: counts.extend(job.count_codes(list(ranges))), lambda _: None, 0)
+        watch(job, lambda: counts.extend(job.count_codes(list(ranges))), lambda _: None, 0)
         return counts
 
     def _make(
@@ -775,58 +774,6 @@ class _ReadAhead:
 
 def _address(buffer: bytearray) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
-
-
-def _watch(job: Any, work: Callable[[], object], tick: Tick, size: int) -> None:
-    """Runs `work` in a thread while this one shows progress and can be interrupted.
-
-    `tick` hears of `size` bytes in all, in proportion to what the job says of its own passes.
-    Raises CheckpointError for an input that cannot be read to its end.
-    """
-    failure: list[BaseException] = []
-    entered, done = threading.Event(), threading.Event()
-    abandoned = False
-
-    def run() -> None:
-        entered.set()
-        try:
-            if not abandoned:
-                work()
-        except BaseException as error:
-            failure.append(error)
-        finally:
-            done.set()
-
-    seen = 0
-    try:
-        threading.Thread(target=run, name="cl_fast job").start()
-        while not done.wait(0.05):
-            moved, total = job.progress()
-            now = size * min(moved, total) // total if total else 0
-            tick(now - seen)
-            seen = now
-    except BaseException:
-        # Ctrl-C may come at any point of the lines above, also while the thread starts: either it
-        # sees `abandoned` and does nothing, or it has entered and is waited for. A core that is
-        # still at work when Python ends would abort the process, so more Ctrl-C must wait as well.
-        abandoned = True
-        job.cancel()
-        while entered.is_set() and not done.is_set():
-            with contextlib.suppress(KeyboardInterrupt):
-                done.wait()
-        raise
-    if failure:
-        error = failure[0]
-        if isinstance(error, OSError) and "shorter than its header" in str(error.filename):
-            raise CheckpointError(
-                f"{error.filename}: truncated, or changed while it was read"
-            ) from error
-        if isinstance(error, OSError) and "not those of its random stream" in str(error.filename):
-            raise CheckpointError(
-                f"{error.filename}; the delta is damaged, pack it again"
-            ) from error
-        raise error
-    tick(size - seen)
 
 
 # ---------------------------------------------------------------------------------------- eager

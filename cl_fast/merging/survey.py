@@ -192,7 +192,7 @@ def _native_group(
     core: ModuleType, tensors: Sequence[Surveyed], threads: int | None, io: str, tick: Tick
 ) -> dict[str, Sums]:
     from cl_fast.backends import native
-    from cl_fast.merging.executors import _watch
+    from cl_fast.merging.watching import watch
 
     made = {source: source.make(threads) for tensor in tensors for source in _made(tensor)}
     job = core.Survey(threads=threads or native.threads(), top=MOST_ROWS)
@@ -216,7 +216,7 @@ def _native_group(
         job.add(tensor.numel, tensor.row, [place(source) for source in tensor.sources])
         for tensor in tensors
     ]
-    _watch(job, job.run, tick, sum(s.stored for tensor in tensors for s in tensor.sources))
+    watch(job, job.run, tick, sum(s.stored for tensor in tensors for s in tensor.sources))
     return {
         tensor.name: Sums(elements=tensor.numel, **job.result(index))
         for tensor, index in zip(tensors, indices, strict=True)

@@ -516,7 +516,7 @@ def test_interrupt_while_the_job_starts_waits_for_it(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(threading.Thread, "start", start)
     with pytest.raises(KeyboardInterrupt):
-        executors._watch(Job(), work, lambda _: None, 0)
+        executors.watch(Job(), work, lambda _: None, 0)
     assert ended == ["work"]
 
 
