@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from merge_cases import family, load, snapshot
+from merge_cases import family, load, raw, snapshot
 
 from cl_fast.cli import main
-from cl_fast.errors import ClFastError, OutputError
+from cl_fast.errors import ClFastError, Interrupted, OutputError
 from cl_fast.merging.plan import Plan
 from cl_fast.merging.stages import load_stages, merge_stages, plan_stages
 
@@ -85,6 +85,32 @@ def test_finished_stages_are_used_again(root: Path, tmp_path: Path) -> None:
     (stage / "cl_fast_merge.json").unlink()
     with pytest.raises(OutputError, match="holds something else"):
         again()
+
+
+def test_an_interrupted_stage_goes_on(root: Path, tmp_path: Path) -> None:
+    path = write(tmp_path, soup(root, "one", "two", name="ab"), soup(root, "ab", "three"))
+    planning = {"out_shard_size": 300_000}
+    merge_stages(load_stages(path, tmp_path / "whole"), planning=planning)
+
+    def stop(phase: str, done: int, total: int) -> None:
+        if phase == "merge" and done > total // 2:
+            raise KeyboardInterrupt
+
+    stages = load_stages(path, tmp_path / "out")
+    with pytest.raises(Interrupted):
+        merge_stages(stages, planning=planning, progress=stop)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(OutputError, match="--resume continues it"):
+        merge_stages(stages, planning=planning)
+    resumed: list[int] = []
+    merge_stages(
+        stages,
+        planning=planning,
+        resume=True,
+        tell=lambda plan, result: resumed.append(result.resumed if result else -1),
+    )
+    assert resumed[0] > 0
+    assert raw(tmp_path / "out") == raw(tmp_path / "whole")
 
 
 def test_all_is_planned_before_anything_is_written(root: Path, tmp_path: Path) -> None:
