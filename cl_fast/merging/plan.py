@@ -306,7 +306,10 @@ def _plan(
     listing = list_inputs(recipe)
     bases = len(listing.bases)
     groups, changed = cut(recipe, listing, inputs, allow_crimes=allow_crimes)
-    vocabulary = plan_vocabulary(recipe, inputs, groups, notes, truncate=truncate_embeddings)
+    donor = _donor(recipe, inputs)
+    vocabulary = plan_vocabulary(
+        recipe, inputs, groups, donor, notes, truncate=truncate_embeddings
+    )
     if vocabulary is not None:
         groups = vocabulary.groups
     models = term_names([entry.model for entry in listing.models])
@@ -331,7 +334,6 @@ def _plan(
 
     floats = {dtypes[name] for draft in drafts for name in draft.combined}
     uniform = next(iter(floats)) if len(floats) == 1 else None
-    donor = _donor(recipe, inputs)
     tokenizer = donor.folder
     if vocabulary is not None and vocabulary.folder is not None:
         tokenizer = vocabulary.folder

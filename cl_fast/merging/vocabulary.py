@@ -168,6 +168,7 @@ def plan_vocabulary(
     recipe: Recipe,
     inputs: tuple[Checkpoint, ...],
     groups: list[Group],
+    donor: Checkpoint,
     notes: list[str],
     *,
     truncate: bool = False,
@@ -178,6 +179,7 @@ def plan_vocabulary(
         recipe: its keys ``tokenizer_source`` or ``tokenizer``.
         inputs: of the plan, bases first.
         groups: the tensors that are merged with one another.
+        donor: the model whose config.json the output gets; perhaps none of the inputs.
         notes: gets sentences that the user should be told.
         truncate: without those keys, cut matrices of more rows than the smallest has.
 
@@ -196,7 +198,7 @@ def plan_vocabulary(
         notes.append(
             "--unsafe-truncate-embeddings has no effect, since the recipe names a tokenizer"
         )
-    return _Alignment(recipe, rules, inputs, groups, notes).plan()
+    return _Alignment(recipe, rules, inputs, groups, donor, notes).plan()
 
 
 def _truncated(groups: list[Group], notes: list[str]) -> VocabularyPlan | None:
@@ -286,14 +288,15 @@ class _Alignment:
         rules: TokenizerRules,
         inputs: tuple[Checkpoint, ...],
         groups: list[Group],
+        donor: Checkpoint,
         notes: list[str],
     ) -> None:
         self._recipe, self._rules, self._inputs = recipe, rules, inputs
-        self._groups, self._notes = groups, notes
+        self._groups, self._config_of, self._notes = groups, donor, notes
         self._reader = VocabularyReader()
         self._own_rows: dict[tuple[int, int], list[int]] = {}
         self._used_ids: dict[int, frozenset[int]] = {}
-        self._base = self._base_position()
+        self._base = next((i for i, checkpoint in enumerate(inputs) if checkpoint is donor), None)
 
     def plan(self) -> VocabularyPlan:
         """See `plan_vocabulary`."""
@@ -346,8 +349,8 @@ class _Alignment:
             folder,
             files,
             rows,
-            None if rows == _rows(self._inputs[self._base]) else rows,
-            self._special_ids(folder, first, tokens, known[self._base].tokens),
+            None if rows == _rows(self._config_of) else rows,
+            self._special_ids(folder, first, tokens),
             digest.hexdigest() if changed else "",
             self._rules.source,
             len(tokens),
@@ -371,12 +374,6 @@ class _Alignment:
 
     # Which tokenizer.
 
-    def _base_position(self) -> int:
-        recipe = self._recipe
-        if recipe.base_model is not None:
-            return self._position(recipe.base_model) or 0
-        return 0
-
     def _position(self, reference: str) -> int | None:
         path = same_path(local_folder(reference))
         for position, checkpoint in enumerate(self._inputs):
@@ -388,7 +385,7 @@ class _Alignment:
         """The folder whose tokenizer is the first of the output's, and whose input it is."""
         rules = self._rules
         if rules.source in ("base", "union"):
-            return _folder(self._inputs[self._base]), self._base
+            return _folder(self._config_of), self._base
         reference = rules.source.removeprefix("model:")
         if changed := is_derived(reference):
             raise RecipeError(
@@ -660,7 +657,9 @@ class _Alignment:
     def _base_index(self, group: Group, models: Sequence[_Model]) -> int | None:
         if group.part.base is not None:
             return 0
-        return None if self._recipe.base_model is None else self._find(self._base, models)
+        if self._recipe.base_model is None or self._base is None:
+            return None
+        return self._find(self._base, models)
 
     def _own(self, theirs: dict[str, int], tokens: dict[str, int], limit: int) -> list[int]:
         """For every token of the output the row that a model has for it, or -1."""
@@ -682,15 +681,18 @@ class _Alignment:
     # The configs.
 
     def _special_ids(
-        self, folder: Path, first: Vocabulary, tokens: dict[str, int], theirs: dict[str, int]
+        self, folder: Path, first: Vocabulary, tokens: dict[str, int]
     ) -> dict[str, dict[str, Any]]:
         """Token ids of config.json and generation_config.json, where the tokenizer is another's.
 
         Theirs is what the tokenizer's own model says, else the token that its files name, else
         the id of the token that the donor meant.
         """
-        donor = _folder(self._inputs[self._base])
-        if same_path(donor) == same_path(folder) or theirs is first.tokens:
+        donor = _folder(self._config_of)
+        if same_path(donor) == same_path(folder):
+            return {}
+        theirs = (self._read(self._config_of) or first).tokens
+        if theirs is first.tokens:
             return {}
         config = _json(folder / "tokenizer_config.json") or {}
         named = {**(_json(folder / "special_tokens_map.json") or {}), **config}

@@ -460,6 +460,33 @@ def test_special_ids_go_with_the_tokenizer(family: Family) -> None:
     assert not any("token_id" in note for note in plan.notes)
 
 
+def test_the_tokenizer_of_a_base_that_is_not_merged(family: Family) -> None:
+    """passthrough with a base_model: it gives config and tokenizer, and no row."""
+    one = {"sources": [{"model": str(family.root / "a"), "layer_range": [0, 1]}]}
+    path = family.root / "a" / "model.safetensors"
+    tensors = load(family.root / "a") | {"model.layers.0.x": torch.ones(2)}
+    raw = b"".join(t.view(torch.uint8).numpy().tobytes() for t in tensors.values())
+    write_file(path, {key: ("F32", tuple(t.shape)) for key, t in tensors.items()}, raw)
+    content = {
+        "merge_method": "passthrough",
+        "base_model": str(family.root / "base"),
+        "slices": [one],
+        "tokenizer_source": "base",
+    }
+    out = family.root / "out"
+    execute(make_plan(parse_recipe(content), out), fsync=False)
+    numbers, merged = ids(out), load(out)
+    assert numbers == ids(family.root / "base")
+    of_a, a = ids(family.root / "a"), load(family.root / "a")
+    for name in (EMBED, HEAD):
+        assert len(merged[name]) == len(numbers)
+        for token, index in numbers.items():
+            mine = a[name][of_a[token]] if token in of_a else torch.zeros(WIDTH)
+            assert torch.equal(merged[name][index], mine), token
+    assert json.loads((out / "config.json").read_text())["vocab_size"] == len(numbers)
+    assert verify(out).ok
+
+
 # Truncation.
 
 
