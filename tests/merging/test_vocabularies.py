@@ -19,8 +19,9 @@ from torch import Tensor
 
 from cl_fast.checkpoints import Checkpoint
 from cl_fast.checkpoints.vocabulary import read_vocabulary
-from cl_fast.errors import CheckpointError, ClFastError, RecipeError
+from cl_fast.errors import CheckpointError, ClFastError, Interrupted, RecipeError
 from cl_fast.merging.aligned import GROUP, MEAN, SHIFT, ZERO, Aligned
+from cl_fast.merging.deltas import apply_delta, pack_delta
 from cl_fast.merging.description import describe
 from cl_fast.merging.engine import execute
 from cl_fast.merging.plan import Plan, make_plan
@@ -551,7 +552,58 @@ def test_slices_align_what_they_take(tmp_path: Path) -> None:
     assert verify(tmp_path / "out").ok
 
 
+# Inputs that are changes of the base.
+
+
+def test_a_packed_delta_has_the_tokens_of_its_base(tmp_path: Path) -> None:
+    family = Family(tmp_path)
+    write(tmp_path / "base", BASE, seed=1)
+    write(tmp_path / "tuned", BASE, seed=2)
+    write(tmp_path / "b", SECOND, seed=3)
+    delta = tmp_path / "tuned.delta.safetensors"
+    pack_delta(tmp_path / "base", tmp_path / "tuned", delta, drop_rate=0.5, seed=7)
+    apply_delta(tmp_path / "base", delta, tmp_path / "a", fsync=False)
+    found = {}
+    for name in ("a", "tuned.delta.safetensors"):
+        models = [
+            {"model": str(tmp_path / name), "parameters": {"weight": 0.5}},
+            {"model": str(tmp_path / "b"), "parameters": {"weight": 0.25}},
+        ]
+        out = family.merge(
+            "task_arithmetic", f"{name}.out", models=models, tokenizer_source="union"
+        )
+        found[name] = load(out)
+        assert verify(out).ok
+    dense, packed = found.values()
+    for name in (EMBED, HEAD):
+        assert torch.allclose(dense[name], packed[name], atol=1e-6)
+    # another base, of the same shapes, is refused
+    write(tmp_path / "base", BASE, seed=9)
+    plan = family.plan(output="again", models=models, tokenizer_source="union")
+    with pytest.raises(CheckpointError, match="packed on"):
+        execute(plan, fsync=False)
+
+
 # Records, resume, verify.
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"])
+def test_an_interrupted_merge_goes_on(family: Family, backend: str) -> None:
+    def plan(output: str) -> Plan:
+        recipe = parse_recipe(family.recipe(tokenizer_source="union"))
+        return make_plan(recipe, family.root / output, out_shard_size=600)
+
+    whole = execute(plan("whole"), backend=backend, fsync=False)
+    assert whole.shards == 2
+
+    def stop(what: str, done: int, total: int) -> None:
+        if what == "merge" and done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        execute(plan("out"), backend=backend, fsync=False, progress=stop)
+    found = execute(plan("out"), backend=backend, fsync=False, resume=True)
+    assert (found.digest, found.resumed) == (whole.digest, 1)
 
 
 def test_verify_computes_aligned_tensors_again(family: Family, tmp_path: Path) -> None:
