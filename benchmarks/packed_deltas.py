@@ -227,6 +227,8 @@ def report(about: dict[str, Any], rows: list[dict[str, Any]], runs: dict[str, An
                 f"| {statistics.median(disk) / 1e9 if disk else 0:.3f} "
                 f"| {max(r['peak_anonymous_mb'] for r in some):.0f} |"
             )
+    loads = [row["load"] for row in rows if "load" in row]
+    lines += ["", f"Load average after the runs: {min(loads):.1f} - {max(loads):.1f}."]
     lines += ["", "Of each repetition, the packed merge over the dense one:", ""]
     lines += ["| what | cache | wall | CPU |", "|---|---|---|---|"]
     for state in ("warm", "cold"):
