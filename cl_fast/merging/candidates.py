@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cl_fast.errors import ClFastError, NonFiniteError, OutputError
+from cl_fast.errors import ClFastError, NonFiniteError, OutputError, RecipeError
 from cl_fast.merging.description import bytes_text
 from cl_fast.merging.plan import Plan, make_plan
 from cl_fast.merging.recipe import parse_recipe
@@ -52,7 +52,11 @@ class Maker:
 
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
+        try:
+            self.device = torch.device(device)
+            torch.empty(0, device=self.device)
+        except Exception as error:  # of each backend another one
+            raise RecipeError(f"device: {device!r} cannot be used here: {error}") from None
         self._threads = threads
         self._loaded: dict[Source, Tensor] = {}
         self._model: nn.Module | None = None

@@ -294,19 +294,28 @@ def _merge_function(
         raise RecipeError(f"density: has no effect with method {method!r}; remove it")
     if "seed" in accepted:
         given["seed"] = seed
+    if "weight" in accepted:
+        given["weight"] = list(weights)
+    elif set(weights) != {1.0}:
+        raise RecipeError(f"weights: have no effect with method {method!r}; leave them at 1")
 
     def merge(weight_name: str, deltas: Mapping[int, Tensor]) -> Tensor:
         some = next(iter(deltas.values()))
         zero = torch.zeros_like(some)
+        if "weight" not in accepted and len(deltas) < len(names):
+            raise CheckpointError(
+                f"{weight_name}: {len(names) - len(deltas)} of the adapters have no such module, "
+                f"which method {method!r} cannot take for 0; use svd, ties or dare"
+            )
         models = {name: {weight_name: deltas.get(k, zero)} for k, name in enumerate(names)}
         more = dict(given) | ({"density": list(density)} if density is not None else {})
-        merged: Tensor = function(
-            {weight_name: zero}, models, weight=list(weights), out_dtype=torch.float32, **more
-        )[weight_name]
+        merged: Tensor = function({weight_name: zero}, models, out_dtype=torch.float32, **more)[
+            weight_name
+        ]
         return merged
 
     # What the method itself says against the parameters comes before any work.
-    merge("check", {0: torch.ones(2, 2)})
+    merge("check", {k: torch.eye(2) + k for k in range(len(names))})
     return merge
 
 

@@ -383,6 +383,8 @@ class _Search:
             self._workspace = Workspace(beside, self._say)
             try:
                 identity = self._identity(self._check_recipes())
+                if not isinstance(study.evaluate, tuple):
+                    self._maker = Maker(study.device, self._threads)
                 self._trials = self._open(identity)
                 if study.strategy == "greedy_soup":
                     self._greedy(started)
@@ -662,8 +664,7 @@ class _Search:
                     return score_by_command(evaluate, folder, "evaluate")
             except Interrupted:  # of the merge, whose finished shards are of no use here
                 raise KeyboardInterrupt from None
-        if self._maker is None:
-            self._maker = Maker(self._study.device, self._threads)
+        assert self._maker is not None
         plan = self._plan(recipe)
         made = self._maker.model(plan) if self._study.gives == "model" else None
         found = evaluate(made if made is not None else self._maker.state_dict(plan))

@@ -19,7 +19,7 @@ from cl_fast.checkpoints.adapters import read_adapter
 from cl_fast.cli import main
 from cl_fast.errors import CheckpointError, NonFiniteError, OutputError, RecipeError
 from cl_fast.merging import execute, make_plan, parse_recipe
-from cl_fast.merging.composing import merge_adapters
+from cl_fast.merging.composing import composing_methods, merge_adapters
 from cl_fast.merging.extracting import extract_adapter
 from cl_fast.merging.factors import Rank, truncate, truncate_product
 
@@ -151,6 +151,24 @@ def test_methods_of_elements_are_those_of_a_merge_with_the_base(
     sigma = torch.linalg.svdvals(exact)
     assert small.modules[0].rank == 3
     assert small.modules[0].error == pytest.approx(float(sigma[3:].norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", sorted(set(composing_methods()) - {"cat", "linear_factors"}))
+def test_every_method_takes_one_adapter_twice(
+    three: list[Path], tmp_path: Path, method: str
+) -> None:
+    """And averages or adds it, as far as nothing is trimmed: a multiple of it is left."""
+    dense = ("linear", "svd", "model_stock", "sce")
+    given: dict[str, Any] = {} if method in dense else {"density": 1.0}
+    merge_adapters([three[0], three[0]], tmp_path / "out", method=method, **given)
+    alone, both = deltas(three[0]), deltas(tmp_path / "out")
+    for name, exact in alone.items():
+        ratio = float((both[name] * exact).sum() / exact.square().sum())
+        assert ratio > 0.5
+        assert torch.allclose(both[name], ratio * exact, rtol=0, atol=1e-5)
+    if method == "sce":
+        with pytest.raises(CheckpointError, match="1 of the adapters have no such module"):
+            merge_adapters([three[0], three[2]], tmp_path / "no", method=method)
 
 
 def test_threads_and_order_of_work_change_no_bit(three: list[Path], tmp_path: Path) -> None:
@@ -394,6 +412,7 @@ REFUSED: list[Any] = [
     pytest.param(
         {"method": "ties", "density": 1, "variant": "x"}, RecipeError, "variant", id="variant"
     ),
+    pytest.param({"method": "sce", "weights": 0.5}, RecipeError, "weights: have no", id="sce"),
     pytest.param({"weights": [1.0]}, ValueError, "one number for each adapter, 2", id="weights"),
     pytest.param({"weights": math.nan}, ValueError, "must be finite", id="nan weight"),
     pytest.param({"rank": 0}, ValueError, "rank must be at least 1", id="rank"),

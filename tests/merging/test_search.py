@@ -517,6 +517,8 @@ def test_what_else_is_found_before_the_first_trial(inputs: Path, tmp_path: Path)
         search(recipe(inputs, RANGE, 0.5), never, sampler="grid")
     with pytest.raises(RecipeError, match="adapts two ranges or more; the recipe has 1"):
         search(recipe(inputs, RANGE, 0.5), never, sampler="cma-es")
+    with pytest.raises(RecipeError, match="device: 'nonsense' cannot be used here"):
+        search(recipe(inputs, RANGE, 0.5), never, device="nonsense")
     with pytest.raises(RecipeError, match="leads nowhere in the recipe"):
         search(recipe(inputs, 0.5, 0.5), never, space={"models[7].weight": RANGE})
     content = recipe(inputs, RANGE, 0.5, merge_method="ties")
