@@ -305,6 +305,16 @@ def test_a_packed_delta_is_a_model(root: Path, tmp_path: Path, backend: str) -> 
     assert found.whole.statistics.models[0].changed_share == pytest.approx(0.1, abs=0.02)
 
 
+def test_models_at_urls(root: Path) -> None:
+    store = pytest.importorskip("fsspec").filesystem("memory")
+    for name in ("base", "one"):
+        store.put(str(root / name), f"/test_diff/{name}", recursive=True)
+    there = compare("memory://test_diff/base", ["memory://test_diff/one"])
+    here = compare(root / "base", [root / "one"])
+    assert there.tensors == here.tensors
+    assert there.models == ("one",)
+
+
 def facts(count: int) -> list[Any]:
     from cl_fast.editing.facts import Fact
 
