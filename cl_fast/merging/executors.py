@@ -1021,9 +1021,12 @@ def compute_whole(tensor: TensorPlan, nan: Nan, threads: int) -> tuple[bytearray
         known = [x[cut] if rule.unit == "element" else x for x in statistics]
         start = None
         if base is not None and tensor.policy.difference:
-            start = base[cut].float().reshape(shape)
+            start = base[cut].reshape(shape)
         with torch.no_grad():
-            parts = [x[cut].float().reshape(shape) for x in values]
+            parts = [x[cut].reshape(shape) for x in values]
+            if not rule.own_parts:
+                start = None if start is None else start.float()
+                parts = [x.float() for x in parts]
             try:
                 result = rule.apply(parts, start, weights, known)
             except ValueError as error:

@@ -324,12 +324,13 @@ def _model_stock(given: Mapping[str, Any]) -> Rule:
     return Blend("model_stock")
 
 
-def _selective(name: str, unit: Unit, *numbers: str) -> RuleMaker:
+def _selective(name: str, unit: Unit, *numbers: str, own_parts: int = 0) -> RuleMaker:
     """Makes the rule of a function of ``cl_fast.ops.selective`` that takes these numbers."""
 
     def make(given: Mapping[str, Any]) -> Rule:
         settings = tuple((number, given[number]) for number in numbers)
-        return Whole(name, settings, f"cl_fast.ops.selective:{name}", unit)
+        function = f"cl_fast.ops.selective:{name}"
+        return Whole(name, settings, function, unit, own_parts=own_parts)
 
     return make
 
@@ -503,7 +504,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 name="sce",
                 summary="select what differs most, weigh models by their squares, elect a sign",
                 policy=_DELTAS,
-                rule=_selective("sce", "tensor", "select_topk"),
+                rule=_selective("sce", "tensor", "select_topk", own_parts=12),
                 numbers=("select_topk",),
                 weighted=False,
             ),
@@ -528,7 +529,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 name="arcee_fusion",
                 summary="the elements of one model that matter most, the base elsewhere",
                 policy=_DELTAS,
-                rule=_selective("arcee_fusion", "tensor"),
+                rule=_selective("arcee_fusion", "tensor", own_parts=8),
                 weighted=False,
                 most=1,
             ),
@@ -545,7 +546,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
                 name="ramplus_tl",
                 summary="ram, with what one model alone changed scaled up",
                 policy=_DELTAS,
-                rule=_selective("ramplus_tl", "tensor", "r", "alpha", "epsilon"),
+                rule=_selective("ramplus_tl", "tensor", "r", "alpha", "epsilon", own_parts=4),
                 numbers=("r", "alpha", "epsilon"),
                 own={"epsilon": _FROM_ZERO},
                 weighted=False,

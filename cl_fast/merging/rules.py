@@ -120,6 +120,10 @@ class Whole(Rule):
     ``statistics`` are further tensors, one for each model, that it is given as ``statistics=``: in
     parts like the models for ``element``, else whole and of ``shape``. ``crcs`` tell, where they
     are known, the CRC-64 of the models' tensors in float32 that they were collected on.
+
+    ``own_parts``, if not 0, says that a function of whole tensors works in parts of its own: it is
+    given the tensors in the types that they are stored in, and takes so many bytes more for each
+    element.
     """
 
     function: str = ""
@@ -127,6 +131,7 @@ class Whole(Rule):
     statistics: tuple[Source, ...] = ()
     shape: tuple[int, ...] = ()
     crcs: tuple[int | None, ...] = ()
+    own_parts: int = 0
 
     def apply(
         self,
@@ -154,6 +159,10 @@ def whole_memory(tensor: TensorPlan, threads: int | None) -> int:
     stored += tensor.base.nbytes if tensor.base is not None else 0
     stored += sum(source.nbytes for source in rule.statistics)
     count += len(rule.statistics)
+    if rule.own_parts:
+        # Looking for NaN takes three float32 copies of one input, before the function begins.
+        own = tensor.numel * max(rule.own_parts, 12)
+        return stored + tensor.nbytes + own + 8 * PART * (2 * count + 4)
     part = tensor.numel
     if rule.unit != "tensor":
         least = tensor.shape[-1] if rule.unit == "row" and tensor.shape else 1

@@ -479,8 +479,8 @@ def sce(
                     f"{out_dtype or start.dtype} for tensor {name!r}"
                 )
             out = selective.sce(
-                [model[name].float() for model in inputs.models],
-                start.float(),
+                [model[name] for model in inputs.models],
+                start,
                 weights=[],
                 select_topk=float(select_topk),
             )

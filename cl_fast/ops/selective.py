@@ -21,7 +21,8 @@ With d_k = x_k - base, all in float64 but for what is named, one rounding to flo
                   model k has with others and alone
 
 The definitions and constants are those of mergekit 0.1.5. Functions have the form of
-`cl_fast.merging.rules.Whole`: `values` are float32 tensors of one shape, `weights` are not used.
+`cl_fast.merging.rules.Whole`: `values` and `base` have one shape and any dtypes that are readable,
+`weights` are not used, and the result is float32 or float64.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def sce(
             codes[part] = magnitude_codes(variance.float())
         wanted = int(int(torch.count_nonzero(codes)) * select_topk)
         if wanted == 0:
-            return base.clone().reshape(shape)
+            return base.float().reshape(shape)
         code = select_code(lambda: codes.split(_PART), wanted)
         keep = kept_by_code(codes, code, wanted, "first")[0]
         del codes
@@ -105,7 +106,7 @@ def sce(
     total = float(squares.sum())
     share = torch.full_like(squares, 1.0 / count) if total < _SMALLEST_SQUARES else squares / total
 
-    out = torch.empty_like(base)
+    out = torch.empty_like(base, dtype=torch.float32)
     for part in _parts(n):
         deltas = chosen(part)
         plus = deltas.sum(dim=0) >= 0
@@ -147,14 +148,14 @@ def arcee_fusion(values: list[Tensor], base: Tensor | None, *, weights: Sequence
     shape, n = base.shape, base.numel()
     length = shape[-1] if shape else 1
     x, start = values[0].reshape(-1), base.reshape(-1)
-    importance = torch.empty_like(start)
+    importance = torch.empty_like(start, dtype=torch.float32)
     for part in _parts(n, max(1, _PART // max(1, length)) * max(1, length)):
         theirs, ours = (t[part].double().view(-1, length) for t in (x, start))
         p, q = (t.softmax(dim=-1) + _SMOOTHING for t in (theirs, ours))
         divergence = (p * (p / q).log()).sum(dim=-1, keepdim=True).clamp(min=0.0)
         importance[part] = ((theirs - ours).abs() * divergence).view(-1).float()
     if not n:
-        return base.clone()
+        return base.float()
 
     def codes() -> Iterator[Tensor]:  # none is negative: codes have the order of the values
         return (magnitude_codes(importance[part]) for part in _parts(n))
@@ -163,10 +164,11 @@ def arcee_fusion(values: list[Tensor], base: Tensor | None, *, weights: Sequence
         _float(select_code(codes, n - (quarters * (n - 1)) // 4)) for quarters in (1, 2, 3)
     )
     threshold = middle + 1.5 * (high - low)
-    out = start.clone()
+    out = torch.empty_like(importance)
     for part in _parts(n):
         # not below: NaN goes to the output
-        out[part] = torch.where(importance[part].double() < threshold, start[part], x[part])
+        below = importance[part].double() < threshold
+        out[part] = torch.where(below, start[part].float(), x[part].float())
     return out.reshape(shape)
 
 
@@ -226,7 +228,7 @@ def ramplus_tl(
         alone += (has & (count == 1)).sum(dim=1)
     scale = 1.0 + r * (shared / alone.clamp(min=epsilon)).clamp(min=0.0, max=alpha)
     scale = torch.where(shared == 0, 1.0, scale)  # also where epsilon is 0
-    out = torch.empty_like(base)
+    out = torch.empty_like(base, dtype=torch.float32)
     for part in _parts(n):
         deltas = _deltas(values, base, part)
         has, count = _members(deltas, epsilon)
