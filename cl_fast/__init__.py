@@ -4,12 +4,12 @@ The package imports nothing heavy: `import cl_fast` loads neither torch nor nump
 command line starts at once. Rooms are loaded when they are first named:
 
     cl_fast.ops        the kernels as registered torch ops
-    cl_fast.merging    linear, task_arithmetic, ties, dare_linear, dare_ties, soups, recipes
+    cl_fast.merging    recipes, methods, soups, packed deltas, adapters, comparison, search
     cl_fast.losses     distillation, log-probs and preferences without the logits
     cl_fast.training    replay, schedules, O-LoRA, LoRAMoE, adapters, projections, anchors
     cl_fast.editing    facts in and out of a model: MEMIT, ROME, AlphaEdit, MEND, a fact store
     cl_fast.learning    a stream of tasks in the trainer that you have; `cl_fast.learn`
-    cl_fast.integrations   losses and keeps in HF Trainer, TRL and torchtitan
+    cl_fast.integrations   losses and keeps in HF Trainer, TRL and torchtitan; merges on Ray
     cl_fast.models      what a loss or an editor must know of a model
     cl_fast.checkpoints    sharded safetensors, read in tiles
 """
