@@ -4,7 +4,8 @@
     python benchmarks/make_checkpoints.py IN --shape 0.5b
     python benchmarks/ray_overhead.py IN --rounds 7 --json benchmarks/results/ray_overhead_cpu.json
 
-Both write the same checkpoint in turns, in one process, with the same number of threads; the first
+Both write the same checkpoint in turns, in one process, with the same number of threads in all
+(Ray's default: two tasks at a time with half of them each); the first
 round is compared byte for byte and not counted. A time is that of `execute`: checks, working
 folder, merge, journal, side files, rename. In the Ray figure are also the look at the shared
 storage from the node, cutting the plan into units, sending and scheduling tasks, and their answers.
@@ -102,7 +103,8 @@ def main() -> None:
                 shutil.rmtree(output, ignore_errors=True)
                 plan = plan_of(method, arguments.inputs, output, arguments.out_shard_size)
                 began = time.perf_counter()
-                result = execute(plan, engine=ways[way], threads=arguments.threads, fsync=False)
+                threads = arguments.threads if way == "local" else None
+                result = execute(plan, engine=ways[way], threads=threads, fsync=False)
                 seconds[way].append(time.perf_counter() - began)
                 digests[way], moved = result.digest, result.bytes_moved
             if round_ == 0:

@@ -52,8 +52,9 @@ if TYPE_CHECKING:
 
 __all__ = ["RayEngine", "RayExecutor"]
 
-_LARGEST_UNIT = 1 << 30
-"""Bytes read and written by one task: a fraction of a second, far above what starting it takes."""
+_UNIT_BYTES = (16 << 20, 256 << 20)
+"""Least and most that one task reads and writes, where there is a choice: a task of the most takes
+a fraction of a second, far more than sending it."""
 
 _ANSWER_SECONDS = 60.0
 """How long a node may take to look at the shared storage."""
@@ -72,9 +73,9 @@ class RayEngine:
         unit: bytes that one task reads and writes; None: chosen by the size of merge and cluster.
         retries: how often one unit of work may be lost with its node before the merge gives up.
 
-    `execute`'s ``threads`` are the CPUs that one task takes, by default those of the smallest
-    node; ``memory`` bounds the working memory of one task. A context manager: at its end a
-    connection that it made itself is closed.
+    `execute`'s ``threads`` are the CPUs that one task takes, by default half of the smallest
+    node's, so that one task computes while another begins or ends; ``memory`` bounds the working
+    memory of one task. A context manager: at its end a connection that it made itself is closed.
     """
 
     def __init__(self, address: str = "auto", *, unit: int | None = None, retries: int = 3) -> None:
@@ -291,7 +292,7 @@ class RayExecutor:
                 if largest
                 else "engine ray: the cluster has no node with a CPU for tasks"
             )
-        threads = asked or min(cpus for _, _, cpus in nodes)
+        threads = asked or max(1, min(cpus for _, _, cpus in nodes) // 2)
         nodes = [node for node in nodes if node[2] >= threads]
         self._settings = dataclasses.replace(self._settings, threads=threads, fsync=fsync)
         self._token = _Token(work / f"shared-{secrets.token_hex(8)}", secrets.token_hex(16))
@@ -439,12 +440,11 @@ class RayExecutor:
         return sum(cpus // threads for _, _, cpus in self._nodes())
 
     def _cut(self, jobs: Sequence[ShardJob]) -> list[_Unit]:
-        """Units of work: neighbours in one file, at least four for each task that can run."""
+        """Units of work: neighbours in one file; many for each task that can run at once."""
         sized = [[(tensor, _moved(tensor)) for tensor in job.tensors] for job in jobs]
         total = sum(size for tensors in sized for _, size in tensors)
-        limit = self._unit or min(_LARGEST_UNIT, max(1, total // (4 * max(self._slots, 1))))
-        if self._unit is None and self._slots == 1:
-            limit = _LARGEST_UNIT
+        least, most = _UNIT_BYTES
+        limit = self._unit or min(most, max(least, total // (8 * max(self._slots, 1))))
         units = []
         for job, tensors in zip(jobs, sized, strict=True):
             group: list[TensorPlan] = []
