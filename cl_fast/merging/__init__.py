@@ -9,8 +9,8 @@ On disk::
 Beside a merge: :func:`compare`, :func:`pack_delta` and :func:`apply_delta`, :func:`merge_adapters`,
 :func:`extract_adapter`, ``search.search``, :func:`collect_fisher`, :func:`collect_gram`.
 
-In memory, on state dicts and modules: a function for each method (:func:`linear`, :func:`ties`, ...),
-:func:`uniform_soup`, :func:`greedy_soup`.
+In memory, on state dicts and modules: a function for each method (:func:`linear`, :func:`ties`,
+...), :func:`uniform_soup`, :func:`greedy_soup`.
 
 Each name is imported when it is first used, so that planning loads no torch.
 """
