@@ -36,7 +36,7 @@ from cl_fast.ops.magnitude import kept_by_code, magnitude_codes, select_code
 
 __all__ = ["arcee_fusion", "nearswap", "ram", "ramplus_tl", "sce"]
 
-_PART = 1 << 20  # elements worked on at a time: bounds the float64 temporaries
+_PART = 1 << 16  # elements worked on at a time: the float64 temporaries stay in the cache
 _SMALLEST_SQUARES = 1e-6
 _SMALLEST_DIVISOR = 1e-6
 _SMALLEST_STEP = 1e-6
@@ -84,8 +84,9 @@ def sce(
     if select_topk < 1.0:
         codes = torch.empty(n, dtype=torch.int32, device=base.device)
         for part in _parts(n):
-            variance = _deltas(values, base, part).var(dim=0, unbiased=False)
-            codes[part] = magnitude_codes(variance.float())
+            deltas = _deltas(values, base, part)
+            deltas -= deltas.sum(dim=0) / count
+            codes[part] = magnitude_codes((deltas.square_().sum(dim=0) / count).float())
         wanted = int(int(torch.count_nonzero(codes)) * select_topk)
         if wanted == 0:
             return base.float().reshape(shape)
