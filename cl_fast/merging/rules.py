@@ -47,8 +47,8 @@ Unit = Literal["element", "row", "tensor"]
 """What a function must see at once: any part, whole rows (of the last dimension), or everything."""
 
 
-#: Elements that a function of torch is given at a time, where it may be cut.
-PART = 1 << 22
+#: Elements that a function of torch is given at a time, where it may be cut: what caches hold.
+PART = 1 << 18
 
 
 def _slerp(gram: list[list[float]], weights: Sequence[float], t: float, base: int) -> list[float]:
