@@ -81,24 +81,24 @@ def reproducible_update_(
                 raise ValueError(f"{name} holds NaN or infinite values")
         shift = (_exponents(right, 0) - _exponents(left, 0)) // 2
         bits = (53 - math.ceil(math.log2(r))) // 2
-        left_high, left_low, rows = _split(left * _power(shift), bits)
-        right_high, right_low, columns = _split(right * _power(-shift), bits)
-        left_both = torch.cat([left_high, left_low], 1)
+        left_high, left_low = _split(left * _power(shift), bits)
+        right_high, right_low = _split(right * _power(-shift), bits)
+        left_both = torch.cat([left_high, left_low], 1) * 2.0**-bits
         right_both = torch.cat([right_low, right_high], 1)
-        scale = _power(columns)
         total = weight if weight.dtype == torch.float32 and rounding == "nearest" else None
         if total is None:
             total = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
         step = max(1, _BLOCK // max(1, n))
+        low = left.new_empty(min(step, m), n)
+        high = torch.empty_like(low)
         for first in range(0, m, step):
             block = slice(first, first + step)
-            sums = left_both[block] @ right_both.t()
-            sums *= 2.0**-bits
-            sums += left_high[block] @ right_high.t()
-            sums *= _power(rows[block])[:, None]
-            sums *= scale
-            sums += base[block].to(torch.float64)
-            total[block] = sums.to(torch.float32)
+            count = min(step, m - first)
+            # Each product by itself is exact; then there are two roundings, in this order.
+            sums = torch.mm(left_both[block], right_both.t(), out=low[:count])
+            sums += torch.mm(left_high[block], right_high.t(), out=high[:count])
+            sums += base[block]
+            total[block] = sums
         if total is not weight:
             rank_update_(weight, *nothing, base=total, rounding=rounding, seed=seed)
     return weight
@@ -114,10 +114,11 @@ def _power(exponents: Tensor) -> Tensor:
     return ((exponents + 1023).clamp(1, 2046) << 52).view(torch.float64)
 
 
-def _split(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x = 2^a (h + 2^-bits l): integers h, l [m, r] and a [m]."""
+def _split(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """2^a h and 2^a l for x = 2^a (h + 2^-bits l): integers h, l [m, r], one a for each row."""
     exponents = _exponents(x, 1) - bits
+    scale = _power(exponents)[:, None]
     whole = x * _power(-exponents)[:, None]
     high = whole.round()
     low = ((whole - high) * 2.0**bits).round()
-    return high, low, exponents
+    return high * scale, low * scale
