@@ -436,7 +436,10 @@ bool fusable(const TileView& t, Sparsify* s) {
   *s = Sparsify::None;
   for (int k = 0; k < t.n_terms; ++k) {
     if (t.terms[k].dtype != t.out_dtype || t.terms[k].factors) return false;
-    if (t.terms[k].sparsify != Sparsify::None) *s = t.terms[k].sparsify;
+    if (t.terms[k].sparsify == Sparsify::None) continue;
+    // a packed delta that keeps all it has may stand beside models that are trimmed
+    if (*s != Sparsify::None && *s != t.terms[k].sparsify) return false;
+    *s = t.terms[k].sparsify;
   }
   return true;
 }

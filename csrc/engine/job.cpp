@@ -918,6 +918,7 @@ void Job::combine_tile(Task& t, int64_t tile, Worker& w) {
   const int64_t words = (n + 63) / 64;
   for (size_t k = 0; k < K; ++k) {
     TermView& v = w.views[k];
+    if (t.direct(k)) continue;  // its bits are drawn beside its values
     if (v.sparsify == Sparsify::Trim) {
       if ((v.ties_until = ties_before(v, v.code, k)) < 0) return;
     } else if (v.sparsify == Sparsify::Drop && spec.sparsify == Sparsify::Band) {

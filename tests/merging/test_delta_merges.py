@@ -214,6 +214,31 @@ def test_where_magnitudes_count_a_packed_delta_is_the_base_with_its_values(
         cases.same_bits(wanted, run(content, tmp_path / str(number), **options))
 
 
+@pytest.mark.parametrize("first", ["packed", "dense"])
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs", "della_linear"])
+def test_a_whole_packed_delta_beside_models_that_are_sparsified(
+    root: Path, tmp_path: Path, method: str, first: str
+) -> None:
+    """At density 1 it is what it keeps: as the dense model of the same values at density 1."""
+    (tmp_path / "math").mkdir()
+    pack_delta(root / "base", root / "math", tmp_path / "math" / "delta.safetensors",
+               drop_rate=0.9, seed=7, rescale="none")  # fmt: skip
+    as_dense(root, "math", tmp_path / "dense" / "math")
+
+    def content(whole: Path) -> dict[str, Any]:
+        models = [
+            {"model": str(whole), "parameters": {"weight": 0.7, "density": 1.0}},
+            {"model": str(root / "code"), "parameters": {"weight": 0.4, "density": 0.3}},
+        ]
+        models = models if first == "packed" else models[::-1]
+        return {"merge_method": method, "base_model": str(root / "base"), "models": models}
+
+    wanted = run(content(tmp_path / "dense" / "math"), tmp_path / "wanted")
+    for backend in BACKENDS:
+        made = run(content(tmp_path / "math"), tmp_path / backend, backend=backend)
+        cases.same_bits(wanted, made)
+
+
 @pytest.mark.parametrize(
     ("method", "own", "words"),
     [
