@@ -112,6 +112,8 @@ _HARMLESS = frozenset(
     ]
 )
 
+_ALPHA = 8
+"""PEFT's own lora_alpha, where the config leaves it out."""
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
 
@@ -405,7 +407,7 @@ class _Numbers:
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
         self._path = path
         self._rank = self._whole("r", config.get("r"))
-        self._alpha = self._number("lora_alpha", config.get("lora_alpha", self._rank))
+        self._alpha = self._number("lora_alpha", config.get("lora_alpha", _ALPHA))
         self._root = bool(config.get("use_rslora"))
         self._ranks = self._pattern("rank_pattern", config, self._whole)
         self._alphas = self._pattern("alpha_pattern", config, self._number)

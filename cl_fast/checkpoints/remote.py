@@ -54,6 +54,8 @@ __all__ = [
 ]
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://", re.ASCII)
+_WEB = ("http", "https", "ftp", "sftp", "ssh", "webhdfs", "hdfs")
+"""Protocols whose URLs may name a port."""
 _SECRET = re.compile(r"token|sig|secret|password|credential|key", re.IGNORECASE)
 
 #: What is not copied to the cache: weights of any kind. Their names alone tell enough.
@@ -117,22 +119,34 @@ def name_of(url: str) -> str:
 
 
 def redacted(url: str) -> str:
-    """The URL without password and query, for messages."""
+    """The URL without secrets, query and fragment, for messages."""
     scheme, _, rest = url.partition("://")
-    place, _, _ = rest.partition("?")
-    host, slash, path = place.partition("/")
-    if ":" in host.rpartition("@")[0]:
-        host = host.rpartition("@")[2]
-    return f"{scheme}://{host}{slash}{path}"
+    place = re.split(r"[?#]", rest, maxsplit=1)[0]
+    if _has_user_secret(scheme, rest):
+        place = re.split(r"[?#]", rest.rpartition("@")[2], maxsplit=1)[0]
+    return f"{scheme}://{place}"
+
+
+def _has_user_secret(scheme: str, rest: str) -> bool:
+    """Whether USER:PASSWORD@ or TOKEN@ is before the host; a secret may hold '/', '?' and '#'."""
+    first = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    user, at, _ = first.rpartition("@")
+    if at:
+        return ":" in user or scheme.lower() in ("http", "https")
+    word = first.rpartition(":")
+    return "@" in rest and word[1] == ":" and not (scheme.lower() in _WEB and word[2].isdigit())
 
 
 def check_url(url: str, error: type[ClFastError] = CheckpointError, key: str | None = None) -> None:
     """Raises `error` for a URL that carries a secret, or names no folder of a store."""
     prefix = f"{key}: " if key else ""
-    parts = urlsplit(url)
-    user = parts.netloc.rpartition("@")[0]
-    secret = ":" in user or any(_SECRET.search(name) for name, _ in parse_qsl(parts.query))
-    if secret:
+    scheme, _, rest = url.partition("://")
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # whose text may repeat a secret
+        raise error(f"{prefix}{redacted(url)}: is no URL; check what follows ://") from None
+    named = any(_SECRET.search(name) for name, _ in parse_qsl(f"{parts.query}&{parts.fragment}"))
+    if named or _has_user_secret(scheme, rest):
         raise error(
             f"{prefix}{redacted(url)}: carries credentials in the URL, which would end up in "
             "records and messages; give them as the store's library takes them (for s3 "

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from cl_fast.cli.arguments import positive, seed, talk
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from cl_fast.merging.search import SearchResult, Tried
 
 __all__ = ["add"]
@@ -56,6 +58,9 @@ def _run(arguments: argparse.Namespace) -> int:
     study = load_study(arguments.study)
     storage = arguments.storage or arguments.study.with_suffix(".db")
     report = arguments.json or arguments.out.with_suffix(".json")
+    _check_files(
+        {"study": arguments.study, "--storage": storage, "--out": arguments.out, "--json": report}
+    )
     written: list[int] = []
 
     def write(result: SearchResult) -> None:
@@ -103,6 +108,23 @@ def _run(arguments: argparse.Namespace) -> int:
             f"{len(result.trials)} trials in {storage}, {result.new} of them new"
         )
     return 0
+
+
+def _check_files(files: Mapping[str, Path]) -> None:
+    """Raises OutputError where one would be written over another, or has no folder to lie in."""
+    from cl_fast.errors import OutputError
+
+    seen: dict[Path, str] = {}
+    for name, path in files.items():
+        place = path.resolve()
+        if place in seen:
+            raise OutputError(
+                f"{name}: {path} is the {seen[place].removeprefix('--')} as well; give another name"
+            )
+        seen[place] = name
+        if name != "--storage" and (place.is_dir() or not place.parent.is_dir()):
+            what = "is a folder" if place.is_dir() else "lies in a folder that does not exist"
+            raise OutputError(f"{name}: {path} {what}; give the name of a file to write")
 
 
 def _short(value: Any) -> str:

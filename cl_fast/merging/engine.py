@@ -161,7 +161,9 @@ def execute(
             if found is not None and found.published(folder, upload):
                 # The rename was done, and the process ended before it could tidy up.
                 folder.discard()
-                return found.result(folder, time.perf_counter() - started, plan.url)
+                if found.start["fingerprint"] == plan.fingerprint:
+                    return found.result(folder, time.perf_counter() - started, plan.url)
+                found = None  # another merge, which stands at the output like any other
             folder.recover()
             if found is None:
                 folder.discard()
@@ -327,7 +329,7 @@ class _Unfinished:
         if self.publish is None:
             return False
         if upload is not None:
-            return upload.published()
+            return upload.published(str(self.start["fingerprint"]))
         if not folder.path.is_dir():
             return False
         now = folder.path.stat()

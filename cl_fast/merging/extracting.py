@@ -279,9 +279,14 @@ def _names(base: Checkpoint, finetuned: Checkpoint) -> list[str]:
     for name in names:
         first, second = base.tensors.get(name), finetuned.tensors.get(name)
         if first is None or second is None:
-            if name.endswith("lm_head.weight") and (base.tied or finetuned.tied):
-                continue
             there, lacks = (finetuned, base) if first is None else (base, finetuned)
+            if name.endswith("lm_head.weight") and (base.tied or finetuned.tied):
+                if there.tied:
+                    continue
+                raise CheckpointError(
+                    f"{there.path} has a {name!r} of its own, in {lacks.path} it is tied to the "
+                    "embeddings; untie and save the tied one first (tie_word_embeddings: false)"
+                )
             raise CheckpointError(
                 f"{lacks.path} has no tensor {name!r}, which {there.path} has; give a finetune and "
                 "the very base that it began from"

@@ -17,16 +17,13 @@ the same bits for any number of threads (on one machine: another BLAS may differ
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
@@ -34,8 +31,11 @@ from torch import Tensor
 
 from cl_fast import options
 from cl_fast.checkpoints.adapters import CONFIG_NAME, PREFIX, WEIGHTS_NAME, config_text
+from cl_fast.checkpoints.remote import check_url, is_url
 from cl_fast.checkpoints.safetensors import DTYPE_BITS, TensorInfo, build_header
 from cl_fast.errors import OutputError
+from cl_fast.merging.journal import WorkLock
+from cl_fast.merging.output import OutputFolder, sync_tree, write_failure
 from cl_fast.ops import keep_mask
 from cl_fast.ops.streams import stream_key
 
@@ -294,35 +294,49 @@ class AdapterWriter:
     """
 
     def __init__(self, output: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        asked = Path(output)
-        if asked.name in ("", ".."):
-            raise OutputError(f"{output}: not a folder name; give the path of the folder to make")
-        self.path = asked.parent.resolve() / asked.name
-        if self.path.is_symlink() or (self.path.exists() and not self.path.is_dir()):
-            raise OutputError(f"{self.path}: is not a folder; give one that does not exist yet")
-        if self.path.is_dir() and any(self.path.iterdir()) and not overwrite:
+        text = os.fspath(output)
+        if is_url(text):
+            check_url(text, OutputError)
             raise OutputError(
-                f"{self.path}: the output exists and is not empty; give another folder, or "
-                "--overwrite to replace it once the new one is complete"
+                f"{text}: an adapter is written to a folder of this machine; give a path, and "
+                "copy the folder to the URL"
             )
-        self._work = self.path.with_name(f".{self.path.name}.cl_fast-partial")
+        # As that of a merge, but not the same: an unfinished merge of that name is left alone.
+        self._folder = OutputFolder(output)
+        self._folder.work = self._folder.path.with_name(f".{self._folder.path.name}.cl_fast-lora")
+        self._folder.model = self._folder.work / "model"
+        self._folder.replaced = self._folder.work / "replaced"
+        self.path = self._folder.path
+        self._overwrite = overwrite
         self._entries: list[tuple[str, str, tuple[int, ...], int]] = []
+        self._lock = WorkLock(self._folder.work, self.path)
+        self._folder.create()
+        self._lock.acquire()
         try:
-            shutil.rmtree(self._work, ignore_errors=True)
-            self._work.mkdir(parents=True)
-            self._data = (self._work / "data").open("w+b")
-        except OSError as error:
-            raise self._failed(error) from error
+            self._folder.recover()
+            self._folder.check((), overwrite=overwrite)
+            self._folder.clear()
+            self._data = (self._folder.work / "data").open("w+b")
+        except BaseException as error:
+            self._discard()
+            if isinstance(error, OSError) and not isinstance(error, OutputError):
+                raise self._failed(error) from error
+            raise
 
     def __enter__(self) -> AdapterWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._data.close()
-        shutil.rmtree(self._work, ignore_errors=True)
+        self._discard()
+
+    def _discard(self) -> None:
+        self._folder.recover()
+        self._folder.discard()
+        self._lock.release()
 
     def _failed(self, error: OSError) -> OutputError:
-        return OutputError(f"{self.path}: cannot be written ({error.strerror or error})")
+        return write_failure(self.path, error)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """One tensor, under the name that it has in the model (without PEFT's prefix)."""
@@ -355,7 +369,7 @@ class AdapterWriter:
         header, _, size = build_header(
             [(name, dtype, shape) for name, dtype, shape, _ in order], {"format": "pt", **words}
         )
-        ready = self._work / "adapter"
+        ready = self._folder.model
         try:
             ready.mkdir()
             with (ready / WEIGHTS_NAME).open("wb") as file:
@@ -368,19 +382,8 @@ class AdapterWriter:
                         file.write(piece)
                         left -= len(piece)
                 assert file.tell() == size
-                file.flush()
-                os.fsync(file.fileno())
             (ready / CONFIG_NAME).write_bytes(config_text(config))
-            if self.path.exists():
-                replaced = self._work / "replaced"
-                self.path.rename(replaced)
-                try:
-                    ready.rename(self.path)
-                except OSError:
-                    with contextlib.suppress(OSError):
-                        replaced.rename(self.path)
-                    raise
-            else:
-                ready.rename(self.path)
+            sync_tree(ready)
+            self._folder.publish(overwrite=self._overwrite, fsync=True)
         except OSError as error:
             raise self._failed(error) from error

@@ -19,6 +19,7 @@ from cl_fast.checkpoints.deltas import is_delta
 from cl_fast.checkpoints.hub import is_hub_id, snapshot
 from cl_fast.checkpoints.patches import is_patch
 from cl_fast.checkpoints.remote import (
+    check_url,
     download_whole,
     is_url,
     local_path,
@@ -287,6 +288,7 @@ def base_and_change(reference: str) -> tuple[str, str] | None:
 def _exists(reference: str) -> bool:
     if not is_url(reference):
         return absolute(reference).exists()
+    check_url(reference)  # what it holds of a secret is neither looked up nor told
     try:
         return bool(resolve(reference))
     except CheckpointError:

@@ -370,6 +370,7 @@ class _Search:
         self._sign = 1.0 if study.direction == "maximize" else -1.0
         self._new = 0
         self._maker: Maker | None = None
+        self._stamps: dict[str, list[Any]] = {}
         self._optuna = _optuna()
 
     def run(self) -> SearchResult:
@@ -466,18 +467,13 @@ class _Search:
         return make_plan(parse_recipe(recipe), self._workspace.nowhere(), threads=self._threads)
 
     def _identity(self, plans: Sequence[Plan]) -> dict[str, Any]:
-        stamps = {
-            header.path: [header.file_size, header.mtime_ns, header.digest]
-            for plan in plans
-            for checkpoint in plan.inputs
-            for header in checkpoint.files
-        }
+        self._stamps = {path: stamp for plan in plans for path, stamp in _stamps(plan).items()}
         study = self._study
         return {
             "format": _FORMAT,
             "space": _plain(self._space.to_json()),
             "recipe": _plain(study.recipe),
-            "inputs": stamps,
+            "inputs": self._stamps,
             "direction": study.direction,
             "evaluate": study.evaluated_by,
             "gives": study.gives,
@@ -658,6 +654,13 @@ class _Search:
 
     def _score(self, recipe: Mapping[str, Any]) -> float:
         evaluate = self._study.evaluate
+        plan = self._plan(recipe)
+        for path, stamp in _stamps(plan).items():
+            if self._stamps.get(path) != stamp:
+                raise CheckpointError(
+                    f"{path}: was changed since the study began; scores before and after cannot "
+                    "be compared. Search when nothing writes to the inputs, with another storage"
+                )
         if isinstance(evaluate, tuple):
             try:
                 with self._workspace.folder(recipe, self._threads) as folder:
@@ -665,7 +668,6 @@ class _Search:
             except Interrupted:  # of the merge, whose finished shards are of no use here
                 raise KeyboardInterrupt from None
         assert self._maker is not None
-        plan = self._plan(recipe)
         made = self._maker.model(plan) if self._study.gives == "model" else None
         found = evaluate(made if made is not None else self._maker.state_dict(plan))
         try:
@@ -762,6 +764,16 @@ class _Search:
             choose(scored, taste, chosen.append, study.accept)
         except _Enough:
             self._say("stopped before the soup was ready; the same command goes on")
+
+
+def _stamps(plan: Plan) -> dict[str, list[Any]]:
+    """File of an input -> what tells it from another of its name."""
+    return {
+        header.path: [header.file_size, header.mtime_ns, header.digest]
+        + ([header.version] if header.version else [])
+        for checkpoint in plan.inputs
+        for header in checkpoint.files
+    }
 
 
 class _Enough(Exception):

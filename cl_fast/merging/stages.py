@@ -317,7 +317,7 @@ def merge_stages(
     for stage in stages:
         final = stage is stages[-1]
         plan = _plan(stage, stages, **settings)
-        if not final and not restart and _finished(stage, plan):
+        if not final and not restart and _finished(stage, plan, options.get("nan", "refuse")):
             if tell is not None:
                 tell(plan, None)
             continue
@@ -337,8 +337,8 @@ def merge_stages(
     return result
 
 
-def _finished(stage: Stage, plan: Plan) -> bool:
-    """Whether a stage's output is there, of this plan, and sound.
+def _finished(stage: Stage, plan: Plan, nan: str) -> bool:
+    """Whether a stage's output is there, of this plan and policy of NaN, and sound.
 
     Raises:
         OutputError: there is something that no merge made.
@@ -352,6 +352,7 @@ def _finished(stage: Stage, plan: Plan) -> bool:
             f"{stage.output}: is where {stage.title} goes, and holds something else ({error}); "
             "move it, or give another folder for intermediate merges"
         ) from None
-    if record["fingerprint"] != plan.fingerprint:
+    # What was made under "refuse" had nothing that a policy could change.
+    if record["fingerprint"] != plan.fingerprint or record["nan"] not in ("refuse", nan):
         return False
     return verify(stage.output, sample=0, inputs=False).ok

@@ -72,6 +72,7 @@ class Upload:
         self._put = list[str]()
         self._begun = False
         self._kept: dict[str, State] = {}
+        self._there: dict[str, State] = {}
         self._sending: list[tuple[int, Future[None]]] = []
         self._pool = ThreadPoolExecutor(2, "cl_fast upload")
 
@@ -128,6 +129,7 @@ class Upload:
                 self._remove(name)
         present = list_folder(self.url, OutputError).files
         self._kept = {name: state for name, state in kept.items() if present.get(name) == state}
+        self._there = dict(self._kept)
 
     def _make_folder(self) -> None:
         # Stores of objects have no folders; local and memory file systems do.
@@ -191,6 +193,7 @@ class Upload:
             raise OutputError(
                 f"{url}: has {there.size} bytes after the upload of {size}; run again with --resume"
             )
+        self._there[name] = there
         return there
 
     def finish(self, folder: Path, weights: Iterable[str]) -> None:
@@ -200,10 +203,23 @@ class Upload:
         last = [name for name in (INDEX_NAME, manifest.NAME) if name in names]
         for name in [*sorted(names.difference(last)), *last[:-1]]:
             self.put(folder / name, name)
+        self._refuse_foreign(done)
         for name in sorted(self._stale - names - done):
             self._remove(name)
         self.put(folder / last[-1], last[-1])
         self._remove(MARKER)
+
+    def _refuse_foreign(self, weights: Iterable[str]) -> None:
+        """Raises OutputError where another merge wrote to the URL meanwhile."""
+        present = list_folder(self.url, OutputError).files
+        foreign = [n for n in sorted(weights) if _differ(present.get(n), self._there[n])]
+        if MARKER not in present or self._json(MARKER).get("fingerprint") != self._fingerprint:
+            foreign.insert(0, MARKER)
+        if foreign:
+            raise OutputError(
+                f"{self.url}/{foreign[0]}: was changed during the upload, by another merge to this "
+                "URL; give each its own, and run again with --resume --overwrite"
+            )
 
     def check_file(
         self, name: str, places: Iterable[tuple[int, int]], checksums: Iterable[int]
@@ -218,13 +234,26 @@ class Upload:
                     "from what was uploaded; upload again with --restart"
                 )
 
-    def published(self) -> bool:
-        """Whether the output is there, complete."""
+    def published(self, fingerprint: str) -> bool:
+        """Whether the output of the plan with this fingerprint is there, complete."""
         try:
             entries = self._entries()
+            if manifest.NAME not in entries or MARKER in entries:
+                return False
+            record = self._json(manifest.NAME)
         except ClFastError:
             return False
-        return manifest.NAME in entries and MARKER not in entries
+        return record.get("fingerprint") == fingerprint
+
+    def _json(self, name: str) -> dict[str, Any]:
+        """A small JSON file at the URL; empty where it is none. Raises OutputError."""
+        with telling(f"{self.url}/{name}", "read", OutputError):
+            content = self._store.cat_file(f"{self._path}/{name}")
+        try:
+            found = json.loads(content)
+        except ValueError:
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def abandon(self) -> None:
         """Takes away what this run uploaded, as far as the store lets it.
@@ -244,3 +273,12 @@ class Upload:
         ):
             if self._store.isfile(path):
                 self._store.rm_file(path)
+
+
+def _differ(now: State | None, then: State) -> bool:
+    """Whether a file is another one; by its tag, where the store gives one."""
+    if now is None or now.size != then.size:
+        return True
+    if now.version and then.version:
+        return now.version != then.version
+    return 0 not in (now.mtime_ns, then.mtime_ns) and now.mtime_ns != then.mtime_ns

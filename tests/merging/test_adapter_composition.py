@@ -395,6 +395,74 @@ def test_the_error_told_is_that_of_the_written_factors(tmp_path: Path) -> None:
     json.dumps(kept.to_json(), allow_nan=False)
 
 
+def test_an_untied_head_is_not_lost_without_a_word(tmp_path: Path) -> None:
+    def saved(name: str, state: dict[str, Tensor], *, tied: bool) -> Path:
+        folder = cases.save(tmp_path / name, state)
+        (folder / "config.json").write_text(json.dumps({"tie_word_embeddings": tied}))
+        return folder
+
+    base = {f"{Q.format(0)}.weight": torch.zeros(4, 4), f"{EMBED}.weight": torch.eye(4)}
+    after = base | {f"{Q.format(0)}.weight": torch.eye(4), "lm_head.weight": 2 * torch.eye(4)}
+    below = saved("base", base, tied=True)
+    untied = saved("untied", after, tied=False)
+    with pytest.raises(CheckpointError, match=r"untied has a 'lm_head\.weight' of its own"):
+        extract_adapter(below, untied, tmp_path / "out", rank=2)
+    same = saved("same", after, tied=True)  # stored, and not used
+    assert extract_adapter(below, same, tmp_path / "out", rank=2).saved == ()
+
+
+def test_lora_alpha_that_is_left_out_is_that_of_peft(tmp_path: Path) -> None:
+    config = of(tmp_path / "a") / "adapter_config.json"
+    content = json.loads(config.read_text())
+    del content["lora_alpha"]
+    config.write_text(json.dumps(content))
+    assert {m.scale for m in read_adapter(tmp_path / "a").modules.values()} == {8 / 2}
+
+
+def test_writing_an_adapter_touches_nothing_else(
+    three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge = tmp_path / ".out.cl_fast-partial"
+    merge.mkdir()
+    (merge / "journal.jsonl").write_text("of an unfinished merge")
+    merge_adapters(three, tmp_path / "out", method="cat")
+    assert (merge / "journal.jsonl").exists()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match="s3://bucket/out: an adapter is written to a folder"):
+        merge_adapters(three, "s3://bucket/out", method="cat")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", merge.name}
+
+
+def test_a_replaced_adapter_outlives_a_kill(
+    three: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where two names cannot be swapped in one step, the next run puts the old one back."""
+    from cl_fast.merging import output
+
+    out = tmp_path / "out"
+    merge_adapters(three, out, method="cat")
+    before = cases.contents(out)
+    monkeypatch.setattr(output, "_exchange", lambda *_: False)
+    real = Path.rename
+
+    def dies(self: Path, target: Path) -> Path:
+        if target == out:
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", dies)
+        for name in ("recover", "discard"):  # as in a kill: nobody is left to tidy up
+            patch.setattr(output.OutputFolder, name, lambda *_: None)
+        with pytest.raises(KeyboardInterrupt):
+            merge_adapters(three, out, overwrite=True)
+    assert not out.exists()
+    with pytest.raises(OutputError, match="exists and is not empty"):
+        merge_adapters(three, out)
+    assert cases.contents(out) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
 # Bad input.
 
 

@@ -765,6 +765,18 @@ def test_a_leftover_of_the_last_moment_is_tidied_up(root: Path, tmp_path: Path) 
     assert not cases.partial(out).exists()
 
 
+def test_a_leftover_of_another_merge_is_not_taken_for_this_one(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(output.OutputFolder, "discard", lambda *_: None)
+        first = run(root, out)
+        linear = run(root, tmp_path / "linear", "linear")
+    with pytest.raises(OutputError, match="exists and is not empty"):
+        run(root, out, "linear")
+    again = run(root, out, "linear", overwrite=True)
+    assert again.digest == linear.digest != first.digest
+
+
 def test_replacing_without_an_exchange(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -314,6 +314,57 @@ def test_an_upload_that_was_interrupted_goes_on(
     assert files_at(s3, "out/merged") == cases.contents(local(models, tmp_path / "merged").output)
 
 
+def test_two_merges_to_one_url_are_told(
+    memory: Any, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each on a machine of its own: no record may stand beside the weights of another."""
+    waits = True
+
+    def other(phase: str, done: int, total: int) -> None:
+        nonlocal waits
+        if waits and phase == "merge" and done == total:
+            waits = False
+            memory.pipe_file(f"/out/merged/{MARKER}", b'{"fingerprint": "of another"}')
+
+    plan = outward(models, "memory://out/merged")
+    with pytest.raises(OutputError, match="was changed during the upload, by another merge"):
+        execute(plan, fsync=False, progress=other)
+    assert NAME not in names_at(memory, "/out/merged")
+    put = Upload.put
+
+    def overwritten(self: Upload, path: Path, name: str) -> Any:
+        there = put(self, path, name)
+        if name == "config.json":
+            weights = next(n for n in names_at(memory, "/out/merged") if n.endswith(".safetensors"))
+            memory.pipe_file(f"/out/merged/{weights}", b"other weights")
+        return there
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Upload, "put", overwritten)
+        with pytest.raises(OutputError, match="safetensors: was changed during the upload"):
+            execute(plan, fsync=False, resume=True)
+    assert NAME not in names_at(memory, "/out/merged")
+    execute(plan, fsync=False, resume=True)
+    assert files_at(memory, "/out/merged") == cases.contents(
+        local(models, tmp_path / "merged").output
+    )
+
+
+def test_a_leftover_is_not_taken_for_what_is_at_the_url_by_now(
+    memory: Any, models: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    url = "memory://out/merged"
+    with monkeypatch.context() as patch:  # killed before the working folder is gone
+        patch.setattr("cl_fast.merging.output.OutputFolder.discard", lambda *_: None)
+        execute(outward(models, url), fsync=False)
+    with monkeypatch.context() as patch:  # another machine replaces it
+        patch.setenv("CL_FAST_CACHE", str(tmp_path / "elsewhere"))
+        linear = make_plan(parse_recipe(cases.recipe(models, "linear")), url)
+        execute(linear, overwrite=True, fsync=False)
+    with pytest.raises(OutputError, match="exists and is not empty"):
+        execute(outward(models, url), fsync=False, resume=True)
+
+
 def test_an_existing_output_is_replaced_only_when_asked(
     memory: Any, models: Path, tmp_path: Path
 ) -> None:
@@ -370,6 +421,11 @@ def test_the_command_takes_urls(
         ("gs://models/one", "out", CheckpointError, r"gs://models/one: .*pip install gcsfs"),
         ("nope://models/one", "out", CheckpointError, "nobody here knows the protocol nope://"),
         (f"s3://AKIA:{SECRET}@models/one", "out", CheckpointError, "s3://models/one: carries cred"),
+        (f"s3://AK:ab/{SECRET}@models/one", "out", CheckpointError, "s3://models/one: carries cr"),
+        (f"s3://AK:a+b/{SECRET}@models/one", "out", CheckpointError, "s3://models/one: carries cr"),
+        (f"https://hf_{SECRET}@x.org/m", "out", CheckpointError, "https://x.org/m: carries cred"),
+        (f"https://x.org/m#{SECRET}", "out", CheckpointError, "https://x.org/m: what follows"),
+        (f"https://[{SECRET}@x.org/m", "out", CheckpointError, "is no URL|carries credentials"),
         ("s3://models/one?x=1", "out", CheckpointError, r"s3://models/one: what follows '\?'"),
         (f"https://x.org/m?token={SECRET}", "out", CheckpointError, "https://x.org/m: carries cr"),
         ("one", f"s3://AKIA:{SECRET}@out/x", OutputError, "s3://out/x: carries credentials"),

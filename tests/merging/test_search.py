@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -445,6 +447,49 @@ def test_a_study_names_a_function_beside_it(inputs: Path, tmp_path: Path) -> Non
     (tmp_path / "study.yml").write_text(yaml.safe_dump(content))
     result = search(load_study(tmp_path / "study.yml"))
     assert result.best.values == {"models[0].parameters.weight": 0.5}
+
+
+def test_an_input_that_changes_during_a_study_ends_it(inputs: Path, tmp_path: Path) -> None:
+    cases.save(tmp_path / "b", {X.format(i): torch.ones(2) for i in range(3)})
+    content = recipe(inputs, RANGE, 0.5)
+    content["models"][1]["model"] = str(tmp_path / "b")
+    scored: list[float] = []
+
+    def evaluate(state: Mapping[str, Tensor]) -> float:
+        scored.append(bowl(state))
+        if len(scored) == 2:  # a training goes on there
+            shutil.rmtree(tmp_path / "b")
+            cases.save(tmp_path / "b", {X.format(i): -torch.ones(2) for i in range(3)})
+        return scored[-1]
+
+    with pytest.raises(CheckpointError, match=r"b/model\.safetensors: was changed since the study"):
+        search(content, evaluate, trials=5, device="cpu", sampler="random")
+    assert len(scored) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--out", "study.yml"], r"--out: study\.yml is the study as well"),
+        (["--out", "best.json"], r"--json: best\.json is the out as well"),
+        (["--out", "best.yml", "--storage", "best.yml"], "--out: best.yml is the storage as well"),
+        (["--out", "best.yml", "--json", "study.db"], "--json: study.db is the storage as well"),
+        (["--out", "none/best.yml"], "--out: none/best.yml lies in a folder that does not exist"),
+    ],
+)
+def test_no_file_of_a_search_is_written_over_another(
+    study: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert main(["search", study.name, *arguments]) == 1
+    assert re.search(words, capsys.readouterr().err)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 # Bad input.

@@ -87,6 +87,24 @@ def test_finished_stages_are_used_again(root: Path, tmp_path: Path) -> None:
         again()
 
 
+def test_a_stage_of_another_policy_of_nan_is_made_again(root: Path, tmp_path: Path) -> None:
+    path = write(tmp_path, soup(root, "one", "two", name="ab"), soup(root, "ab", "three"))
+    stages = load_stages(path, tmp_path / "out")
+    seen: list[bool] = []
+
+    def merge(nan: Any) -> list[bool]:
+        seen.clear()
+        merge_stages(
+            stages, overwrite=True, nan=nan, tell=lambda _, result: seen.append(result is not None)
+        )
+        return list(seen)
+
+    assert merge("propagate") == [True, True]
+    assert merge("refuse") == [True, True]
+    assert merge("refuse") == [False, True]
+    assert merge("propagate") == [False, True]
+
+
 def test_an_interrupted_stage_goes_on(root: Path, tmp_path: Path) -> None:
     path = write(tmp_path, soup(root, "one", "two", name="ab"), soup(root, "ab", "three"))
     planning = {"out_shard_size": 300_000}
