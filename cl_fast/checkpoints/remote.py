@@ -287,7 +287,17 @@ def _state(info: dict[str, Any]) -> State:
     version = next(
         (
             str(info[key])
-            for key in ("ETag", "etag", "generation", "blob_id", "md5Hash", "content_md5")
+            for key in (
+                "ETag",
+                "etag",
+                "generation",
+                "blob_id",
+                "md5Hash",
+                "content_md5",
+                "Content-MD5",
+                "Digest",
+                "Last-Modified",
+            )
             if info.get(key)
         ),
         "",
@@ -330,22 +340,46 @@ def list_folder(url: str, error: type[ClFastError] = CheckpointError) -> Listing
             if _code_of(missing) == "NoSuchBucket":
                 raise
             return Listing(url, {}, None)
+        if not entries and store.isfile(path):  # a page that links to nothing (https)
+            entries = [store.info(path)]
         if len(entries) == 1 and entries[0]["type"] == "file":
             name = str(entries[0]["name"]).rstrip("/")
             if name.rpartition("/")[2] == name_of(url) and store.isfile(path):
                 only = name_of(url)
                 url = url.rpartition("/")[0]
                 entries = store.ls(store._parent(path), detail=True)
-        for entry in entries:
+        for entry in _sized(store, url, entries, error):
             name = str(entry["name"]).rstrip("/").rpartition("/")[2]
             if entry["type"] == "file" and name:
                 files[name] = _state(entry)
             elif name == "additional_chat_templates":
-                for below in store.ls(entry["name"], detail=True):
+                for below in _sized(store, url, store.ls(entry["name"], detail=True), error):
                     if below["type"] == "file":
                         inner = str(below["name"]).rpartition("/")[2]
                         files[f"{name}/{inner}"] = _state(below)
     return Listing(url, files, only)
+
+
+def _sized(
+    store: Any, url: str, entries: Sequence[dict[str, Any]], error: type[ClFastError]
+) -> list[dict[str, Any]]:
+    """A listing with the sizes that it leaves out (https), asked for file by file."""
+
+    def told(entry: dict[str, Any]) -> dict[str, Any]:
+        if entry["type"] != "file" or entry.get("size") is not None:
+            return entry
+        found: dict[str, Any] = {**entry, **store.info(entry["name"])}
+        if found.get("size") is None:
+            raise error(
+                f"{redacted(url)}: the server does not tell the size of "
+                f"{name_of(str(entry['name']))}; download the model and give its folder"
+            )
+        return found
+
+    if all(entry.get("size") is not None for entry in entries):
+        return list(entries)
+    with ThreadPoolExecutor(_CONNECTIONS, "cl_fast sizes") as pool:
+        return list(pool.map(told, entries))
 
 
 def fetch(url: str, offset: int, nbytes: int) -> bytearray:
@@ -362,6 +396,11 @@ def fetch(url: str, offset: int, nbytes: int) -> bytearray:
         end = min(start + _PIECE, nbytes)
         with telling(url, "read"):
             got = store.cat_file(path, start=offset + start, end=offset + end)
+        if len(got) > end - start:
+            raise CheckpointError(
+                f"{redacted(url)}: the server sends whole files where parts are asked for (no HTTP "
+                "ranges); download the model and give its folder"
+            )
         if len(got) != end - start:
             raise CheckpointError(
                 f"{redacted(url)}: ended after {start + len(got)} of {nbytes} bytes of a tensor at "

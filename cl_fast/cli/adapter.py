@@ -187,14 +187,16 @@ def _ranks(modules: Any) -> str:
 def _info(arguments: argparse.Namespace) -> int:
     from cl_fast.checkpoints.adapters import read_adapter
     from cl_fast.merging.description import bytes_text
+    from cl_fast.merging.inputs import resolve
 
-    adapter = read_adapter(arguments.adapter)
+    path = resolve(arguments.adapter)
+    adapter = read_adapter(path)
     if arguments.base is not None:
         from cl_fast.checkpoints.checkpoint import Checkpoint
         from cl_fast.merging.adapters import open_adapter
 
-        base = Checkpoint.open(arguments.base, key="--base")
-        derived = open_adapter(base, arguments.adapter, key="adapter")
+        base = Checkpoint.open(resolve(arguments.base), key="--base")
+        derived = open_adapter(base, path, key="adapter")
         derived.check()
         for note in derived.notes:
             print(f"note: {note}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cl_fast.cli import mergekit
 from cl_fast.cli.arguments import execution, execution_options, place, seed
 from cl_fast.cli.progress import Progress
+from cl_fast.errors import OutputError
 
 if TYPE_CHECKING:
     from cl_fast.merging.engine import Result
@@ -135,7 +136,7 @@ def _run(arguments: argparse.Namespace) -> int:
         with Progress(quiet=arguments.quiet) as progress:
             merge_report(
                 stages[-1].recipe,
-                stages[-1].output,
+                stages[-1].url or stages[-1].output,
                 report,
                 threads=arguments.threads,
                 backend=arguments.backend,
@@ -154,6 +155,8 @@ def _report(arguments: argparse.Namespace, last: Stage) -> Path | None:
     from cl_fast.merging.report import check_merge_report
 
     if report == _BESIDE:
+        if last.url is not None:
+            raise OutputError(f"--report: give a path, as the output {last.url} has no folder here")
         report = last.output.with_name(f"{last.output.name}-report.html")
     check_merge_report(last.recipe, report, overwrite=arguments.overwrite)
     return report

@@ -189,6 +189,11 @@ def merge_adapters(
     notes: list[str] = []
     modules = _common(opened, notes)
     copied = _copied(opened)
+    if copied and set(factors) != {1.0}:
+        notes.append(
+            f"{len(copied)} whole tensors (modules_to_save) are copied as they are: weights have "
+            "no effect on them"
+        )
     _check_output(output, opened)
 
     def work(name: str) -> tuple[str, Tensor, Tensor, float, float]:

@@ -64,7 +64,7 @@ def check_merge_report(recipe: Recipe, path: Path, *, overwrite: bool) -> None:
 
 def merge_report(
     recipe: Recipe,
-    output: Path,
+    output: str | Path,
     path: Path,
     *,
     threads: int | None = None,
@@ -74,7 +74,7 @@ def merge_report(
     """Compares the base of a merge with its models and its result; writes `path` and its JSON.
 
     Args:
-        recipe: that was carried out; output: what it made.
+        recipe: that was carried out; output: the folder or URL of what it made.
         path: of the page; the JSON file has its name, with .json.
         threads, backend, progress: as in `compare`.
 
@@ -85,7 +85,7 @@ def merge_report(
     comparison = compare(
         base, [*models, output], threads=threads, backend=backend, progress=progress
     )
-    write_page(comparison, path, title=f"The merge {output.name}")
+    write_page(comparison, path, title=f"The merge {Path(output).name}")
     write_json(comparison, path.with_suffix(".json"))
     return comparison
 

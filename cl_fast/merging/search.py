@@ -508,6 +508,8 @@ class _Search:
         if path is None:
             study = optuna.create_study(direction=self._study.direction)
         else:
+            if "?" in str(path):
+                raise OutputError(f"{path}: SQLite takes no '?' in a path; give another storage")
             known = path.exists()
             try:
                 study = optuna.create_study(
@@ -742,7 +744,7 @@ class _Search:
                     trial = self._optuna.trial.Trial(self._trials, known._trial_id)
                     break
             else:
-                if self._over(started) or self._new >= study.trials:
+                if self._over(started) or len(self._all()) >= study.trials:
                     raise _Enough
                 trial = self._trials.ask()
                 trial.set_user_attr("chosen", list(chosen))

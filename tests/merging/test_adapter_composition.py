@@ -192,6 +192,9 @@ def test_embeddings_and_whole_tensors_come_along(tmp_path: Path) -> None:
         )  # fmt: skip
     made = merge_adapters([tmp_path / "a0", tmp_path / "a1"], tmp_path / "out", method="cat")
     assert made.copied == ("lm_head.weight",)
+    assert not any("whole tensor" in note for note in made.notes)
+    half = merge_adapters([tmp_path / "a0", tmp_path / "a1"], tmp_path / "half", weights=0.5)
+    assert "weights have no effect on them" in half.notes[-1]
     adapter = read_adapter(tmp_path / "out")
     assert adapter.modules[EMBED].embedding
     assert adapter.modules[EMBED].a.dtype == "BF16"

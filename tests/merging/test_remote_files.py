@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import json
 import logging
+import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -252,6 +255,59 @@ def test_an_input_that_changes_during_the_merge_is_noticed(
     finally:
         s3.pipe_file("models/one/model.safetensors", kept)
     assert not plan.output.exists()
+
+
+class _Pages(http.server.SimpleHTTPRequestHandler):
+    """Files and pages of links to them, as a plain web server has them, with ranges."""
+
+    ranges = True
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        path, wanted = Path(self.translate_path(self.path)), self.headers.get("Range", "")
+        if not (self.ranges and path.is_file() and wanted):
+            super().do_GET()
+            return
+        first, last = (int(x) for x in wanted.removeprefix("bytes=").split("-"))
+        data = path.read_bytes()[first : last + 1]
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+def test_inputs_at_a_plain_web_server(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("aiohttp", reason="aiohttp is not installed")
+    handler = functools.partial(_Pages, directory=str(models))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        root = f"http://127.0.0.1:{server.server_port}"
+        try:
+            recipe = parse_recipe(at(root, models, "linear"))
+            plan = make_plan(recipe, tmp_path / "out", out_shard_size=100_000)
+            merged = execute(plan, fsync=False)
+            monkeypatch.setattr(_Pages, "ranges", False)
+            with pytest.raises(CheckpointError, match="no HTTP ranges"):
+                remote.fetch(f"{root}/base/config.json", 8, 4)
+        finally:
+            server.shutdown()
+    assert cases.raw(merged.output) == cases.raw(local(models, tmp_path / "l", "linear").output)
+
+
+def test_a_report_of_a_merge_to_a_url(
+    memory: Any, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(cases.write_recipe(tmp_path / "r.yml", cases.recipe(models)))
+    assert main(["merge", recipe, "memory://out/reported", "--quiet", "--report"]) == 1
+    assert "--report: give a path, as the output memory://out/reported" in capsys.readouterr().err
+    assert not memory.exists("/out/reported")
+    page = tmp_path / "page.html"
+    assert main(["merge", recipe, "memory://out/reported", "--quiet", "--report", str(page)]) == 0
+    assert "memory://out/reported" in page.read_text()
 
 
 # ------------------------------------------------------------------------------------- outputs

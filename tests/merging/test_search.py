@@ -289,6 +289,7 @@ def test_the_greedy_soup_is_that_of_the_soup(tmp_path: Path, store: Path) -> Non
         search(document, near, timeout=1e-9, **given)
     part = search(document, near, trials=3, **given)
     assert part.new == 3
+    assert search(document, near, trials=3, **given).new == 0  # they are counted with earlier ones
     result = search(document, near, **given)
     assert result.new == 2 * len(values) - 1 - 3
     chosen = [Path(entry["model"]).name for entry in result.recipe["models"]]
@@ -465,6 +466,14 @@ def test_an_input_that_changes_during_a_study_ends_it(inputs: Path, tmp_path: Pa
     with pytest.raises(CheckpointError, match=r"b/model\.safetensors: was changed since the study"):
         search(content, evaluate, trials=5, device="cpu", sampler="random")
     assert len(scored) == 2
+
+
+def test_a_storage_that_sqlite_would_call_otherwise_is_refused(
+    inputs: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(OutputError, match=r"SQLite takes no '\?'"):
+        search(recipe(inputs, RANGE, 1), bowl, storage=tmp_path / "a?b.db", device="cpu", trials=1)
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize(
