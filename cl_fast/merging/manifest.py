@@ -17,6 +17,7 @@ or thread counts: the same recipe on the same inputs gives the same manifest.
     inputs                         role (base, model, patch, delta), name, reference, path, digest,
                                    files (name, size, header); a patch's digest is of the base with
                                    it on, a packed delta's of its kept values
+    statistics                     where models have files of them: reference, path, size, header
     files                          name, size of every shard; name, size, blake2b of the rest
     tensors                        name -> crc64 of the output's bytes, then of each input's bytes
                                    (base first), nonfinite counts where there were any; of
@@ -35,6 +36,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cl_fast._version import __version__
+from cl_fast.checkpoints.checkpoint import absolute
+from cl_fast.checkpoints.safetensors import read_header
 from cl_fast.checkpoints.writing import write_whole
 from cl_fast.errors import VerifyError
 from cl_fast.merging.card import card
@@ -125,6 +128,7 @@ def build(
         "vocabulary": _vocabulary(plan),
         "digest": digest((record.name, record.crc64) for record in records),
         "inputs": inputs,
+        **({"statistics": known} if (known := _statistics(plan)) else {}),
         "files": [
             *({"name": shard.filename, "size": shard.size} for shard in plan.shards),
             *(
@@ -138,6 +142,23 @@ def build(
             for record in records
         },
     }
+
+
+def _statistics(plan: Plan) -> list[dict[str, Any]]:
+    listed = [entry.file for part in plan.recipe.parts for entry in part.entries if entry.file]
+    found = []
+    for reference in dict.fromkeys(listed):
+        path = absolute(reference)
+        header = read_header(path)
+        found.append(
+            {
+                "reference": reference,
+                "path": str(path),
+                "size": header.file_size,
+                "header": header.digest,
+            }
+        )
+    return found
 
 
 def _vocabulary(plan: Plan) -> dict[str, Any] | None:

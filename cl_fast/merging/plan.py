@@ -953,6 +953,16 @@ def _predicted_memory(
     return _PROCESS_BYTES + working + headers
 
 
+def _copied(file: Sidecar) -> bytes:
+    """What a file holds that is copied as it is."""
+    try:
+        return file.source.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"{file.source}: cannot be read ({error.strerror or error})"
+        ) from error
+
+
 def _fingerprint(plan: Plan) -> str:
     """Digest of all that decides the bytes of the output."""
     digest = blake2b(digest_size=16)
@@ -991,5 +1001,5 @@ def _fingerprint(plan: Plan) -> str:
     for shard in plan.shards:
         digest.update(shard.filename.encode() + shard.header)
     for file in plan.sidecars:
-        digest.update(file.content or b"")
+        digest.update(file.content if file.content is not None else _copied(file))
     return digest.hexdigest()

@@ -882,6 +882,20 @@ def map_references(
     return content
 
 
+def map_files(content: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """A recipe as `map_references` takes it with other paths of its files of statistics."""
+    blocks = [content, *(content.get("modules") or {}).values()]
+    listed = [entry for block in blocks for entry in block.get("models") or ()]
+    slices = [part for block in blocks for part in block.get("slices") or ()]
+    listed += [entry for part in slices for entry in part["sources"]]
+    for entry in listed:
+        parameters = entry.get("parameters") or {}
+        for name in FILES:
+            if name in parameters:
+                parameters[name] = change(str(parameters[name]))
+    return content
+
+
 def load_recipe(path: str | Path) -> Recipe:
     """Read and check a recipe file.
 

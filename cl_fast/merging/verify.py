@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from cl_fast.backends import native
 from cl_fast.checkpoints.checkpoint import Checkpoint
 from cl_fast.checkpoints.remote import is_url, list_folder
-from cl_fast.checkpoints.safetensors import Header, TensorInfo
+from cl_fast.checkpoints.safetensors import Header, TensorInfo, read_header
 from cl_fast.errors import CheckpointError, ClFastError
 from cl_fast.merging import manifest as manifests
 from cl_fast.merging.checksum import combine, crc64, crc64_of_file
@@ -123,6 +123,7 @@ def verify(
         _check_tensors(report, pool, written, records, manifest, progress)
         if inputs:
             present = _check_inputs(report, pool, manifest, records, progress)
+            present = _check_statistics(report, manifest) and present
             if present and sample != 0:
                 _recompute(report, written, manifest, records, sample, threads, backend)
     return report
@@ -290,6 +291,29 @@ def _check_inputs(
     return sound
 
 
+def _check_statistics(report: Report, manifest: dict[str, Any]) -> bool:
+    """Whether the models' files of statistics are there and are what was merged with."""
+    sound = True
+    for entry in manifest.get("statistics", ()):
+        if not Path(entry["path"]).is_file():
+            report.notes.append(f"the statistics {entry['path']} are not there any more")
+            sound = False
+            continue
+        try:
+            header = read_header(entry["path"])
+        except CheckpointError as error:
+            report.problems.append(str(error))
+            sound = False
+            continue
+        if (header.file_size, header.digest) != (entry["size"], entry["header"]):
+            report.problems.append(
+                f"the statistics {entry['path']} are not what was merged with; --no-inputs leaves "
+                "them and the inputs out"
+            )
+            sound = False
+    return sound
+
+
 def _wanted(
     position: int,
     tensors: dict[str, TensorInfo],
@@ -451,13 +475,15 @@ def _exists(place: str) -> bool:
 def _rebuild(manifest: dict[str, Any], folder: Path) -> Plan:
     """The plan as it was: the recorded recipe on the recorded paths, with the recorded streams."""
     from cl_fast.merging.plan import make_plan
-    from cl_fast.merging.recipe import map_references, parse_recipe
+    from cl_fast.merging.recipe import map_files, map_references, parse_recipe
 
     paths = {
         entry["reference"]: f"{entry['on']}+{entry['path']}" if "on" in entry else entry["path"]
         for entry in manifest["inputs"]
     }
     recipe = map_references(copy.deepcopy(manifest["recipe"]), lambda word: paths.get(word, word))
+    files = {entry["reference"]: entry["path"] for entry in manifest.get("statistics", ())}
+    recipe = map_files(recipe, lambda word: files.get(word, word))
     recorded = manifest.get("vocabulary")
     truncated = recorded is not None and recorded["path"] is None
     recipe.pop("chat_template", None)

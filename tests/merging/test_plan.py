@@ -670,6 +670,10 @@ def test_fingerprint(world: World) -> None:
     write_file(world.root / "a" / "model.safetensors", TINY, bytes(10**6)[: 2 * 10**3])
     world.write("a", TINY | {NORM: ("F32", (4,))})
     others.append(of())
+    tokenizer = world.root / "base" / "tokenizer.json"  # copied as it is, and as long as before
+    text = tokenizer.read_text()
+    tokenizer.write_text(text.replace("t", "u", 1))
+    others.append(of())
     assert len({first, *others}) == len(others) + 1
 
 

@@ -250,6 +250,32 @@ def test_the_fingerprint_knows_the_statistics(root: Path, tmp_path: Path) -> Non
     assert one.memory > 300_000_000  # torch
 
 
+def test_verify_finds_the_statistics_from_anywhere(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = [tmp_path / f"{name}.fisher.safetensors" for name in ("one", "two")]
+    for path in known:
+        path.write_bytes((root / path.name).read_bytes())
+    content = recipe(root, "fisher")
+    for entry, path in zip(content["models"], known, strict=True):
+        entry["parameters"]["fisher"] = path.name
+    monkeypatch.chdir(tmp_path)
+    execute(make_plan(parse_recipe(content), tmp_path / "out"))
+    monkeypatch.chdir(root)
+    report = verify(tmp_path / "out", sample=None)
+    assert report.ok
+    assert report.recomputed
+    assert not report.notes
+    changed(known[1], known[1], lambda values, _: values.pop("norm.bias"))
+    [problem] = verify(tmp_path / "out").problems
+    assert "two.fisher.safetensors are not what was merged with" in problem
+    known[1].unlink()
+    report = verify(tmp_path / "out")
+    assert report.ok
+    assert not report.recomputed
+    assert any("two.fisher.safetensors are not there any more" in note for note in report.notes)
+
+
 def changed(path: Path, target: Path, change: Callable[[dict, dict], object]) -> str:
     values = load_file(path)
     with safe_open(path, "pt") as file:
