@@ -10,54 +10,13 @@
 //   out = round(b + lambda s)
 #pragma once
 
+#include "../core/lanes.h"
 #include "kernels.h"
 
 namespace clf {
 namespace {
 
 inline const uint8_t* at(const uint8_t* p, DType t, int64_t i) { return p + i * dtype_size(t); }
-
-// Blocks work on whole groups of sixteen; a ragged end is copied into padded memory first.
-struct Padded {
-  alignas(64) uint8_t bytes[64 * 4];
-};
-
-template <DType T, class Body>
-inline void for_lanes(const uint8_t* x, int64_t n, Body&& body) {
-  constexpr int64_t size = T == DType::F32 ? 4 : (T == DType::BF16 || T == DType::F16) ? 2 : 1;
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) {
-    if ((i * size) % 64 == 0) prefetch(x + i * size + kBlock * size);
-    body(i, load<T>(x + i * size));
-  }
-  if (i < n) {
-    Padded tail;
-    std::memset(tail.bytes, 0, sizeof tail.bytes);
-    std::memcpy(tail.bytes, x + i * size, size_t((n - i) * size));
-    body(i, load<T>(tail.bytes));
-  }
-}
-
-template <class Body>
-inline void dispatch_dtype(DType t, Body&& body) {
-  switch (t) {
-    case DType::BF16:
-      body(std::integral_constant<DType, DType::BF16>{});
-      break;
-    case DType::F16:
-      body(std::integral_constant<DType, DType::F16>{});
-      break;
-    case DType::F32:
-      body(std::integral_constant<DType, DType::F32>{});
-      break;
-    case DType::F8_E4M3:
-      body(std::integral_constant<DType, DType::F8_E4M3>{});
-      break;
-    default:
-      body(std::integral_constant<DType, DType::F8_E5M2>{});
-      break;
-  }
-}
 
 // ---------------------------------------------------------------- random stream
 
@@ -115,7 +74,7 @@ template <DType T, class Body>
 inline void for_deltas(const uint8_t* x, const float* base, int64_t n, bool replace,
                        int64_t* nonfinite_count, Body&& body) {
   int64_t bad = 0;
-  for_lanes<T>(x, n, [&](int64_t i, F v) {
+  for_lanes<T, kBlock>(x, n, [&](int64_t i, F v) {
     F d = base ? sub(v, loadf(base + i)) : v;
     const M m = nonfinite(d);
     if (__builtin_expect(any(m), 0)) {
@@ -536,7 +495,7 @@ void for_run(DType tx, const uint8_t* x, DType tb, const uint8_t* base, int64_t 
       body(i, d);
     };
     if (!base) {
-      for_lanes<TX>(x, n, finish);
+      for_lanes<TX, kBlock>(x, n, finish);
       return;
     }
     dispatch_dtype(tb, [&](auto db) {
@@ -789,7 +748,7 @@ void gram(const TermView* terms, int n_terms, DType tb, const uint8_t* base, int
 
 void to_f32(DType t, const uint8_t* x, int64_t n, float* out) {
   dispatch_dtype(t, [&](auto dtype) {
-    for_lanes<decltype(dtype)::value>(x, n, [&](int64_t i, F v) {
+    for_lanes<decltype(dtype)::value, kBlock>(x, n, [&](int64_t i, F v) {
       if (n - i >= 16) {
         storef(out + i, v);
       } else {

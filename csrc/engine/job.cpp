@@ -557,25 +557,51 @@ void Job::select_whole(Task& t, Worker& w) {
   }
 }
 
-std::vector<int64_t> Job::select_model(const std::vector<int64_t>& counts) {
-  const size_t K = counts.size();
-  int64_t n = 0;
-  std::vector<Task*> trimmed;
+std::vector<Job::Task*> Job::model_tasks(size_t models) {
+  std::vector<Task*> found;
+  bytes_total_ = 0;
   for (const auto& t : tasks_) {
     if (t->spec.copy || t->spec.n == 0) continue;
-    if (t->terms.size() != K)
+    if (t->terms.size() != models)
       throw std::invalid_argument("model scope needs the same models for every tensor");
-    trimmed.push_back(t.get());
-    n += t->spec.n;
-  }
-  std::deque<Selection> selections(K);
-  std::vector<int64_t> codes(K, 0);
-  if (n == 0) return codes;
-  bytes_total_ = 0;
-  for (const Task* t : trimmed)
+    found.push_back(t.get());
     for (const TermSpec& term : t->terms)
       bytes_total_ += t->spec.n * (dtype_size(term.x.dtype) +
                                    (t->spec.difference ? dtype_size(t->spec.base->dtype) : 0));
+  }
+  return found;
+}
+
+void Job::scan_model(const std::vector<Task*>& tasks, std::deque<Selection>& selections) {
+  units_.clear();
+  for (size_t i = 0; i < tasks.size(); ++i)
+    units_.push_back(Unit{int(i), Phase::Scan, tiles(*tasks[i])});
+  unit_ = 0;
+  unit_tile_ = 0;
+  crew([&](Worker& w) {
+    Unit unit;
+    int64_t tile;
+    while (!stop_ && next(&unit, &tile)) {
+      Task& t = *tasks[size_t(unit.task)];
+      for (size_t k = 0; k < selections.size(); ++k) {
+        if (selections[k].done) continue;
+        scan_tile(t, selections[k], t.terms[k], int(k) + 1, tile, w);
+        bytes_done_ += std::min(tile_, t.spec.n - tile * tile_) *
+                       (dtype_size(t.terms[k].x.dtype) +
+                        (t.spec.difference ? dtype_size(t.spec.base->dtype) : 0));
+      }
+    }
+  });
+}
+
+std::vector<int64_t> Job::select_model(const std::vector<int64_t>& counts) {
+  const size_t K = counts.size();
+  const std::vector<Task*> trimmed = model_tasks(K);
+  int64_t n = 0;
+  for (const Task* t : trimmed) n += t->spec.n;
+  std::deque<Selection> selections(K);
+  std::vector<int64_t> codes(K, 0);
+  if (n == 0) return codes;
   {
     Worker w;
     for (size_t k = 0; k < K; ++k) {
@@ -593,25 +619,7 @@ std::vector<int64_t> Job::select_model(const std::vector<int64_t>& counts) {
     }
   }
   for (bool again = true; again && !stop_;) {
-    units_.clear();
-    for (size_t i = 0; i < trimmed.size(); ++i)
-      units_.push_back(Unit{int(i), Phase::Scan, tiles(*trimmed[i])});
-    unit_ = 0;
-    unit_tile_ = 0;
-    crew([&](Worker& w) {
-      Unit unit;
-      int64_t tile;
-      while (!stop_ && next(&unit, &tile)) {
-        Task& t = *trimmed[size_t(unit.task)];
-        for (size_t k = 0; k < K; ++k) {
-          if (selections[k].done) continue;
-          scan_tile(t, selections[k], t.terms[k], int(k) + 1, tile, w);
-          bytes_done_ += std::min(tile_, t.spec.n - tile * tile_) *
-                         (dtype_size(t.terms[k].x.dtype) +
-                          (t.spec.difference ? dtype_size(t.spec.base->dtype) : 0));
-        }
-      }
-    });
+    scan_model(trimmed, selections);
     if (stop_) break;
     again = false;
     for (size_t k = 0; k < K; ++k)
@@ -637,34 +645,7 @@ std::vector<std::vector<uint64_t>> Job::count_codes(const std::vector<CodeRange>
     if (s.bins() > kMaxBins) throw std::invalid_argument("more bins than one histogram may have");
     s.histograms.resize(size_t(threads_));
   }
-  bytes_total_ = 0;
-  units_.clear();
-  unit_ = 0;
-  unit_tile_ = 0;
-  for (size_t i = 0; i < tasks_.size(); ++i) {
-    const Task& t = *tasks_[i];
-    if (t.spec.copy || t.spec.n == 0) continue;
-    if (t.terms.size() != K)
-      throw std::invalid_argument("model scope needs the same models for every tensor");
-    units_.push_back(Unit{int(i), Phase::Scan, tiles(t)});
-    for (const TermSpec& term : t.terms)
-      bytes_total_ += t.spec.n * (dtype_size(term.x.dtype) +
-                                  (t.spec.difference ? dtype_size(t.spec.base->dtype) : 0));
-  }
-  crew([&](Worker& w) {
-    Unit unit;
-    int64_t tile;
-    while (!stop_ && next(&unit, &tile)) {
-      Task& t = *tasks_[size_t(unit.task)];
-      for (size_t k = 0; k < K; ++k) {
-        if (selections[k].done) continue;
-        scan_tile(t, selections[k], t.terms[k], int(k) + 1, tile, w);
-        bytes_done_ += std::min(tile_, t.spec.n - tile * tile_) *
-                       (dtype_size(t.terms[k].x.dtype) +
-                        (t.spec.difference ? dtype_size(t.spec.base->dtype) : 0));
-      }
-    }
-  });
+  scan_model(model_tasks(K), selections);
   std::vector<std::vector<uint64_t>> totals(K);
   for (size_t k = 0; k < K; ++k) {
     if (selections[k].done) continue;

@@ -178,6 +178,8 @@ class Job {
                    std::vector<uint32_t>* codes, std::vector<int64_t>* run_ends);
   void bracket(Selection& s, std::vector<uint32_t>& codes, const std::vector<int64_t>& run_ends,
                int64_t n, int terms);
+  std::vector<Task*> model_tasks(size_t models);  // what a scan of whole models reads
+  void scan_model(const std::vector<Task*>& tasks, std::deque<Selection>& selections);
   void scan_tile(Task& t, Selection& s, const TermSpec& term, int slot, int64_t tile, Worker& w);
   bool resolve(Selection& s);
   void settle(Task& t);

@@ -1,8 +1,7 @@
 // Compiled once per instruction set, after a simd_*.h; everything here has internal linkage.
 #pragma once
 
-#include <type_traits>
-
+#include "../core/lanes.h"
 #include "kernels.h"
 
 namespace clf {
@@ -117,44 +116,6 @@ struct Largest {
 
 // ---------------------------------------------------------------- reading
 
-// body(i, sixteen values) for every group of sixteen; what a ragged end lacks is zero.
-template <DType T, class Body>
-inline void for_sixteens(const uint8_t* x, int64_t n, Body&& body) {
-  constexpr int64_t size = T == DType::F32 ? 4 : (T == DType::BF16 || T == DType::F16) ? 2 : 1;
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) {
-    // what the next piece reads, which nearly always follows
-    if ((i * size) % 64 == 0) prefetch(x + (i + kPiece) * size);
-    body(i, load<T>(x + i * size));
-  }
-  if (i < n) {
-    alignas(64) uint8_t tail[64] = {};
-    std::memcpy(tail, x + i * size, size_t((n - i) * size));
-    body(i, load<T>(tail));
-  }
-}
-
-template <class Body>
-inline void with_dtype(DType t, Body&& body) {
-  switch (t) {
-    case DType::BF16:
-      body(std::integral_constant<DType, DType::BF16>{});
-      break;
-    case DType::F16:
-      body(std::integral_constant<DType, DType::F16>{});
-      break;
-    case DType::F32:
-      body(std::integral_constant<DType, DType::F32>{});
-      break;
-    case DType::F8_E4M3:
-      body(std::integral_constant<DType, DType::F8_E4M3>{});
-      break;
-    default:
-      body(std::integral_constant<DType, DType::F8_E5M2>{});
-      break;
-  }
-}
-
 // Sixteen sums of magnitudes of one piece, in float32: at most kPiece / 16 of them each.
 struct Magnitudes {
   F v = set1(0.0f);
@@ -177,7 +138,7 @@ bool take_base(const uint8_t* x, int64_t n, float* out, uint32_t* largest, int64
   Largest most;
   Magnitudes sum;
   int64_t bad = 0;
-  for_sixteens<T>(x, n, [&](int64_t i, F v) {
+  for_lanes<T, kPiece>(x, n, [&](int64_t i, F v) {
     storef(out + i, v);
     if (!Finite) {
       const M m = nonfinite(v);
@@ -207,7 +168,7 @@ bool take_model(const uint8_t* x, const float* base, int64_t n, float* out, cons
   Largest most, most_delta;
   Magnitudes sum;
   int64_t bad = 0;
-  for_sixteens<T>(x, n, [&](int64_t i, F v) {
+  for_lanes<T, kPiece>(x, n, [&](int64_t i, F v) {
     const F b = loadf(base + i);
     F d = sub(v, b);
     if (!Finite) {
@@ -385,7 +346,7 @@ void take(const SurveyPiece& p, SurveySums& s) {
   const int models = p.models;
   const int64_t words = (p.n + 63) / 64, padded = (p.n + 15) / 16 * 16;
   const int64_t bad = s.nonfinite[0];
-  with_dtype(p.sources[0].dtype, [&](auto t) {
+  dispatch_dtype(p.sources[0].dtype, [&](auto t) {
     constexpr DType T = decltype(t)::value;
     const uint8_t* const x = p.sources[0].x;
     if (!take_base<T, true>(x, p.n, p.values, s.largest, s.nonfinite, s.absolute))
@@ -397,7 +358,7 @@ void take(const SurveyPiece& p, SurveySums& s) {
     for (int64_t i = padded / 16; i < 4 * words; ++i) up[i] = down[i] = 0;
     const ModelSums into{up, down, s.largest + 1 + k, s.largest + 1 + models + k,
                          s.nonfinite + 1 + k, s.absolute + 1 + k};
-    with_dtype(p.sources[k + 1].dtype, [&](auto t) {
+    dispatch_dtype(p.sources[k + 1].dtype, [&](auto t) {
       constexpr DType T = decltype(t)::value;
       const uint8_t* const x = p.sources[k + 1].x;
       float* const out = p.values + (k + 1) * kPiece;
