@@ -21,7 +21,6 @@ there by name only. So every byte of the file, and of the base, is covered by a 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -36,6 +35,8 @@ from cl_fast.checkpoints.safetensors import (
     TensorInfo,
     build_header,
     read_header,
+    read_header_of_format,
+    text_metadata,
 )
 from cl_fast.checkpoints.safetensors import strict_json as _json
 from cl_fast.errors import CheckpointError
@@ -178,13 +179,8 @@ def header_of(
     `tensors` (name, dtype, shape) come in the order of their data; `metadata` are text, or are
     written as JSON.
     """
-    words = {
-        key: value
-        if isinstance(value, str)
-        else json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        for key, value in metadata.items()
-    }
-    start, _, _ = build_header(tensors, {"format": FORMAT, "version": str(VERSION), **words})
+    words = {"format": FORMAT, "version": str(VERSION), **text_metadata(metadata)}
+    start, _, _ = build_header(tensors, words)
     body = start[8:] + b" " * max(0, size - len(start))
     return len(body).to_bytes(8, "little") + body
 
@@ -199,22 +195,13 @@ def read_delta(path: str | os.PathLike[str]) -> DeltaFile:
         CheckpointError: there is no such file, it is no packed delta, one of another version, or
             its header is damaged.
     """
-    file = delta_path(path)
-    if not file.exists():
-        raise CheckpointError(f"{file}: there is no such file; give what cl-fast delta pack wrote")
-    header = read_header(file)
-    said = header.metadata.get("format")
-    if said != FORMAT:
-        raise CheckpointError(
-            f"{file}: is no packed delta (its header says format {said!r}, not {FORMAT!r}); give "
-            "what cl-fast delta pack wrote"
-        )
-    version = header.metadata.get("version")
-    if version != str(VERSION):
-        raise CheckpointError(
-            f"{file}: has version {version!r} of the delta format, this cl_fast reads {VERSION}; "
-            f"use the cl_fast that wrote it ({header.metadata.get('cl_fast', 'unknown')})"
-        )
+    header = read_header_of_format(
+        delta_path(path),
+        FORMAT,
+        VERSION,
+        kind="packed delta",
+        give="what cl-fast delta pack wrote",
+    )
     return _Reader(Path(path), header).read()
 
 

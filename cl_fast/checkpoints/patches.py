@@ -17,14 +17,20 @@ is hashed as it is, after "F64 ...".
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cl_fast.checkpoints.safetensors import Header, TensorInfo, build_header, read_header
+from cl_fast.checkpoints.safetensors import (
+    Header,
+    TensorInfo,
+    build_header,
+    read_header,
+    read_header_of_format,
+    text_metadata,
+)
 from cl_fast.checkpoints.safetensors import strict_json as _json
 from cl_fast.errors import CheckpointError
 
@@ -192,24 +198,9 @@ def read_patch(path: str | os.PathLike[str]) -> PatchFile:
         CheckpointError: there is no such file, it is damaged, it is no patch, or one of another
             version.
     """
-    where = os.fspath(path)
-    if not Path(where).exists():
-        raise CheckpointError(
-            f"{where}: there is no such file; give the file that patch.save wrote"
-        )
-    header = read_header(where)
-    said = header.metadata.get("format")
-    if said != FORMAT:
-        raise CheckpointError(
-            f"{where}: is no edit patch (its header says format {said!r}, not {FORMAT!r}); give "
-            "the file that patch.save wrote"
-        )
-    version = header.metadata.get("version")
-    if version != str(VERSION):
-        raise CheckpointError(
-            f"{where}: has version {version!r} of the patch format, this cl_fast reads {VERSION}; "
-            f"use the cl_fast that wrote it ({header.metadata.get('cl_fast', 'unknown')})"
-        )
+    header = read_header_of_format(
+        path, FORMAT, VERSION, kind="edit patch", give="the file that patch.save wrote"
+    )
     return _Reader(header).read()
 
 
@@ -321,13 +312,8 @@ def lay_out(
 
     `tensors` (name, dtype, shape) come in the order of their data, the wider types first.
     """
-    words = {
-        key: value
-        if isinstance(value, str)
-        else json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        for key, value in metadata.items()
-    }
-    start, _, _ = build_header(tensors, {"format": FORMAT, "version": str(VERSION), **words})
+    words = {"format": FORMAT, "version": str(VERSION), **text_metadata(metadata)}
+    start, _, _ = build_header(tensors, words)
     return start
 
 

@@ -34,8 +34,10 @@ __all__ = [
     "build_header",
     "parse_header",
     "read_header",
+    "read_header_of_format",
     "strict_json",
     "tensor_nbytes",
+    "text_metadata",
 ]
 
 #: Every type of the format and the bits of one element.
@@ -181,6 +183,37 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     return Header(name, tensors, metadata, data_start, size, status.st_mtime_ns, digest)
 
 
+def read_header_of_format(
+    path: str | os.PathLike[str], format: str, version: int, *, kind: str, give: str
+) -> Header:
+    """The header of a file in a format of cl_fast's own, which its metadata name.
+
+    Args:
+        format, version: what the metadata must say under these words; format is "cl_fast.WORD".
+        kind, give: what such a file is, and what to give instead of another, for messages.
+
+    Raises:
+        CheckpointError: there is no such file, it is damaged, of another format or version.
+    """
+    name = os.fspath(path)
+    if not Path(name).exists():
+        raise CheckpointError(f"{name}: there is no such file; give {give}")
+    header = read_header(name)
+    said = header.metadata.get("format")
+    if said != format:
+        raise CheckpointError(
+            f"{name}: is no {kind} (its header says format {said!r}, not {format!r}); give {give}"
+        )
+    found = header.metadata.get("version")
+    if found != str(version):
+        raise CheckpointError(
+            f"{name}: has version {found!r} of the {format.removeprefix('cl_fast.')} format, this "
+            f"cl_fast reads {version}; use the cl_fast that wrote it "
+            f"({header.metadata.get('cl_fast', 'unknown')})"
+        )
+    return header
+
+
 def parse_header(
     raw: bytes, file_size: int, path: str
 ) -> tuple[dict[str, TensorInfo], dict[str, str], int]:
@@ -316,6 +349,16 @@ def _check_tiling(
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
     return names.get(type(value), "null" if value is None else "a number")
+
+
+def text_metadata(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata as a header has them: text as it is, all else as JSON."""
+    return {
+        key: value
+        if isinstance(value, str)
+        else json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        for key, value in metadata.items()
+    }
 
 
 def build_header(

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cl_fast.cli.arguments import positive, seed, talk
+from cl_fast.cli.arguments import positive, seed, talk, threads
 
 __all__ = ["add"]
 
@@ -93,7 +93,7 @@ def _sizes(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the factors"
     )
-    parser.add_argument("--threads", type=positive, metavar="N", help="default: all cores")
+    threads(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
     talk(parser)

@@ -8,7 +8,20 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-__all__ = ["command", "execution", "execution_options", "place", "positive", "seed", "size", "talk"]
+__all__ = [
+    "backend",
+    "command",
+    "dry_run",
+    "execution",
+    "execution_options",
+    "place",
+    "positive",
+    "reading",
+    "seed",
+    "size",
+    "talk",
+    "threads",
+]
 
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", 1):
@@ -29,16 +42,11 @@ def execution(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replace an existing output, once the new one is complete",
     )
-    parser.add_argument("--threads", type=positive, metavar="N", help="default: all cores")
+    threads(parser)
     parser.add_argument(
         "--memory", type=size, metavar="SIZE", help="bound on the working memory, as 256MB"
     )
-    parser.add_argument(
-        "--io",
-        choices=("auto", "mmap", "pread", "direct"),
-        default="auto",
-        help="how inputs are read; direct goes past the page cache (default: auto)",
-    )
+    reading(parser)
     parser.add_argument(
         "--nan",
         choices=("refuse", "propagate", "zero"),
@@ -51,10 +59,37 @@ def execution(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="do not wait for the disk; a power failure may then damage a finished output",
     )
+    backend(parser)
+    talk(parser)
+
+
+def threads(parser: argparse.ArgumentParser) -> None:
+    """How many threads work."""
+    parser.add_argument("--threads", type=positive, metavar="N", help="default: all cores")
+
+
+def reading(parser: argparse.ArgumentParser) -> None:
+    """How files are read."""
+    parser.add_argument(
+        "--io",
+        choices=("auto", "mmap", "pread", "direct"),
+        default="auto",
+        help="how inputs are read; direct goes past the page cache (default: auto)",
+    )
+
+
+def backend(parser: argparse.ArgumentParser) -> None:
+    """What computes."""
     parser.add_argument(
         "--backend", choices=("native", "eager"), help="default: native where it is built"
     )
-    talk(parser)
+
+
+def dry_run(parser: argparse.ArgumentParser) -> None:
+    """Whether anything is done at all."""
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would be done, write nothing"
+    )
 
 
 def talk(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cl_fast.cli.arguments import execution, execution_options, positive, seed, size, talk
+from cl_fast.cli.arguments import (
+    backend,
+    dry_run,
+    execution,
+    execution_options,
+    seed,
+    size,
+    talk,
+    threads,
+)
 from cl_fast.cli.progress import Progress
 
 if TYPE_CHECKING:
@@ -73,9 +82,7 @@ def add(commands: Any) -> None:
     apply.add_argument("base", type=Path, help="checkpoint that the delta was packed on")
     apply.add_argument("delta", type=Path, help="what delta pack wrote")
     apply.add_argument("output", type=Path, help="folder to make; must not exist, or be empty")
-    apply.add_argument(
-        "--dry-run", action="store_true", help="print what would be done, write nothing"
-    )
+    dry_run(apply)
     apply.add_argument("--dtype", choices=_DTYPES, help="of the output (default: the base's)")
     apply.add_argument(
         "--out-shard-size",
@@ -119,10 +126,8 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def _work(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threads", type=positive, metavar="N", help="default: all cores")
-    parser.add_argument(
-        "--backend", choices=("native", "eager"), help="default: native where it is built"
-    )
+    threads(parser)
+    backend(parser)
     talk(parser)
 
 

@@ -7,7 +7,7 @@ import gc
 from pathlib import Path
 from typing import Any
 
-from cl_fast.cli.arguments import positive, talk
+from cl_fast.cli.arguments import backend, reading, talk, threads
 from cl_fast.cli.progress import Progress
 
 __all__ = ["add"]
@@ -32,16 +32,9 @@ def add(commands: Any) -> None:
     )
     diff.add_argument("--json", type=Path, metavar="FILE.json", help="write all numbers")
     diff.add_argument("--overwrite", action="store_true", help="replace files that exist")
-    diff.add_argument("--threads", type=positive, metavar="N", help="default: all cores")
-    diff.add_argument(
-        "--io",
-        choices=("auto", "mmap", "pread", "direct"),
-        default="auto",
-        help="how inputs are read; direct goes past the page cache (default: auto)",
-    )
-    diff.add_argument(
-        "--backend", choices=("native", "eager"), help="default: native where it is built"
-    )
+    threads(diff)
+    reading(diff)
+    backend(diff)
     talk(diff)
     diff.set_defaults(run=_run)
 

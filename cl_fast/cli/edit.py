@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from cl_fast.cli.arguments import positive, seed, talk
+from cl_fast.cli.arguments import dry_run, positive, seed, talk
 from cl_fast.cli.progress import Progress
 from cl_fast.errors import ClFastError
 
@@ -72,9 +72,7 @@ def add(commands: Any) -> None:
         help="of the model in memory (default: float32 on the CPU, else as stored)",
     )
     edit.add_argument("--no-evaluate", action="store_true", help="no scores before and after")
-    edit.add_argument(
-        "--dry-run", action="store_true", help="print what would be done, write nothing"
-    )
+    dry_run(edit)
     edit.add_argument(
         "--restart", action="store_true", help="throw an unfinished job away and begin again"
     )

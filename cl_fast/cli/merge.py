@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cl_fast.cli import mergekit
-from cl_fast.cli.arguments import execution, execution_options, place, seed
+from cl_fast.cli.arguments import dry_run, execution, execution_options, place, seed
 from cl_fast.cli.progress import Progress
 from cl_fast.errors import OutputError
 
@@ -39,9 +39,7 @@ def add(commands: Any) -> None:
         help="folder or URL to make; must not exist, or be empty (or --out-path FOLDER)",
     )
     merge.add_argument("--out-path", type=place, help=argparse.SUPPRESS)
-    merge.add_argument(
-        "--dry-run", action="store_true", help="print what would be done, write nothing"
-    )
+    dry_run(merge)
     merge.add_argument(
         "--seed",
         "--random-seed",

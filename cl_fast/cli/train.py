@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from cl_fast.cli.arguments import talk
+from cl_fast.cli.arguments import dry_run, talk
 from cl_fast.errors import ClFastError
 
 __all__ = ["add"]
@@ -25,9 +25,7 @@ def add(commands: Any) -> None:
     )
     train.add_argument("plan", type=Path, help="the plan, a YAML file")
     train.add_argument("--out", type=Path, metavar="FOLDER", help="overrides the plan's output")
-    train.add_argument(
-        "--dry-run", action="store_true", help="print what would be done, write nothing"
-    )
+    dry_run(train)
     talk(train)
     train.set_defaults(run=_run)
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cl_fast.cli.arguments import positive, talk
+from cl_fast.cli.arguments import talk, threads
 from cl_fast.cli.progress import Progress
 
 __all__ = ["add"]
@@ -32,7 +32,7 @@ def add(commands: Any) -> None:
     verify.add_argument(
         "--no-inputs", action="store_true", help="look at the folder only, not at its inputs"
     )
-    verify.add_argument("--threads", type=positive, metavar="N", help="default: all cores")
+    threads(verify)
     verify.add_argument("--backend", choices=("native", "eager"), help=argparse.SUPPRESS)
     talk(verify)
     verify.set_defaults(run=_run)

@@ -22,7 +22,7 @@ import hashlib
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cl_fast.checkpoints.adapters import (
     CONFIG_NAME,
@@ -37,9 +37,6 @@ from cl_fast.checkpoints.safetensors import Header, TensorInfo, tensor_nbytes
 from cl_fast.errors import CheckpointError, OutputError
 from cl_fast.merging.inputs import Derived, source_of
 from cl_fast.merging.sources import Made, Source
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["Adapted", "AdaptedBias", "AdaptedCheckpoint", "open_adapter", "own"]
 
@@ -81,6 +78,7 @@ class Adapted(Made):
     def make(self, threads: int | None = None) -> bytearray:
         torch = _torch(self.path)
         from cl_fast.merging.executors import torch_dtype
+        from cl_fast.merging.factors import torch_load
         from cl_fast.ops.reproducible import reproducible_update_
 
         if threads is not None:
@@ -89,11 +87,11 @@ class Adapted(Made):
         data = bytearray(self.nbytes)
         weight = torch.frombuffer(data, dtype=torch_dtype(self.dtype)).reshape(m, n)
         out, inner = (n, m) if self.transposed else (m, n)
-        a = _load(self.a, self.rank, inner).double().t()
-        b = _load(self.b, out, self.rank).double() * self.scale
+        a = torch_load(self.a, self.rank, inner).double().t()
+        b = torch_load(self.b, out, self.rank).double() * self.scale
         u, v = (a, b) if self.transposed else (b, a)
         try:
-            reproducible_update_(weight, u, v, base=_load(self.base, m, n))
+            reproducible_update_(weight, u, v, base=torch_load(self.base, m, n))
         except ValueError as error:
             raise CheckpointError(f"{self.path}: the factors hold NaN or infinity") from error
         return data
@@ -122,11 +120,12 @@ class AdaptedBias(Made):
     def make(self, threads: int | None = None) -> bytearray:
         torch = _torch(self.path)
         from cl_fast.merging.executors import torch_dtype
+        from cl_fast.merging.factors import torch_load
 
         data = bytearray(self.nbytes)
         result = torch.frombuffer(data, dtype=torch_dtype(self.dtype))
-        total = _load(self.base, *self.shape).double()
-        total += _load(self.bias, *self.shape).double() * self.scale
+        total = torch_load(self.base, *self.shape).double()
+        total += torch_load(self.bias, *self.shape).double() * self.scale
         result.copy_(total.float())
         return data
 
@@ -139,15 +138,6 @@ def _torch(path: str) -> Any:
             f"{path}: torch, which puts an adapter on its base, is not installed"
         ) from error
     return torch
-
-
-def _load(source: Source, *shape: int) -> torch.Tensor:
-    import torch
-
-    from cl_fast.merging.executors import read_stored, torch_dtype
-
-    dtype = torch.float64 if source.dtype == "F64" else torch_dtype(source.dtype)
-    return torch.frombuffer(read_stored(source), dtype=dtype).reshape(shape)
 
 
 @dataclass(frozen=True, slots=True)

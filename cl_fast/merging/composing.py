@@ -71,6 +71,9 @@ class ModuleError:
         """error / norm, 0 where both are."""
         return self.error / self.norm if self.norm else 0.0
 
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"relative": self.relative}
+
 
 @dataclass(frozen=True, slots=True)
 class Composition:
@@ -101,7 +104,7 @@ class Composition:
             "path": str(self.path),
             "method": self.method,
             "relative_error": self.relative,
-            "modules": [asdict(module) | {"relative": module.relative} for module in self.modules],
+            "modules": [module.to_json() for module in self.modules],
             "copied": list(self.copied),
             "notes": list(self.notes),
         }

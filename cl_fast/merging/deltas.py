@@ -53,7 +53,13 @@ from cl_fast.errors import CheckpointError, NonFiniteError, OutputError, RecipeE
 from cl_fast.merging.checksum import crc64, crc64_of_file
 from cl_fast.merging.inputs import Derived
 from cl_fast.merging.journal import WorkLock
-from cl_fast.merging.output import OutputFolder, write_failure
+from cl_fast.merging.output import (
+    OutputFolder,
+    sync_file,
+    sync_folder,
+    write_all,
+    write_failure,
+)
 from cl_fast.merging.sources import Fetched, Packed, Source
 from cl_fast.ops.policy import DTYPES
 from cl_fast.ops.streams import keep_threshold, stream_key
@@ -634,7 +640,7 @@ def _write_file(target: Path, packer: _Packer) -> None:
             os.fsync(fd)
             read_delta(part)
             part.replace(target)
-            _sync(target.parent)
+            sync_folder(target.parent)
         except OSError as error:
             part.unlink(missing_ok=True)
             if isinstance(error, OutputError):
@@ -754,8 +760,8 @@ class _Packer:
                 position += tensor_nbytes(dtype, (kept,))
         check_inputs(self._plan)
         start = header(room)
-        _write_all(fd, start, 0)
-        _write_all(fd, _digest(start), position)
+        write_all(fd, start, 0)
+        write_all(fd, _digest(start), position)
         os.ftruncate(fd, position + 16)
 
     def _entry(self, tensor: TensorPlan) -> tuple[dict[str, Any], str]:
@@ -810,7 +816,7 @@ class _Packer:
         from cl_fast.merging.executors import read_stored
 
         data = read_stored(tensor.terms[0].source)
-        _write_all(fd, data, position)
+        write_all(fd, data, position)
         self._tick(len(data))
         return crc64(data)
 
@@ -826,7 +832,7 @@ class _Packer:
         runs = self._native_runs if self._core is not None else self._eager_runs
         for ours, values, in_blocks, sums in runs(tensor, key):
             base_crc, crc = crc64(ours, base_crc), crc64(values, crc)
-            _write_all(fd, values, position + kept * item)
+            write_all(fd, values, position + kept * item)
             for count in in_blocks:
                 kept += count
                 counts.append(kept)
@@ -840,7 +846,7 @@ class _Packer:
         if sys.byteorder != "little":
             counts.byteswap()
         table = counts.tobytes()
-        _write_all(fd, table, offsets_at)
+        write_all(fd, table, offsets_at)
         entry |= {
             "base_crc64": _hex(base_crc),
             "crc64": _hex(crc),
@@ -971,12 +977,6 @@ def _digest(data: bytes) -> bytes:
     return blake2b(data, digest_size=16).digest()
 
 
-def _write_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
-    view, done = memoryview(data), 0
-    while done < len(view):
-        done += os.pwrite(fd, view[done : done + (1 << 30)], offset + done)
-
-
 # ----------------------------------------------------------------------- apply and unpack
 
 
@@ -991,19 +991,17 @@ def plan_delta(
     memory: int | None = None,
 ) -> Plan:
     """What `apply_delta` will do; nothing is written. Arguments and errors are its own."""
-    from cl_fast.merging.plan import make_plan
-    from cl_fast.merging.recipe import parse_recipe
+    from cl_fast.merging.plan import plan_change
 
     read_delta(absolute(os.fspath(delta)))
-    recipe: dict[str, Any] = {
-        "merge_method": "task_arithmetic",
-        "base_model": os.fspath(base),
-        "models": [{"model": os.fspath(delta), "parameters": {"weight": 1.0}}],
-    }
-    if out_dtype is not None:
-        recipe["out_dtype"] = out_dtype
-    return make_plan(
-        parse_recipe(recipe), output, out_shard_size=out_shard_size, threads=threads, memory=memory
+    return plan_change(
+        base,
+        delta,
+        output,
+        out_shard_size=out_shard_size,
+        out_dtype=out_dtype,
+        threads=threads,
+        memory=memory,
     )
 
 
@@ -1156,9 +1154,9 @@ def unpack_delta(
         with part.open("r+b") as file:
             file.write(header)
         executor.write(tensors, part, None, tick)
-        _sync(part)
+        sync_file(part)
         part.replace(target)
-        _sync(target.parent)
+        sync_folder(target.parent)
     except OSError as error:
         part.unlink(missing_ok=True)
         if isinstance(error, OutputError):
@@ -1174,11 +1172,3 @@ def _dense_delta(opened: DeltaCheckpoint, tensor: DeltaTensor) -> Packed:
     source = opened.source(tensor.name)
     assert isinstance(source, Packed)
     return replace(source.as_model(), as_="delta")
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -266,19 +266,7 @@ def _models(c: Comparison) -> str:
             f'<article class="card m{i % 6}"><h3>{_text(name)}</h3>'
             f'<p class="path">{_text(reference)}</p><dl>{listed}</dl></article>'
         )
-    head = [
-        "model",
-        "L2 of delta",
-        "relative L2",
-        "L1 of delta",
-        "relative L1",
-        "largest",
-        "relative largest",
-        "changed",
-        "kept by a 20 % trim",
-        "largest weight / rms",
-        "NaN, inf",
-    ]
+    head = ["model", *_NUMBERS]
     rows: list[_Line] = [
         [name, *_numbers(model)] for name, model in zip(c.models, whole.models, strict=True)
     ]
@@ -289,6 +277,21 @@ def _models(c: Comparison) -> str:
         f'<div class="cards">{"".join(cards)}</div>'
         + _details("All numbers", _table("Whole model", head, rows)),
     )
+
+
+#: What stands above the cells of `_numbers`.
+_NUMBERS = (
+    "L2 of delta",
+    "relative L2",
+    "L1 of delta",
+    "relative L1",
+    "largest",
+    "relative largest",
+    "changed",
+    "kept by a 20 % trim",
+    "largest weight / rms",
+    "NaN, inf",
+)
 
 
 def _numbers(m: ModelStatistics) -> list[_Cell]:
@@ -774,21 +777,7 @@ def _all(c: Comparison) -> str:
     if len(c.tensors) > _ALL:
         words = f"There are {len(c.tensors)} tensors; the JSON file (--json) lists them all."
         return _section("all", "All tensors", words, "")
-    head = [
-        "tensor",
-        "model",
-        "shape",
-        "L2 of delta",
-        "relative L2",
-        "L1 of delta",
-        "relative L1",
-        "largest",
-        "relative largest",
-        "changed",
-        "kept by a 20 % trim",
-        "largest weight / rms",
-        "NaN, inf",
-    ]
+    head = ["tensor", "model", "shape", *_NUMBERS]
     rows: list[_Line] = [
         [group.name, (name, name), (_at(group.shape or ()), _at(group.shape or ())), *_numbers(m)]
         for group in c.tensors

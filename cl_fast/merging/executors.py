@@ -26,7 +26,7 @@ from cl_fast.merging.aligned import Aligned
 from cl_fast.merging.checksum import crc64
 from cl_fast.merging.description import bytes_text
 from cl_fast.merging.journal import TensorRecord
-from cl_fast.merging.output import write_failure
+from cl_fast.merging.output import write_all, write_failure
 from cl_fast.merging.rules import PART, Blend, Whole, whole_memory
 from cl_fast.merging.sources import (
     READ_AHEAD,
@@ -456,7 +456,7 @@ class NativeExecutor:
         data, record = compute_whole(tensor, self._nan, self._threads)
         fd = os.open(path, os.O_RDWR)
         try:
-            _write_all(fd, data, tensor.offset)
+            write_all(fd, data, tensor.offset)
         except OSError as error:
             raise write_failure(path, error) from error
         finally:
@@ -852,7 +852,7 @@ class EagerExecutor:
             for tensor in tensors:
                 data, record = self.compute(tensor, codes)
                 try:
-                    _write_all(fd, data, tensor.offset)
+                    write_all(fd, data, tensor.offset)
                 except OSError as error:
                     raise write_failure(path, error) from error
                 tick(sum(source.nbytes for _, source in sources(tensor)) + len(data))
@@ -1196,12 +1196,6 @@ def _finite_inputs(
             value = torch.where(finite, value.float(), 0.0 if wide is None else wide)
         kept.append(value)
     return base, kept, counts
-
-
-def _write_all(fd: int, data: bytearray, offset: int) -> None:
-    view, done = memoryview(data), 0
-    while done < len(data):
-        done += os.pwrite(fd, view[done : done + (1 << 30)], offset + done)
 
 
 def _eager_bytes(tensor: TensorPlan) -> int:

@@ -90,7 +90,7 @@ class Extraction:
             "change": self.change,
             "error": self.error,
             "relative_error": self.relative,
-            "modules": [asdict(module) | {"relative": module.relative} for module in self.modules],
+            "modules": [module.to_json() for module in self.modules],
             "saved": list(self.saved),
             "lost": [asdict(tensor) for tensor in self.lost],
             "unchanged": self.unchanged,

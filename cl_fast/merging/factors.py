@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,6 +39,9 @@ from cl_fast.merging.output import OutputFolder, sync_tree, write_failure
 from cl_fast.ops import keep_mask
 from cl_fast.ops.streams import stream_key
 
+if TYPE_CHECKING:
+    from cl_fast.merging.sources import Source
+
 __all__ = [
     "AdapterWriter",
     "Rank",
@@ -47,6 +50,7 @@ __all__ = [
     "frobenius",
     "layer_by_layer",
     "product_error",
+    "torch_load",
     "torch_read",
     "truncate",
     "truncate_product",
@@ -272,13 +276,19 @@ def any_dtype(name: str) -> torch.dtype:
 
 def torch_read(info: TensorInfo) -> Tensor:
     """A stored tensor."""
-    from cl_fast.merging.executors import read_stored
     from cl_fast.merging.sources import Source
 
-    dtype = any_dtype(info.dtype)
-    if not info.nbytes:
-        return torch.zeros(info.shape, dtype=dtype)
-    return torch.frombuffer(read_stored(Source.of(info)), dtype=dtype).reshape(info.shape)
+    return torch_load(Source.of(info), *info.shape)
+
+
+def torch_load(source: Source, *shape: int) -> Tensor:
+    """A source as a tensor of `shape`."""
+    from cl_fast.merging.executors import read_stored
+
+    dtype = any_dtype(source.dtype)
+    if not source.nbytes:
+        return torch.zeros(shape, dtype=dtype)
+    return torch.frombuffer(read_stored(source), dtype=dtype).reshape(shape)
 
 
 # Writing.

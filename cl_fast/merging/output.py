@@ -22,7 +22,16 @@ from pathlib import Path
 from cl_fast.errors import OutputError
 from cl_fast.merging.description import bytes_text
 
-__all__ = ["OutputFolder", "allocate", "free_bytes", "sync_file", "sync_tree", "write_failure"]
+__all__ = [
+    "OutputFolder",
+    "allocate",
+    "free_bytes",
+    "sync_file",
+    "sync_folder",
+    "sync_tree",
+    "write_all",
+    "write_failure",
+]
 
 _HEADROOM = 16 << 20  # config, tokenizer, index, manifest, journal and the folder's own blocks
 
@@ -181,6 +190,13 @@ def allocate(path: Path, size: int) -> None:
         raise write_failure(path, error, size) from error
     finally:
         os.close(fd)
+
+
+def write_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
+    """Writes all of `data` at `offset`, in as many calls as the system wants."""
+    view, done = memoryview(data), 0
+    while done < len(view):
+        done += os.pwrite(fd, view[done : done + (1 << 30)], offset + done)
 
 
 def write_failure(path: str | os.PathLike[str], error: OSError, size: int = 0) -> OutputError:

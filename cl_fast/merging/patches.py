@@ -235,24 +235,19 @@ def make(source: Patched, threads: int | None = None) -> bytearray:
         raise OutputError(
             f"{source.path}: torch, which puts a patch on its base, is not installed"
         ) from error
-    from cl_fast.merging.executors import read_stored, torch_dtype
+    from cl_fast.merging.executors import torch_dtype
+    from cl_fast.merging.factors import torch_load
     from cl_fast.ops.reproducible import reproducible_update_
-
-    def load(stored: Any, *shape: int) -> torch.Tensor:
-        dtype = torch.float64 if stored.dtype == "F64" else torch_dtype(stored.dtype)
-        data = read_stored(stored)
-        if not data:  # the factors of an empty patch
-            return torch.zeros(shape, dtype=dtype)
-        return torch.frombuffer(data, dtype=dtype).reshape(shape)
 
     if threads is not None:
         torch.set_num_threads(threads)
     rows, columns = source.shape
     data = bytearray(source.nbytes)
     weight = torch.frombuffer(data, dtype=torch_dtype(source.dtype)).reshape(rows, columns)
-    base = load(source.base, rows, columns)
+    base = torch_load(source.base, rows, columns)
     # As `Patch.apply` does: the factors count as float32.
-    u, v = load(source.u, rows, source.rank).float(), load(source.v, columns, source.rank).float()
+    u = torch_load(source.u, rows, source.rank).float()
+    v = torch_load(source.v, columns, source.rank).float()
     try:
         reproducible_update_(weight, u, v, base=base)
     except ValueError as error:
@@ -271,23 +266,17 @@ def plan_patch(
     memory: int | None = None,
 ) -> Plan:
     """What `apply_patch` will do; nothing is written. Arguments and errors are its own."""
-    from cl_fast.merging.plan import make_plan
-    from cl_fast.merging.recipe import parse_recipe
+    from cl_fast.merging.plan import plan_change
 
     if not is_patch(absolute(os.fspath(patch))):
         read_patch(absolute(os.fspath(patch)))  # raises, and says why it is none
         raise CheckpointError(f"{patch}: a patch is one .safetensors file")
-    recipe: dict[str, Any] = {
-        "merge_method": "task_arithmetic",
-        "base_model": os.fspath(base),
-        "models": [{"model": os.fspath(patch), "parameters": {"weight": 1.0}}],
-    }
-    if out_dtype is not None:
-        recipe["out_dtype"] = out_dtype
-    return make_plan(
-        parse_recipe(recipe),
+    return plan_change(
+        base,
+        patch,
         output,
         out_shard_size=out_shard_size,
+        out_dtype=out_dtype,
         threads=threads,
         memory=memory,
     )

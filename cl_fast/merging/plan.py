@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -68,7 +69,16 @@ from cl_fast.ops.streams import keep_threshold, stream_key
 if TYPE_CHECKING:
     from cl_fast.merging.recipe import Part, Recipe
 
-__all__ = ["NUMERICS", "Plan", "ShardPlan", "TensorPlan", "Term", "make_plan", "term_names"]
+__all__ = [
+    "NUMERICS",
+    "Plan",
+    "ShardPlan",
+    "TensorPlan",
+    "Term",
+    "make_plan",
+    "plan_change",
+    "term_names",
+]
 
 #: Version of the arithmetic and of the random stream. It is part of every fingerprint, so a run
 #: that was interrupted under other arithmetic is never continued.
@@ -124,10 +134,7 @@ class TensorPlan:
     @property
     def numel(self) -> int:
         """Number of elements; 1 for a scalar."""
-        count = 1
-        for extent in self.shape:
-            count *= extent
-        return count
+        return prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +266,27 @@ def make_plan(
             planned,
             truncate_embeddings,
         )
+
+
+def plan_change(
+    base: str | os.PathLike[str],
+    change: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    out_dtype: str | None,
+    **options: Any,
+) -> Plan:
+    """A patch or a packed delta on its base, alone. ``options`` and errors are ``make_plan``'s."""
+    from cl_fast.merging.recipe import parse_recipe
+
+    recipe: dict[str, Any] = {
+        "merge_method": "task_arithmetic",
+        "base_model": os.fspath(base),
+        "models": [{"model": os.fspath(change), "parameters": {"weight": 1.0}}],
+    }
+    if out_dtype is not None:
+        recipe["out_dtype"] = out_dtype
+    return make_plan(parse_recipe(recipe), output, **options)
 
 
 @contextmanager

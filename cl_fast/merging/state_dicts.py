@@ -464,28 +464,18 @@ def sce(
         raise TypeError(f"select_topk must be a number, got {type(select_topk).__name__}")
     if not 0.0 <= select_topk <= 1.0:
         raise ValueError(f"select_topk must be in [0, 1]; got {select_topk}")
-    inputs = _inputs(base, models, into, nan)
-    with torch.no_grad():
-        names = inputs.check()
-        if nan == "refuse":
-            inputs.refuse_nonfinite(names)
-        merged = []
-        assert inputs.base is not None
-        for name in names:
-            start = inputs.base[name]
-            if (out_dtype or start.dtype) not in READABLE[:3]:
-                raise TypeError(
-                    "out_dtype must be bfloat16, float16 or float32; got "
-                    f"{out_dtype or start.dtype} for tensor {name!r}"
-                )
-            out = selective.sce(
-                [model[name] for model in inputs.models],
-                start,
-                weights=[],
-                select_topk=float(select_topk),
+
+    def one(name: str, base: Tensor | None, values: list[Tensor], weights: list[float]) -> Tensor:
+        assert base is not None
+        dtype = out_dtype or base.dtype
+        if dtype not in READABLE[:3]:
+            raise TypeError(
+                f"out_dtype must be bfloat16, float16 or float32; got {dtype} for tensor {name!r}"
             )
-            merged.append(out.to(out_dtype or start.dtype))
-        return _finish(inputs, names, merged, into, nan)
+        made = selective.sce(values, base, weights=[], select_topk=float(select_topk))
+        return made.to(dtype)
+
+    return _by_rule(base, models, 1.0, one, into, nan)
 
 
 def slerp(
@@ -705,29 +695,14 @@ def _by_rule(
     nan: Nan,
 ) -> dict[str, Tensor]:
     """Merges tensor by tensor with a function of name, base, values and weights."""
-    if nan not in ("refuse", "propagate"):
-        raise ValueError(f"nan must be 'refuse' or 'propagate'; got {nan!r}")
-    if into is not None and not isinstance(into, nn.Module):
-        raise TypeError(f"into must be an nn.Module, got {type(into).__name__}")
-    inputs = Inputs.of(base, models)
     with torch.no_grad():
-        names = inputs.check()
-        if nan == "refuse":
-            inputs.refuse_nonfinite(names)
+        inputs, names = _inputs(base, models, into, nan)
         rows = _PerModel("weight", weight, inputs.names).rows(names)
-        merged = {}
+        merged = []
         for name, weights in zip(names, rows, strict=True):
             start = inputs.base[name] if inputs.base is not None else None
-            merged[name] = one(name, start, [model[name] for model in inputs.models], weights)
-        if nan == "refuse" and (bad := first_nonfinite(merged.items())) is not None:
-            raise NonFiniteError(
-                f"tensor {bad!r}: the merge overflows {merged[bad].dtype}; lower the weights, or "
-                "set out_dtype=torch.float32"
-            )
-        result = inputs.result(merged)
-    if into is not None:
-        into.load_state_dict(result)
-    return result
+            merged.append(one(name, start, [model[name] for model in inputs.models], weights))
+        return _finish(inputs, names, merged, into, nan, lower="the weights")
 
 
 def _merge(
@@ -748,11 +723,8 @@ def _merge(
     epsilon: PerModel | None = None,
 ) -> dict[str, Tensor]:
     policy = make_policy(find_method(method), settings, where=method)
-    inputs = _inputs(base, models, into, nan)
     with torch.no_grad():
-        names = inputs.check()
-        if nan == "refuse":
-            inputs.refuse_nonfinite(names)
+        inputs, names = _inputs(base, models, into, nan)
         weights = _PerModel("weight", weight, inputs.names).rows(names)
         densities = _PerModel("density", density, inputs.names).rows(names)
         gammas, epsilons = (
@@ -785,19 +757,32 @@ def _merge(
             if rows
             else []
         )
-        return _finish(inputs, names, merged, into, nan)
+        return _finish(inputs, names, merged, into, nan, lower="the weights or lam")
 
 
-def _inputs(base: Model | None, models: Models, into: nn.Module | None, nan: str) -> Inputs:
+def _inputs(
+    base: Model | None, models: Models, into: nn.Module | None, nan: str
+) -> tuple[Inputs, list[str]]:
+    """The models, checked, and the names of the tensors to combine."""
     if nan not in ("refuse", "propagate"):
         raise ValueError(f"nan must be 'refuse' or 'propagate'; got {nan!r}")
     if into is not None and not isinstance(into, nn.Module):
         raise TypeError(f"into must be an nn.Module, got {type(into).__name__}")
-    return Inputs.of(base, models)
+    inputs = Inputs.of(base, models)
+    names = inputs.check()
+    if nan == "refuse":
+        inputs.refuse_nonfinite(names)
+    return inputs, names
 
 
 def _finish(
-    inputs: Inputs, names: list[str], merged: list[Tensor], into: nn.Module | None, nan: str
+    inputs: Inputs,
+    names: list[str],
+    merged: list[Tensor],
+    into: nn.Module | None,
+    nan: str,
+    *,
+    lower: str,
 ) -> dict[str, Tensor]:
     """All tensors of the result, of which `merged` are those of `names`."""
     if nan == "refuse":
@@ -805,7 +790,7 @@ def _finish(
         if name is not None:
             raise NonFiniteError(
                 f"tensor {name!r}: the merge overflows {merged[names.index(name)].dtype}; "
-                "lower the weights or lam, or set out_dtype=torch.float32"
+                f"lower {lower}, or set out_dtype=torch.float32"
             )
     result = inputs.result(dict(zip(names, merged, strict=True)))
     if into is not None:

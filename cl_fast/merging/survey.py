@@ -16,7 +16,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from math import inf
+from math import inf, prod
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -62,10 +62,7 @@ class Surveyed:
 
     @property
     def numel(self) -> int:
-        count = 1
-        for extent in self.shape:
-            count *= extent
-        return count
+        return prod(self.shape)
 
     @property
     def row(self) -> int:
