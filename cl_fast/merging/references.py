@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cl_fast.documents import kind_of
 from cl_fast.errors import RecipeError
 
 __all__ = ["BadReference", "reference_text", "term_names"]
@@ -64,6 +63,8 @@ def _path(value: Any, name: str) -> str:
     where = f"{name}: " if name else ""
     if isinstance(value, str):
         return value
+    from cl_fast.documents import kind_of  # it brings YAML, which planning does without
+
     if not isinstance(value, Mapping) or not isinstance(value.get("path"), str):
         raise BadReference(f"{where}must be a path, or 'path' and 'revision'; got {kind_of(value)}")
     if unknown := [key for key in value if key not in ("path", "revision")]:
