@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -28,7 +27,7 @@ from typing import Any
 
 import torch
 from make_checkpoints import SHAPES, make
-from merge_vs_peers import process, warm, weight_files
+from merge_vs_peers import machine, process, warm, weight_files
 from safetensors import safe_open
 
 HERE = Path(__file__).resolve().parent
@@ -124,9 +123,7 @@ def main() -> None:
         "models": a.models,
         "bytes": size,
         "threads": a.threads,
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
+        **machine(),
         "relative_error": worst,
         "runs": runs,
     }
