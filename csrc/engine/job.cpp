@@ -856,7 +856,6 @@ void Job::combine_tile(Task& t, int64_t tile, Worker& w) {
     }
     w.views[k].x = fetch(w, t.terms[k].x, int(k) + 1, first, n);
   }
-  uint8_t* placed = packed_bytes ? w.packed.reserve(packed_bytes) : nullptr;
 
   // Which of the elements tied at a threshold stay: the first ones of the tensor. Each tile counts
   // its own and adds the total before it, which the owner of the tile before publishes.
@@ -925,6 +924,8 @@ void Job::combine_tile(Task& t, int64_t tile, Worker& w) {
     }
   }
 
+  // after all that expands packed sources, which takes this memory too
+  uint8_t* placed = packed_bytes ? w.packed.reserve(packed_bytes) : nullptr;
   uint8_t* out = spec.out_ptr ? spec.out_ptr + first * item : w.output.reserve(n * item);
   TileView view;
   view.base_dtype = tb;

@@ -352,6 +352,24 @@ def test_a_comparison_sees_base_and_delta(root: Path, tmp_path: Path) -> None:
         compare(root / "code", [root / "math.delta.safetensors"])
 
 
+def test_a_packed_delta_of_another_type_with_rows_longer_than_a_tile(tmp_path: Path) -> None:
+    """What ranks a row expands more than the tile while another's values wait to be placed."""
+    draw = torch.Generator().manual_seed(0)
+    base = torch.randn(1, 300_000, generator=draw).bfloat16()
+    cases.save(tmp_path / "base", {"w": base})
+    models = []
+    for name, dtype, density in (("one", torch.bfloat16, 1.0), ("two", torch.float32, 0.4)):
+        tuned = (base.float() + 0.02 * torch.randn(base.shape, generator=draw)).to(dtype)
+        cases.save(tmp_path / name, {"w": tuned})
+        path = tmp_path / f"{name}.delta.safetensors"
+        pack_delta(tmp_path / "base", tmp_path / name, path, drop_rate=0.1)
+        models.append({"model": str(path), "parameters": {"weight": 0.5, "density": density}})
+    content = {"merge_method": "della_linear", "base_model": str(tmp_path / "base"),
+               "models": models, "parameters": {"variant": "paper"}}  # fmt: skip
+    native, eager = (run(content, tmp_path / backend, backend=backend) for backend in BACKENDS)
+    cases.same_bits(native, eager)
+
+
 def test_types_may_differ(root: Path, tmp_path: Path) -> None:
     """A float32 finetuned model on a bfloat16 base, and fp8 values, in sums and in trims."""
     draw = torch.Generator().manual_seed(5)
