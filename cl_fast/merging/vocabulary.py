@@ -35,7 +35,7 @@ from cl_fast.errors import CheckpointError, RecipeError
 from cl_fast.merging.aligned import GROUP, MEAN, SHIFT, ZERO, Aligned
 from cl_fast.merging.inputs import Derived, is_derived, local_folder, same_path, source_of
 from cl_fast.merging.slices import Cut, Group, whole
-from cl_fast.merging.sources import Made, Packed, Source
+from cl_fast.merging.sources import Fetched, Made, Packed, Source
 from cl_fast.ops.policy import DTYPES
 
 if TYPE_CHECKING:
@@ -231,7 +231,7 @@ def _truncated(groups: list[Group], notes: list[str]) -> VocabularyPlan | None:
 
 def _shorter(checkpoint: Checkpoint, name: str, axis: int, rows: int) -> tuple[Source, TensorInfo]:
     info, source = checkpoint.tensors[name], source_of(checkpoint, name)
-    if isinstance(source, Made):
+    if isinstance(source, Made) and not isinstance(source, Fetched):
         raise CheckpointError(
             f"{checkpoint.path}: changes {name!r}, which is cut to {rows} rows; give a tokenizer "
             "in the recipe (tokenizer_source) instead of --unsafe-truncate-embeddings"

@@ -172,6 +172,25 @@ def test_one_file_and_mixed_places(memory: Any, models: Path, tmp_path: Path) ->
     assert result.digest == expected["digest"]
 
 
+def test_embeddings_at_a_url_are_cut(memory: Any, models: Path, tmp_path: Path) -> None:
+    longer = cases.load(models / "one")
+    name = "model.embed_tokens.weight"
+    longer[name] = longer[name].repeat(2, 1)[:1010]
+    cases.save(tmp_path / "longer", longer)
+    memory.put(f"{tmp_path}/longer/", "/models/longer/", recursive=True)
+    made = []
+    for number, (two, one) in enumerate(
+        (
+            (models / "two", tmp_path / "longer"),
+            ("memory://models/two", "memory://models/longer"),
+        )
+    ):
+        content = {"merge_method": "linear", "models": [{"model": str(two)}, {"model": str(one)}]}
+        plan = make_plan(parse_recipe(content), tmp_path / f"out{number}", truncate_embeddings=True)
+        made.append(execute(plan, fsync=False).digest)
+    assert made[0] == made[1]
+
+
 def test_a_patch_at_a_url_on_a_base_at_a_url(memory: Any, models: Path, tmp_path: Path) -> None:
     import patch_cases
 
