@@ -35,6 +35,7 @@ from cl_fast.errors import CheckpointError, ClFastError
 __all__ = [
     "Listing",
     "State",
+    "StoreError",
     "cache_folder",
     "check_url",
     "download_whole",
@@ -74,6 +75,10 @@ _S3_BOUNDS = {
     "read_timeout": 60,
     "retries": {"max_attempts": 3, "mode": "standard"},
 }
+
+
+class StoreError(CheckpointError):
+    """A store did not give what it was asked for; it may do so later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +242,8 @@ def telling(url: str, done: str, error: type[ClFastError] = CheckpointError) -> 
             )
         else:
             words = f"cannot be {done} ({type(cause).__name__}{f', {code}' if code else ''})"
-        raise error(f"{place}: {words}") from cause
+        kind = StoreError if error is CheckpointError else error
+        raise kind(f"{place}: {words}") from cause
 
 
 def _code_of(cause: BaseException | None) -> str:

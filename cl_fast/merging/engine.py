@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cl_fast.checkpoints.checkpoint import INDEX_NAME, Checkpoint
-from cl_fast.checkpoints.remote import State, is_url, states_of
+from cl_fast.checkpoints.remote import State, StoreError, is_url, states_of
 from cl_fast.errors import (
     CheckpointError,
     ClFastError,
@@ -540,7 +540,7 @@ class _Run:
             failure = error
             if isinstance(error, KeyboardInterrupt):
                 failure = Interrupted("interrupted")
-            useful = isinstance(error, OSError | NonFiniteError | KeyboardInterrupt)
+            useful = isinstance(error, OSError | NonFiniteError | StoreError | KeyboardInterrupt)
             self._folder.recover()
             if self._finished and useful:
                 for number in range(len(self._plan.shards)):

@@ -317,6 +317,33 @@ def test_inputs_at_a_plain_web_server(
     assert cases.raw(merged.output) == cases.raw(local(models, tmp_path / "l", "linear").output)
 
 
+def test_a_store_that_fails_during_a_merge_costs_nothing_that_is_finished(
+    memory: Any, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(
+        parse_recipe(at("memory://models", models, "ties")), tmp_path / "o", out_shard_size=100_000
+    )
+    real, gone = type(memory).cat_file, False
+
+    def cat_file(*arguments: Any, **given: Any) -> Any:
+        if gone:
+            raise ConnectionError
+        return real(*arguments, **given)
+
+    def progress(phase: str, done: int, total: int) -> None:
+        nonlocal gone
+        gone = phase == "merge" and done > total // 2
+
+    monkeypatch.setattr(type(memory), "cat_file", cat_file)
+    with pytest.raises(CheckpointError, match="the store cannot be reached") as caught:
+        execute(plan, fsync=False, progress=progress, memory=16 << 20)
+    assert "--resume" in "".join(caught.value.__notes__)
+    gone = False
+    result = execute(plan, fsync=False, resume=True)
+    assert result.resumed > 0
+    assert cases.raw(result.output) == cases.raw(local(models, tmp_path / "l").output)
+
+
 def test_a_report_of_a_merge_to_a_url(
     memory: Any, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
