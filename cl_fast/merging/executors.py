@@ -598,24 +598,7 @@ class NativeExecutor:
         gram: str | None = None,
     ) -> int:
         def place(source: Source) -> tuple[str, int, int, int]:
-            if isinstance(source, Packed):
-                return source.dtype, 0, -1, 0
-            if isinstance(source, Aligned) and source.streamed:
-                nothing = "BYTES", 0, -1, 0
-                tables = [
-                    (place(stored) if rows else nothing, rows) for stored, rows in source.tables()
-                ]
-                handle = job.rows(source.row_bytes, source.codes, tables, source.made_rows())
-                return "BYTES" if copy else source.dtype, 0, handle, 0
-            if source in ready:
-                return "BYTES" if copy else source.dtype, _address(ready[source]), -1, 0
-            if source.path not in files:
-                handle = job.file(source.path, self._io)
-                files[source.path] = handle, Path(source.path).stat().st_size
-            handle, size = files[source.path]
-            if source.offset + source.nbytes > size:
-                raise _truncated(source, max(0, size - source.offset))
-            return "BYTES" if copy else source.dtype, 0, handle, source.offset
+            return self._place(job, source, files, ready, copy=copy)
 
         # A copy is of bytes, whatever the type.
         policy, copy = tensor.policy, tensor.kind == "copy"
@@ -680,6 +663,37 @@ class NativeExecutor:
                 packed=packed,
             )
         return int(task)
+
+    def _place(
+        self,
+        job: Any,
+        source: Source,
+        files: dict[str, tuple[int, int]],
+        ready: dict[Source, bytearray],
+        *,
+        copy: bool,
+    ) -> tuple[str, int, int, int]:
+        """Type, address, file and offset of a source. A method, since a function that calls itself
+        holds itself, and the job with its open files, until garbage is collected."""
+        if isinstance(source, Packed):
+            return source.dtype, 0, -1, 0
+        if isinstance(source, Aligned) and source.streamed:
+            nothing = "BYTES", 0, -1, 0
+            tables = [
+                (self._place(job, stored, files, ready, copy=copy) if rows else nothing, rows)
+                for stored, rows in source.tables()
+            ]
+            handle = job.rows(source.row_bytes, source.codes, tables, source.made_rows())
+            return "BYTES" if copy else source.dtype, 0, handle, 0
+        if source in ready:
+            return "BYTES" if copy else source.dtype, _address(ready[source]), -1, 0
+        if source.path not in files:
+            handle = job.file(source.path, self._io)
+            files[source.path] = handle, Path(source.path).stat().st_size
+        handle, size = files[source.path]
+        if source.offset + source.nbytes > size:
+            raise _truncated(source, max(0, size - source.offset))
+        return "BYTES" if copy else source.dtype, 0, handle, source.offset
 
     def _record(
         self, result: dict[str, Any], tensor: TensorPlan, *, whole: bool = True

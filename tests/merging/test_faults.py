@@ -765,6 +765,23 @@ def test_a_leftover_of_the_last_moment_is_tidied_up(root: Path, tmp_path: Path) 
     assert not cases.partial(out).exists()
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
+def test_no_file_stays_open(root: Path, tmp_path: Path, backend: str) -> None:
+    """Also where no garbage is collected, as while a command plans."""
+    gc.collect()
+    gc.disable()
+    try:
+        run(root, tmp_path / "out", backend=backend)
+        left = [
+            file
+            for link in Path("/proc/self/fd").iterdir()
+            if link.is_symlink() and tmp_path in (file := link.readlink()).parents
+        ]
+    finally:
+        gc.enable()
+    assert left == []
+
+
 def test_a_leftover_of_another_merge_is_not_taken_for_this_one(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
