@@ -213,5 +213,5 @@ def _info(arguments: argparse.Namespace) -> int:
     for name in adapter.saved:
         print(f"whole    {name}")
     if arguments.base is not None:
-        print(f"fits     {arguments.base}")
+        print(f"{'shapes fit' if derived.notes else 'fits    '} {arguments.base}")
     return 0

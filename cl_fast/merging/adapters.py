@@ -207,7 +207,7 @@ class AdaptedCheckpoint(Derived):
     @property
     def notes(self) -> tuple[str, ...]:
         said = self.adapter.base_name
-        if said is None or absolute(said).exists():
+        if said is None or self._named_base() is not None:  # `check` compares them
             return ()
         config = self.base.config or {}
         known = {self.base.path.name, Path(str(config.get("_name_or_path", ""))).name}
@@ -288,6 +288,16 @@ class AdaptedCheckpoint(Derived):
             return Source.of(self.replaced[name])
         return source_of(self.base, name)
 
+    def _named_base(self) -> Checkpoint | None:
+        """What base_model_name_or_path names, if that is a checkpoint on this machine."""
+        said = self.adapter.base_name
+        if said is None or not absolute(said).exists():
+            return None
+        try:
+            return Checkpoint.open(str(absolute(said)))
+        except CheckpointError:
+            return None  # no checkpoint, or none any more
+
     def check(self) -> None:
         """Compare the adapted weights of the base with what the adapter tells of its own base.
 
@@ -306,13 +316,8 @@ class AdaptedCheckpoint(Derived):
                     "the weight that it was extracted against"
                 )
         said = self.adapter.base_name
-        if hashes or said is None or not Path(said).is_absolute():
-            return
-        try:
-            own_base = Checkpoint.open(said)
-        except CheckpointError:
-            return  # it is not there, or no checkpoint any more
-        if own_base.path.resolve() == self.base.path.resolve():
+        own_base = None if hashes else self._named_base()
+        if own_base is None or own_base.path.resolve() == self.base.path.resolve():
             return
         for name in self.adapted:
             info, other = self.base.tensors[name], own_base.tensors.get(name)

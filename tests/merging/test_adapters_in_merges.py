@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cl_fast.checkpoints.adapters import read_adapter
+from cl_fast.cli import main
 from cl_fast.errors import CheckpointError, Interrupted, OutputError, RecipeError
 from cl_fast.merging import describe, execute, make_plan, parse_recipe
 from cl_fast.merging.adapters import Adapted
@@ -327,6 +328,31 @@ def test_the_base_that_it_names_is_compared(made: Path, tmp_path: Path) -> None:
     adapter_cases.write(tmp_path / "a", made_of, base_model_name_or_path="org/some-model")
     plan = make_plan(parse_recipe(recipe(made, "ties", str(named))), tmp_path / "out2")
     assert any("trained on 'org/some-model'" in note for note in plan.notes)
+
+
+def test_a_relative_base_that_it_names_is_compared(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(made)
+    made_of = adapter_cases.factors(LINEAR, 2)
+    named = adapter_cases.write(tmp_path / "a", made_of, base_model_name_or_path="one")
+    with pytest.raises(CheckpointError, match=r"for another base: it was trained on one "):
+        run(recipe(made, "ties", str(named)), tmp_path / "out")
+    asked = ["adapter", "info", str(named), "--base", "base"]
+    assert main(asked) == 1
+    assert "for another base" in capsys.readouterr().err
+    adapter_cases.write(tmp_path / "a", made_of, base_model_name_or_path="./base")
+    run(recipe(made, "ties", str(named)), tmp_path / "out")
+    assert main(asked) == 0
+    assert "fits     base" in capsys.readouterr().out
+    (tmp_path / "empty").mkdir()
+    for unknown in ("org/some-model", str(tmp_path / "empty")):
+        adapter_cases.write(tmp_path / "a", made_of, base_model_name_or_path=unknown)
+        assert main(asked) == 0
+        said = capsys.readouterr().out
+        assert f"note: {named} says that it was trained on {unknown!r}" in said
+        assert "shapes fit base" in said
+        assert "fits     base" not in said
 
 
 # Bad input.
