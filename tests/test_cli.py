@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -155,6 +156,13 @@ def test_sizes(text: str, value: int) -> None:
         ["verify", "x", "--sample", "some"],
         ["soup", "o", "m", "--evaluate", "python score.py"],
         ["soup", "o", "m"],
+        ["merge", "r", "--quiet", "o", "junk"],
+        ["merge", "r", "o", "--quiet", "junk"],
+        ["merge", "r", "--frobnicate", "o"],
+        ["verify", "x", "--quiet", "junk"],
+        ["delta", "pack", "b", "f", "--drop", "0.9", "o", "junk"],
+        ["delta", "pack", "b", "f", "--drop", "0.9", "--frobnicate", "o"],
+        ["diff", "b", "m", "--quiet", "--frobnicate", "n"],
     ],
 )
 def test_wrong_usage_is_two(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,6 +170,39 @@ def test_wrong_usage_is_two(words: list[str], capsys: pytest.CaptureFixture[str]
         main(words)
     assert caught.value.code == 2
     assert "usage: cl-fast" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "taken"),
+    [
+        ("merge recipe.yml --cuda out", {"output": Path("out")}),
+        ("merge recipe.yml --quiet out", {"output": Path("out")}),
+        ("merge recipe.yml --seed 3 s3://b/out", {"output": "s3://b/out", "seed": 3}),
+        ("merge --quiet recipe.yml --seed 3 out --io mmap", {"output": Path("out"), "io": "mmap"}),
+        ("merge recipe.yml --quiet -- -out", {"output": Path("-out")}),
+        ("delta pack base math --drop .9 pk", {"output": Path("pk"), "drop": 0.9}),
+        ("delta pack base math --drop .9", {"output": None}),
+        ("diff base a --threads 1 b c --quiet", {"models": ["a", "b", "c"], "threads": 1}),
+        ("soup out a --evaluate {} b", {"models": ["a", "b"]}),
+        ("adapter merge a --out o b", {"adapters": ["a", "b"]}),
+    ],
+)
+def test_options_and_positionals_in_any_order(
+    words: str, taken: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = words.split()[0]
+    module = importlib.import_module(f"cl_fast.cli.{name}")
+    seen: list[dict[str, Any]] = []
+
+    def run(arguments: Any) -> int:
+        seen.append(vars(arguments))
+        return 0
+
+    for attribute in ("_run", "_pack", "_merge"):
+        if hasattr(module, attribute):
+            monkeypatch.setattr(module, attribute, run)
+    assert main(words.split()) == 0
+    assert {key: seen[0][key] for key in taken} == taken
 
 
 def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from cl_fast._version import __version__
 from cl_fast.cli import adapter, delta, diff, edit, env, merge, search, soup, train, verify
+from cl_fast.cli.arguments import take_late
 from cl_fast.errors import ClFastError, Interrupted
 
 __all__ = ["main"]
@@ -38,7 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbose = False
     try:
         parser = _parser()
-        arguments = parser.parse_args(argv)
+        arguments, rest = parser.parse_known_args(argv)
+        rest = take_late(arguments, rest)
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
         if arguments.command is None:
             parser.print_help()
             return 2

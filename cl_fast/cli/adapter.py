@@ -47,7 +47,7 @@ def _add_merge(kinds: Any) -> None:
     )
     merge.add_argument("--seed", type=seed, default=0, metavar="N", help="of random masks")
     _sizes(merge, "the largest rank of the adapters")
-    merge.set_defaults(run=_merge)
+    merge.set_defaults(run=_merge, late=("adapters", str))
 
 
 def _add_extract(kinds: Any) -> None:

@@ -19,6 +19,7 @@ __all__ = [
     "reading",
     "seed",
     "size",
+    "take_late",
     "talk",
     "threads",
 ]
@@ -97,6 +98,28 @@ def talk(parser: argparse.ArgumentParser) -> None:
     volume = parser.add_mutually_exclusive_group()
     volume.add_argument("--quiet", action="store_true", help="say nothing but errors")
     volume.add_argument("--verbose", action="store_true", help="show the traceback of an error")
+
+
+def take_late(arguments: argparse.Namespace, rest: list[str]) -> list[str]:
+    """Gives words that stand behind options to the positional that may be left out or repeated.
+
+    argparse settles such a positional at the first option. A command names it by
+    `set_defaults(late=(name, type))`. Returns what nobody takes: all of `rest`, if there is an
+    option or one word too many in it.
+    """
+    name, kind = getattr(arguments, "late", (None, str))
+    cut = rest.index("--") if "--" in rest else len(rest)
+    words = rest[:cut] + rest[cut + 1 :]
+    if name is None or any(word.startswith("-") for word in rest[:cut]):
+        return rest
+    held = getattr(arguments, name)
+    if isinstance(held, list):
+        held += map(kind, words)
+    elif held is None and len(words) == 1:
+        setattr(arguments, name, kind(words[0]))
+    else:
+        return rest
+    return []
 
 
 def size(text: str) -> int:

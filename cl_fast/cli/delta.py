@@ -71,7 +71,7 @@ def add(commands: Any) -> None:
     )
     pack.add_argument("--overwrite", action="store_true", help="replace an existing output")
     _work(pack)
-    pack.set_defaults(run=_pack)
+    pack.set_defaults(run=_pack, late=("output", Path))
 
     apply = verbs.add_parser(
         "apply",

@@ -36,7 +36,7 @@ def add(commands: Any) -> None:
     reading(diff)
     backend(diff)
     talk(diff)
-    diff.set_defaults(run=_run)
+    diff.set_defaults(run=_run, late=("models", str))
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -82,7 +82,7 @@ def add(commands: Any) -> None:
     )
     execution(merge)
     mergekit.add(merge)
-    merge.set_defaults(run=_run, usage=merge.error)
+    merge.set_defaults(run=_run, usage=merge.error, late=("output", place))
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -36,7 +36,7 @@ def add(commands: Any) -> None:
         help="keep a model if the score rises, or also if it stays the same (default: rise)",
     )
     talk(soup)
-    soup.set_defaults(run=_run)
+    soup.set_defaults(run=_run, late=("models", str))
 
 
 def _run(arguments: argparse.Namespace) -> int:
