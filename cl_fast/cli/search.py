@@ -61,19 +61,19 @@ def _run(arguments: argparse.Namespace) -> int:
     _check_files(
         {"study": arguments.study, "--storage": storage, "--out": arguments.out, "--json": report}
     )
-    written: list[int] = []
+    labels = study.labels()
 
     def write(result: SearchResult) -> None:
-        if written != [result.best.number]:
-            write_whole(arguments.out, [result.to_yaml().encode()])
-            written[:] = [result.best.number]
+        write_whole(arguments.out, [result.to_yaml().encode()])  # its head counts the trials
 
     def on_trial(trial: Tried, result: SearchResult | None) -> None:
         if result is not None:
             write(result)
         if arguments.quiet:
             return
-        values = ", ".join(f"{name} {_short(value)}" for name, value in trial.values.items())
+        values = "  ".join(
+            f"{labels.get(name, name)}={_short(value)}" for name, value in trial.values.items()
+        )
         score = "failed" if trial.score is None else f"{trial.score:.6g}"
         mark = " *" if result is not None and result.best.number == trial.number else ""
         print(f"{trial.number:<4d} {score:<12s} {values}{mark}", flush=True)
@@ -97,7 +97,6 @@ def _run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt as error:
         error.add_note("the same command goes on")
         raise
-    written.clear()
     write(result)
     write_whole(report, [(json.dumps(result.to_json(), indent=1) + "\n").encode()])
     if not arguments.quiet:

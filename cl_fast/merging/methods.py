@@ -87,6 +87,16 @@ class Number:
     integer: bool = False
     words: str = ""
 
+    @property
+    def allowed(self) -> str:
+        """The bounds in words: "above 0 and at most 1"."""
+        ends = []
+        if self.low > -math.inf:
+            ends.append(f"{'at least' if self.low_too else 'above'} {self.low:g}")
+        if self.high < math.inf:
+            ends.append(f"at most {self.high:g}")
+        return ("a whole number, " if self.integer else "") + " and ".join(ends)
+
     def allows(self, value: float) -> bool:
         """Whether a value lies within the bounds."""
         inside = (self.low <= value if self.low_too else self.low < value) and value <= self.high

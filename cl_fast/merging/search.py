@@ -21,6 +21,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import shlex
 import time
 import warnings
@@ -126,6 +127,27 @@ class Study:
                         f"{name}: has no effect with a command, which gets a folder; remove it"
                     )
 
+    def labels(self) -> dict[str, str]:
+        """Key of what is varied -> a shorter one: models[0].parameters.weight -> math.weight."""
+        entries = self.recipe.get("models")
+        models = [
+            entry.get("model") if isinstance(entry, Mapping) else entry
+            for entry in (entries if isinstance(entries, list) else [])
+        ]
+        called: Sequence[str] = [f"models[{i}]" for i in range(len(models))]
+        if all(isinstance(model, str) for model in models):
+            called = term_names([str(model) for model in models])
+
+        def short(name: str) -> str:
+            text = re.sub(
+                r"^models\[(\d+)\]\.(?=parameters\.)", lambda m: f"{called[int(m[1])]}.", name
+            )
+            return re.sub(r"(^|\.)parameters\.", r"\1", text)
+
+        names = [number.name for number in find_space(self.recipe).numbers]
+        labels = {name: short(name) for name in names}
+        return labels if len(set(labels.values())) == len(names) else {n: n for n in names}
+
 
 @dataclass(frozen=True, slots=True)
 class Tried:
@@ -150,9 +172,10 @@ class SearchResult:
     Attributes:
         best: the trial with the best score; the first one of equals.
         trials: all of them, failed ones too.
-        new: how many this run evaluated.
+        new: how many this run added.
         direction: of the score.
         names: of what is varied.
+        labels: name -> a shorter one, for tables.
     """
 
     best: Tried
@@ -160,6 +183,7 @@ class SearchResult:
     new: int
     direction: str
     names: tuple[str, ...] = field(default=())
+    labels: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def recipe(self) -> Mapping[str, Any]:
@@ -174,7 +198,7 @@ class SearchResult:
 
     def table(self, count: int = 10) -> list[str]:
         """The best trials as lines of text."""
-        rows = [["score", "trial", *self.names]]
+        rows = [["score", "trial", *(self.labels.get(name, name) for name in self.names)]]
         for trial in self.top(count):
             cells = [_text(trial.values.get(name, "")) for name in self.names]
             rows.append([f"{(trial.score or 0.0) + 0.0:.6g}", str(trial.number), *cells])
@@ -251,6 +275,7 @@ def _study(content: Any, file: Path) -> Study:
             "give either evaluate: a command in which {} is the checkpoint, or function: "
             "module:function"
         )
+    find_space(recipe)
     evaluate: Any
     if function is not None:
         if not isinstance(function, str):
@@ -316,8 +341,8 @@ def search(
         the best trial and all others, with those of earlier runs.
 
     Raises:
-        RecipeError: the study is malformed, or its storage is of another search space, other
-            inputs, another recipe, evaluation or direction.
+        RecipeError: the study is malformed, or its storage has scores of another search space,
+            other inputs, another recipe, evaluation or direction.
         CheckpointError: an input does not fit, found before the first trial.
         OutputError: the storage is in use, or no SQLite file of a study.
         ClFastError: Optuna is not installed; every trial failed.
@@ -439,6 +464,7 @@ class _Search:
 
     def _check_recipes(self) -> list[Plan]:
         """Plans of what the space can be: whatever headers can tell is told now."""
+        self._check_fixed()
         plans = [self._planned(values) for values in self._space.middles()]
         for ends in self._space.ends():
             try:
@@ -452,6 +478,21 @@ class _Search:
         for plan in plans:
             check_derived(plan)
         return plans
+
+    def _check_fixed(self) -> None:
+        """Tells plainly what is wrong whatever the values are: a model that does not exist."""
+        first = None
+        for values in (*self._space.middles(), *self._space.ends()):
+            try:
+                self._plan(self._space.fill(values))
+            except (RecipeError, CheckpointError) as error:
+                if first is not None and str(error) != str(first):
+                    return
+                first = first or error
+            else:
+                return
+        if first is not None:
+            raise first
 
     def _planned(self, values: Mapping[str, Any]) -> Plan:
         try:
@@ -526,9 +567,34 @@ class _Search:
             if known and stored is None and study.trials:
                 raise OutputError(f"{path}: holds a study of something else; give another storage")
             if stored is not None:
-                self._compare(stored, identity)
+                try:
+                    self._compare(stored, identity)
+                    anew = self._gave_up(study)
+                except RecipeError:
+                    if self._any_score(study):
+                        raise
+                    anew = True
+                if anew:
+                    failed = sum(trial.state.is_finished() for trial in study.trials)
+                    if failed:
+                        self._say(f"no trial in {path} has a score ({failed} failed): begins anew")
+                    optuna.delete_study(study_name="search", storage=f"sqlite:///{path}")
+                    study = optuna.create_study(
+                        storage=f"sqlite:///{path}",
+                        study_name="search",
+                        direction=self._study.direction,
+                    )
         study.set_user_attr(_IDENTITY, identity)
         return study
+
+    def _any_score(self, study: Any) -> bool:
+        complete = self._optuna.trial.TrialState.COMPLETE
+        return any(trial.state == complete for trial in study.get_trials(deepcopy=False))
+
+    def _gave_up(self, study: Any) -> bool:
+        """Whether this same study ended without a score: what failed may have been mended."""
+        finished = sum(t.state.is_finished() for t in study.get_trials(deepcopy=False))
+        return finished >= min(GIVE_UP, self._study.trials) and not self._any_score(study)
 
     def _compare(self, stored: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
         def refuse(what: str) -> None:
@@ -590,7 +656,23 @@ class _Search:
                     self._trials.enqueue_trial(self._grid_point(number))
                 trial = self._trials.ask()
             values = self._suggest(trial)
+            if self._repeated(trial, values):
+                continue
             self._evaluate(trial, self._space.fill(values), self._space.told(values))
+
+    def _repeated(self, trial: Any, values: Mapping[str, Any]) -> bool:
+        """Gives a trial of values that have a score that score, unevaluated."""
+        complete = self._optuna.trial.TrialState.COMPLETE
+        for known in self._trials.get_trials(deepcopy=False):
+            if known.state == complete and known.params == values:
+                tried = known.user_attrs["tried"]
+                trial.set_user_attr("tried", tried)
+                trial.set_user_attr("came_of_it", {"seconds": 0.0, "error": ""})
+                self._trials.tell(trial, known.value)
+                self._new += 1
+                self._report(trial.number)
+                return True
+        return False
 
     def _grid_point(self, number: int) -> dict[str, Any]:
         point = {}
@@ -719,7 +801,9 @@ class _Search:
         names = tuple(number.name for number in self._space.numbers)
         if self._study.strategy == "greedy_soup":
             names = ("models",)
-        return SearchResult(best, tuple(trials), self._new, self._study.direction, names)
+        return SearchResult(
+            best, tuple(trials), self._new, self._study.direction, names, self._study.labels()
+        )
 
     # Greedy soup.
 

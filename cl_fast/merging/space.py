@@ -24,6 +24,7 @@ from typing import Any
 
 from cl_fast.documents import kind_of
 from cl_fast.errors import RecipeError
+from cl_fast.merging.methods import NUMBERS, suggest
 
 __all__ = ["Number", "Space", "find_space", "place"]
 
@@ -155,6 +156,7 @@ def find_space(recipe: Mapping[str, Any]) -> Space:
         read = _read(node, path)
         if read is not None:
             for number in read[0]:
+                _check_bounds(number, path)
                 known = found.setdefault(number.name, number)
                 if known != number:
                     raise RecipeError(
@@ -162,6 +164,7 @@ def find_space(recipe: Mapping[str, Any]) -> Space:
                         "before; one name is one number"
                     )
         elif isinstance(node, Mapping):
+            _check_misspelt(node, path)
             for key, child in node.items():
                 walk(child, _join(path, key))
         elif isinstance(node, list):
@@ -170,6 +173,29 @@ def find_space(recipe: Mapping[str, Any]) -> Space:
 
     walk(recipe, "")
     return Space(copy.deepcopy(dict(recipe)), tuple(found.values()))
+
+
+def _check_bounds(number: Number, path: str) -> None:
+    """Raises where an end of a range, or a choice, is no value of the parameter of that name."""
+    found = re.search(r"(?:^|\.)parameters\.(\w+)(?:\[\d+\](?:\.value)?)?$", path)
+    bounds = NUMBERS.get(found[1]) if found is not None else None
+    if found is None or bounds is None:
+        return
+    for value in (number.low, number.high) if number.choices is None else number.choices:
+        real = isinstance(value, int | float) and not isinstance(value, bool)
+        if real and not bounds.allows(value):
+            raise RecipeError(f"{path}: {found[1]} must be {bounds.allowed}; got {value}")
+
+
+def _check_misspelt(node: Mapping[Any, Any], path: str) -> None:
+    """Raises for {serch: [0, 1], gradient: 4}, which would be read as a value of the recipe."""
+    beside = {key for keys in _KEYS.values() for key in keys}
+    others = [key for key in node if key not in beside]
+    if len(others) != 1 or not isinstance(node[others[0]], list):
+        return
+    hint = suggest(str(others[0]), tuple(_KEYS))
+    if hint:
+        raise RecipeError(f"{path}: unknown key {others[0]!r}{hint}")
 
 
 def place(recipe: dict[str, Any], path: str, value: Any) -> None:

@@ -266,6 +266,47 @@ def test_failed_trials_are_no_crash_unless_all_fail(inputs: Path) -> None:
         search(recipe(inputs, RANGE, RANGE), lambda _: math.inf, trials=2, device="cpu")
 
 
+def test_a_study_without_a_score_begins_anew_when_it_is_mended(inputs: Path, store: Path) -> None:
+    storage, document = store / "s.db", recipe(inputs, RANGE, RANGE)
+    notes: list[str] = []
+
+    def broken(state: Mapping[str, Tensor]) -> float:
+        raise ZeroDivisionError
+
+    def run(evaluate: Any, document: Any = document, **more: Any) -> Any:
+        return search(
+            document, evaluate, storage=storage, trials=6, device="cpu", say=notes.append, **more
+        )
+
+    with pytest.raises(ClFastError, match="the first 5 trials failed"):
+        run(broken)
+    with pytest.raises(ClFastError, match="the first 5 trials failed"):
+        run(broken)  # it may have been mended inside
+    with pytest.raises(ClFastError, match="the first 5 trials failed"):
+        run(broken, recipe(inputs, RANGE, {"search": [0, 2]}), direction="minimize")
+    result = run(bowl)
+    assert [trial.error for trial in result.trials] == [""] * 6
+    assert len(notes) == 3
+    assert re.search(r"no trial in .* \(5 failed\): begins anew", notes[0])
+    with pytest.raises(RecipeError, match="another evaluation"):
+        run(broken)
+
+
+def test_steps_that_repeat_are_not_evaluated_again(inputs: Path) -> None:
+    calls: list[float] = []
+
+    def score(state: Mapping[str, Tensor]) -> float:
+        calls.append(float(state[X.format(0)][0]))
+        return bowl(state)
+
+    steps = {"search": [0.0, 1.0], "step": 0.5}
+    result = search(recipe(inputs, steps, 0.75), score, trials=15, device="cpu")
+    assert sorted(calls) == [0.0, 0.5, 1.0]
+    assert len(result.trials) == 15
+    known = {tuple(t.values.values()): t.score for t in result.trials[::-1]}
+    assert all(known[tuple(t.values.values())] == t.score for t in result.trials)
+
+
 # Greedy soup.
 
 
@@ -387,6 +428,8 @@ def test_a_command_scores_folders_in_memory(
     said = capsys.readouterr().out
     assert "ended with code 3" in said
     assert said.splitlines()[-1].endswith("study.db, 5 of them new")
+    assert re.search(r"^1 .* a.weight=0.25 \*$", said, re.MULTILINE)
+    assert re.search(r"^score +trial +a.weight$", said, re.MULTILINE)
     folders = (tmp_path / "log").read_text().split()
     assert all(folder.startswith("/dev/shm/cl_fast-search-") for folder in folders)
     assert not any(Path(folder).exists() for folder in folders)
@@ -400,6 +443,21 @@ def test_a_command_scores_folders_in_memory(
     assert [trial["score"] is None for trial in trials] == [False] * 4 + [True]
     assert main(["search", str(study), "--out", str(out)]) == 0
     assert "0 of them new" in capsys.readouterr().out
+
+
+def test_the_head_of_the_best_recipe_counts_the_trials_so_far(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads: list[str] = []
+
+    def stop(path: Path, parts: Any, **_: Any) -> None:
+        text = b"".join(parts).decode()
+        if text.startswith("#"):
+            heads.append(text.splitlines()[0].split(", ", 1)[1])
+
+    monkeypatch.setattr("cl_fast.checkpoints.writing.write_whole", stop)
+    assert main(["search", str(study), "--out", str(tmp_path / "b"), "--quiet"]) == 0
+    assert [head.split(" of ")[1].split(",")[0] for head in heads[:5]] == ["1", "2", "3", "4", "5"]
 
 
 def test_a_killed_search_goes_on(study: Path, tmp_path: Path) -> None:
@@ -519,6 +577,7 @@ PLACES: list[Any] = [
     ({"search": [0, math.inf]}, "must be a number"),
     ({"search": [0, 1e39]}, r"the recipe with models\[0\].parameters.weight: 5e\+38"),
     ({"choices": [0.5, "much"]}, "the recipe with .*weight: much"),
+    ({"serch": [0, 1], "gradient": 4}, "unknown key 'serch'; did you mean 'search'"),
 ]
 
 
@@ -543,6 +602,17 @@ STUDIES: list[Any] = [
     ({"timeout": -1}, "timeout must be positive"),
     ({"gives": "model"}, "gives: has no effect with a command"),
     ({"strategy": "greedy_soup"}, "greedy_soup chooses among the models"),
+    *(
+        (
+            {"recipe": {"merge_method": "ties", "parameters": {"density": place}}},
+            r"study.yml: parameters.density: density must be above 0 and at most 1; got " + got,
+        )
+        for place, got in (
+            ({"search": [0.05, 2.0]}, "2.0"),
+            ({"search": [0, 1], "gradient": 3}, "0.0"),
+            ({"choices": [0.5, 1.5]}, "1.5"),
+        )
+    ),
 ]
 
 
@@ -565,7 +635,7 @@ def test_what_else_is_found_before_the_first_trial(inputs: Path, tmp_path: Path)
         search(
             recipe(inputs, {"search": [0, 1], "name": "w"}, {"search": [0, 2], "name": "w"}), never
         )
-    with pytest.raises(CheckpointError, match=r"models\[0\].model.*nowhere"):
+    with pytest.raises(CheckpointError, match=r"^models\[0\].model.*nowhere"):
         search(recipe(tmp_path / "nowhere", RANGE, 0.5, base_model=str(inputs / "base")), never)
     with pytest.raises(RecipeError, match="sampler: grid needs a step"):
         search(recipe(inputs, RANGE, 0.5), never, sampler="grid")
