@@ -9,6 +9,7 @@ transformers looks first, and removed from every other place of the output's tok
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from cl_fast.checkpoints.checkpoint import Checkpoint, absolute
 from cl_fast.checkpoints.safetensors import strict_json
 from cl_fast.checkpoints.sidecar import Sidecar
+from cl_fast.checkpoints.vocabulary import VocabularyReader
 from cl_fast.errors import CheckpointError, RecipeError
 from cl_fast.merging.inputs import Derived
 from cl_fast.merging.methods import suggest
@@ -100,6 +102,13 @@ BUILTIN: Mapping[str, str] = {
     ),
 }
 
+#: The tokens that a builtin template needs as such: cut into pieces they are but text.
+_TOKENS: Mapping[str, tuple[str, ...]] = {
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "exaone": ("[|system|]", "[|user|]", "[|assistant|]", "[|endofturn|]"),
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+}
+
 
 def check_chat_template(value: str) -> None:
     """What can be told of the key's value without a look at the disk.
@@ -140,6 +149,8 @@ def with_chat_template(
     files: tuple[Sidecar, ...],
     folder: Path,
     notes: list[str],
+    *,
+    copied: bool = True,
 ) -> tuple[Sidecar, ...]:
     """The files beside the weights with the chat template that the recipe asks for.
 
@@ -148,6 +159,7 @@ def with_chat_template(
         files: as they are without that key.
         folder: where the tokenizer comes from.
         notes: gets sentences that the user should be told.
+        copied: whether the output gets a tokenizer at all, and so may miss a template.
 
     Raises:
         RecipeError: the file is not there, or holds no template.
@@ -155,6 +167,8 @@ def with_chat_template(
     """
     value = recipe.chat_template
     if value is None:
+        if copied:
+            _note_lost(inputs, files, notes)
         return files
     if value == "auto":
         text = _most_common(inputs)
@@ -163,6 +177,7 @@ def with_chat_template(
             return files
     elif value in BUILTIN:
         text = BUILTIN[value]
+        _note_missing(value, files, folder, notes)
     elif "{" in value:
         text = value
     else:
@@ -180,13 +195,52 @@ def with_chat_template(
     name = "tokenizer_config.json"
     if name in found:
         file = found[name]
-        held = file.content if file.content is not None else file.source.read_bytes()
+        held = _held(file)
         config = strict_json(held, str(file.source))
         if isinstance(config, dict) and "chat_template" in config:
             del config["chat_template"]
             held = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
             found[name] = Sidecar(name, file.source, held, len(held))
     return tuple(found[name] for name in sorted(found))
+
+
+def _held(file: Sidecar) -> bytes:
+    return file.content if file.content is not None else file.source.read_bytes()
+
+
+def _note_lost(inputs: Sequence[Checkpoint], files: Sequence[Sidecar], notes: list[str]) -> None:
+    """Tell if a model has a chat template and the output gets none."""
+    for file in files:
+        if file.name == "tokenizer_config.json":
+            config = strict_json(_held(file), str(file.source))
+            if isinstance(config, dict) and config.get("chat_template"):
+                return
+        elif file.name.startswith(("chat_template.", "additional_chat_")):
+            return
+    for checkpoint in inputs:
+        with contextlib.suppress(CheckpointError):  # a file that the output does not get
+            if not isinstance(checkpoint, Derived) and _template_of(checkpoint.folder):
+                notes.append(
+                    f"{checkpoint.path} has a chat template and the output has none; write "
+                    "chat_template: auto"
+                )
+                return
+
+
+def _note_missing(name: str, files: Sequence[Sidecar], folder: Path, notes: list[str]) -> None:
+    """Tell which tokens of a builtin template the output's tokenizer does not have."""
+    found = {file.name: file for file in files if file.name.endswith(".json")}
+    if name not in _TOKENS or "tokenizer.json" not in found:
+        return
+    with contextlib.suppress(CheckpointError):  # whoever loads that tokenizer is told
+        read = VocabularyReader().read(folder, {key: _held(file) for key, file in found.items()})
+        missing = [token for token in _TOKENS[name] if read and token not in read.tokens]
+        if missing:
+            notes.append(
+                f"chat_template: {name}: the output's tokenizer has no {', '.join(missing)}, and "
+                "cuts them into pieces like text; take the tokenizer of a model that has them "
+                "(tokenizer_source), or another template"
+            )
 
 
 def _read(path: str) -> str:

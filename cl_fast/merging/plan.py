@@ -366,9 +366,10 @@ def _plan(
     if vocabulary is not None and vocabulary.folder is not None:
         tokenizer = vocabulary.folder
     told = list[str]()
+    copied = copy_tokenizer or recipe.tokenizer_rules is not None
     sidecars, more = plan_sidecars(
         donor,
-        tokenizer if copy_tokenizer or recipe.tokenizer_rules is not None else None,
+        tokenizer if copied else None,
         uniform,
         edit=partial(edit_config, donor=donor, changed=changed, notes=told) if changed else None,
     )
@@ -378,7 +379,7 @@ def _plan(
     notes += [*told, *more]
     if vocabulary is not None:
         sidecars = vocabulary.sidecars(sidecars)
-    sidecars = with_chat_template(recipe, inputs, sidecars, tokenizer, notes)
+    sidecars = with_chat_template(recipe, inputs, sidecars, tokenizer, notes, copied=copied)
     for checkpoint in inputs:
         if isinstance(checkpoint, Derived):
             notes += [note for note in checkpoint.notes if note not in notes]

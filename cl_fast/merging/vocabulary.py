@@ -193,12 +193,64 @@ def plan_vocabulary(
     """
     rules = recipe.tokenizer_rules
     if rules is None:
+        _note_numbering(groups, donor, notes)
         return _truncated(groups, notes) if truncate else None
     if truncate:
         notes.append(
             "--unsafe-truncate-embeddings has no effect, since the recipe names a tokenizer"
         )
     return _Alignment(recipe, rules, inputs, groups, donor, notes).plan()
+
+
+def _note_numbering(groups: Sequence[Group], donor: Checkpoint, notes: list[str]) -> None:
+    """Tell where a row is another token's in one model than in the output's tokenizer.
+
+    Vocabularies are read only where files of tokenizer.json differ.
+    """
+    output = _below(donor)
+    ours, others = _stored_tokenizer(output), dict[Path, Checkpoint]()
+    if ours is None:
+        return
+    for group in groups:
+        found = {c.folder: c for c in (_below(whole(one)) for one in group.inputs)}
+        differ = {
+            folder: checkpoint
+            for folder, checkpoint in found.items()
+            if folder not in others and _stored_tokenizer(checkpoint) not in (None, ours)
+        }
+        if differ and _vocabulary_tensors(group):
+            others |= differ
+    reader = VocabularyReader()
+    for folder, checkpoint in others.items():
+        try:
+            one = reader.read(output.folder, output.tokenizer_files)
+            other = reader.read(folder, checkpoint.tokenizer_files)
+        except CheckpointError:
+            continue  # whoever loads that tokenizer is told
+        if one is None or other is None:
+            continue
+        at = {number: token for token, number in other.tokens.items()}
+        moved = [
+            token
+            for token, number in one.tokens.items()
+            if at.get(number, token) != token or other.tokens.get(token, number) != number
+        ]
+        if moved:
+            notes.append(
+                f"the tokenizers of {output.path} and {checkpoint.path} number {len(moved)} "
+                f"token{'' if len(moved) == 1 else 's'} differently (as {moved[0]!r}); rows are "
+                "merged by number: write tokenizer_source: base to align them"
+            )
+
+
+def _stored_tokenizer(checkpoint: Checkpoint) -> bytes | None:
+    """Digest of tokenizer.json; ``None`` where there is none, or it cannot be read."""
+    try:
+        raw = checkpoint.tokenizer_files.get("tokenizer.json")
+        raw = (checkpoint.folder / "tokenizer.json").read_bytes() if raw is None else raw
+    except OSError:
+        return None
+    return blake2b(raw, digest_size=16).digest()
 
 
 def _truncated(groups: list[Group], notes: list[str]) -> VocabularyPlan | None:

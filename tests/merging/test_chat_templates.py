@@ -134,6 +134,34 @@ def test_auto_takes_what_most_models_have(models: Models) -> None:
     assert written(models.plan("auto")) == "{{ one }}"
 
 
+def test_a_template_that_is_lost_is_told(models: Models) -> None:
+    def lost(**options: Any) -> list[str]:
+        return [n for n in models.plan(None, **options).notes if "the output has none" in n]
+
+    assert not lost()
+    models.template("a", "{{ one }}")
+    models.template("b", "{{ two }}", legacy=True)
+    told = f"{models.root / 'a'} has a chat template and the output has none; write "
+    assert lost() == [f"{told}chat_template: auto"]
+    assert not [n for n in models.plan("auto").notes if "the output has none" in n]
+    models.template("base", "{{ three }}", legacy=True)
+    assert not lost()
+
+
+def test_tokens_that_a_builtin_template_misses_are_told(models: Models) -> None:
+    def write(*tokens: str) -> None:
+        model = {"type": "WordLevel", "vocab": {t: i for i, t in enumerate(("?", *tokens))}}
+        content = json.dumps({"model": model, "added_tokens": []})
+        (models.root / "base" / "tokenizer.json").write_text(content)
+
+    write("<|im_end|>")
+    told = "chat_template: chatml: the output's tokenizer has no <|im_start|>, and "
+    assert [n.startswith(told) for n in models.plan("chatml").notes if "has no <" in n] == [True]
+    assert not [n for n in models.plan("alpaca").notes if "has no <" in n]
+    write("<|im_end|>", "<|im_start|>")
+    assert not [n for n in models.plan("chatml").notes if "has no <" in n]
+
+
 def test_auto_without_any(models: Models) -> None:
     plan = models.plan("auto")
     assert written(plan) is None

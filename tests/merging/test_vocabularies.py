@@ -286,6 +286,24 @@ def test_equal_vocabularies_are_read_as_they_are_stored(tmp_path: Path) -> None:
     assert family.plan().memory == family.plan(tokenizer_source="union").memory
 
 
+def test_rows_of_other_tokens_are_told(tmp_path: Path) -> None:
+    made = Family(tmp_path)
+    write(tmp_path / "base", words("?", "a", "b", "c"))
+    write(tmp_path / "a", words("?", "a", "c", "b"))
+    write(tmp_path / "b", words("?", "a", "b", "c"))
+    told = f"the tokenizers of {tmp_path / 'base'} and {tmp_path / 'a'} number 2 tokens "
+    told += "differently (as 'b'); rows are merged by number: write tokenizer_source: base to "
+    told += "align them"
+    assert [note for note in made.plan().notes if "number" in note] == [told]
+    assert told not in made.plan(tokenizer_source="base").notes
+    # other files of the same vocabulary, or one with more tokens, number nothing otherwise
+    raw = tmp_path / "a" / "tokenizer.json"
+    words("?", "a", "b", "c", added=(special("<new>"),)).save(str(raw))
+    assert not [note for note in made.plan().notes if "number" in note]
+    raw.write_text("damaged")
+    assert not [note for note in made.plan().notes if "number" in note]
+
+
 def test_padding_rows_are_kept_by_their_number(tmp_path: Path) -> None:
     """Others cut a matrix to the number of tokens; inference engines need the padded size."""
     family = Family(tmp_path)
