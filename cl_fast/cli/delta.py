@@ -204,7 +204,9 @@ def _apply(arguments: argparse.Namespace) -> int:
         return 0
     with Progress(quiet=arguments.quiet) as progress:
         result = execute(plan, progress=progress, **execution_options(arguments))
-    if not arguments.quiet:
+    if result.earlier and not arguments.quiet:
+        print(f"{result.output}: finished earlier by the same merge; nothing to do")
+    elif not arguments.quiet:
         print(
             f"{result.output}: {len(plan.tensors)} tensors, {bytes_text(plan.bytes_written)} in "
             f"{result.seconds:.1f} s ({result.backend})"

@@ -188,6 +188,9 @@ def _tell(plan: Plan, result: Result | None) -> None:
     if result is None:
         print(f"{plan.output}: finished earlier, and sound")
         return
+    if result.earlier:
+        print(f"{result.url or result.output}: finished earlier by the same merge; nothing to do")
+        return
     kept = f", {result.resumed} of them from the earlier run" if result.resumed else ""
     speed = result.bytes_moved / max(result.seconds, 1e-9)
     print(

@@ -82,7 +82,8 @@ Progress = Callable[[str, int, int], None]
 class Result:
     """A finished merge.
 
-    output: the folder. backend: "native", "eager", or as "native on 2 Ray nodes". seconds: wall
+    output: the folder. backend: "native", "eager", as "native on 2 Ray nodes", or "none" where an
+    earlier run had finished it all (`earlier`: then nothing was computed or written). seconds: wall
     time of this run. shards: how many files of weights. resumed: how many of them an earlier run
     had finished. bytes_moved: read and written by this run. digest: of all tensors of the output
     (see `manifest.digest`). url: where the output is, if that is no folder; `output` is the local
@@ -97,6 +98,7 @@ class Result:
     bytes_moved: int
     digest: str
     url: str | None = None
+    earlier: bool = False
 
 
 def execute(
@@ -125,7 +127,9 @@ def execute(
         io: how inputs are read; "auto" takes the page cache ("mmap"), "direct" goes past it.
         nan: NaN or infinity in an input: "refuse" (error), "propagate", or "zero": such a base
             element counts as 0, such a model element as no change.
-        resume: continue an unfinished merge of the same plan, if there is one.
+        resume: continue an unfinished merge of the same plan, if there is one. If the output is
+            that of a finished one, all is done (unless `overwrite`): by its record and the sizes
+            of its files; `cl-fast verify` compares the bytes.
         restart: throw an unfinished merge away.
         overwrite: replace an existing output folder, once the new one is complete.
         fsync: wait until the disk has what was written. Without it a power failure (not a kill)
@@ -168,6 +172,10 @@ def execute(
             if found is None:
                 folder.discard()
                 lock.release()
+        if resume and not overwrite and found is None:
+            earlier = _finished_earlier(plan, folder, upload, nan, started)
+            if earlier is not None:
+                return earlier
         _check_output(plan, folder, overwrite=overwrite)
         if nan == "zero" and plan.recipe.method.one_as_it_is:
             raise OutputError(
@@ -216,6 +224,40 @@ def execute(
         bytes_moved=run.moved,
         digest=digest,
         url=plan.url,
+    )
+
+
+def _finished_earlier(
+    plan: Plan, folder: OutputFolder, upload: Upload | None, nan: str, started: float
+) -> Result | None:
+    """The result, if what is at the output is this very merge with all of its files."""
+    try:
+        record = manifest.read(folder.path) if upload is None else upload.record()
+    except ClFastError:
+        return None
+    # What was made under "refuse" had nothing that a policy could change.
+    if record.get("fingerprint") != plan.fingerprint or record["nan"] not in ("refuse", nan):
+        return None
+    sizes = upload.sizes() if upload is not None else None
+    for entry in record["files"]:
+        if sizes is not None:
+            size = sizes.get(entry["name"])
+        else:
+            path = folder.path / str(entry["name"])
+            size = path.stat().st_size if path.is_file() else None
+        weights = "blake2b" not in entry  # a card may have been edited since
+        if (weights and size != entry["size"]) or (size is None and "/" not in entry["name"]):
+            return None
+    return Result(
+        output=folder.path,
+        backend="none",
+        seconds=time.perf_counter() - started,
+        shards=len(plan.shards),
+        resumed=len(plan.shards),
+        bytes_moved=0,
+        digest=str(record["digest"]),
+        url=plan.url,
+        earlier=True,
     )
 
 

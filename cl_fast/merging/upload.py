@@ -237,13 +237,24 @@ class Upload:
     def published(self, fingerprint: str) -> bool:
         """Whether the output of the plan with this fingerprint is there, complete."""
         try:
-            entries = self._entries()
-            if manifest.NAME not in entries or MARKER in entries:
-                return False
-            record = self._json(manifest.NAME)
+            return self.record().get("fingerprint") == fingerprint
         except ClFastError:
             return False
-        return record.get("fingerprint") == fingerprint
+
+    def record(self) -> dict[str, Any]:
+        """The record of the complete output that is there; empty where none is.
+
+        Raises OutputError where one cannot look.
+        """
+        entries = self._entries()
+        if manifest.NAME not in entries or MARKER in entries:
+            return {}
+        return self._json(manifest.NAME)
+
+    def sizes(self) -> dict[str, int]:
+        """The sizes in bytes of the files at the URL. Raises OutputError."""
+        files = list_folder(self.url, OutputError).files
+        return {name: state.size for name, state in files.items()}
 
     def _json(self, name: str) -> dict[str, Any]:
         """A small JSON file at the URL; empty where it is none. Raises OutputError."""

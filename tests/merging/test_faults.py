@@ -581,6 +581,43 @@ def test_resume_without_anything_to_resume_is_a_plain_run(root: Path, tmp_path: 
     assert run(root, tmp_path / "out", resume=True).resumed == 0
 
 
+@pytest.mark.parametrize("url", [False, True])
+def test_resume_of_what_is_finished_does_nothing(
+    root: Path, tmp_path: Path, url: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same plan is done at once; another one, another policy, or a cut file is an error."""
+    out: Path | str = tmp_path / "out"
+    if url:
+        pytest.importorskip("fsspec", reason="fsspec is not installed")
+        monkeypatch.setenv("CL_FAST_CACHE", str(tmp_path / "cache"))
+        out = "memory://finished/out"
+
+    def go(method: str = "ties", **options: Any) -> engine.Result:
+        recipe = parse_recipe(cases.recipe(root, method))
+        return execute(make_plan(recipe, out, out_shard_size=100_000), fsync=False, **options)
+
+    first = go(resume=True)
+    assert not first.earlier
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "make_executor", None)  # nothing may be computed
+        again = go(resume=True)
+        assert (again.earlier, again.digest, again.bytes_moved) == (True, first.digest, 0)
+        assert go(resume=True, nan="zero").earlier
+    for method, options in (("linear", {"resume": True}), ("ties", {})):
+        with pytest.raises(OutputError, match="exists and is not empty"):
+            go(method, **options)
+    if isinstance(out, Path):
+        os.truncate(min(out.glob("*.safetensors")), 100)
+    else:
+        import fsspec
+
+        store = fsspec.filesystem("memory")
+        store.pipe_file(store.glob("/finished/out/*.safetensors")[0], b"cut")
+    with pytest.raises(OutputError, match="exists and is not empty"):
+        go(resume=True)
+    assert not go(resume=True, overwrite=True).earlier
+
+
 @pytest.mark.parametrize("damage", ["bytes", "size", "gone"])
 def test_a_finished_shard_that_was_damaged_is_made_again(
     root: Path, unfinished: Path, tmp_path: Path, damage: str
