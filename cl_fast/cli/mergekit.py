@@ -137,7 +137,7 @@ def notes(arguments: argparse.Namespace) -> list[str]:
         for flag in _WITHOUT_EFFECT
         if getattr(arguments, flag.name.replace("-", "_"))
     ]
-    if arguments.device not in (None, "cpu", "auto"):
+    if arguments.device not in (None, "cpu"):
         found.append(f"--device {arguments.device} changes nothing: {_ON_CPU}")
     return found
 

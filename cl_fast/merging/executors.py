@@ -343,9 +343,12 @@ def check_finite(tensor: TensorPlan, record: TensorRecord, nan: Nan) -> None:
     if nan == "refuse":
         for (model, source), count in zip(sources(tensor), read, strict=True):
             if count:
+                deltas = tensor.base is not None and tensor.policy.difference
+                zero = "no change of the base" if deltas and source is not tensor.base else "0"
                 raise NonFiniteError(
                     f"{source.path}: tensor {tensor.name} of {model} holds {count} NaN or infinite "
-                    "values; repair it, or give --nan zero (they count as 0) or --nan propagate"
+                    f"values; repair it, or give --nan zero (they count as {zero}) or --nan "
+                    "propagate (the result is NaN or infinite there)"
                 )
     if written:
         raise NonFiniteError(

@@ -381,8 +381,9 @@ def _open_derived(
     if base is None:
         raise RecipeError(
             f"{key}: {reference!r} is {opener.noun}, whose delta is taken against a base, and "
-            f"merge_method {recipe.merge_method!r} has none; use task_arithmetic, ties or a dare "
-            "method with the base_model that it changes"
+            f"merge_method {recipe.merge_method!r} has none; write it with the model that it "
+            f"changes as BASE+{reference}, or use task_arithmetic, ties or a dare method with "
+            "that base_model"
         )
     return opener.open(base, resolve(reference), key=key)
 

@@ -51,7 +51,7 @@ from cl_fast.merging.methods import (
     make_policy,
     suggest,
 )
-from cl_fast.merging.references import BadReference, reference_text
+from cl_fast.merging.references import NO_ARCHITECTURE, BadReference, reference_text
 from cl_fast.merging.tokenizer_rules import TokenizerRules, parse_tokenizer
 from cl_fast.ops.policy import Policy
 
@@ -969,6 +969,8 @@ def _raise(error: ValidationError, prefix: str) -> NoReturn:
     kind, value = first["type"], first.get("input")
     if kind == "extra_forbidden":
         last = first["loc"][-1]
+        if last == "override_architecture":
+            raise RecipeError(f"{prefix}{where}: {NO_ARCHITECTURE}") from None
         inside = [part for part in first["loc"][:-1] if part in _INNER_KEYS]
         known: Iterable[str] = _INNER_KEYS[str(inside[-1])] if inside else _TOP_KEYS
         parameters = (*CHOICES, *SWITCHES, *NUMBERS, "int8_mask", "variant")

@@ -20,7 +20,14 @@ from typing import Any
 
 from cl_fast.errors import RecipeError
 
-__all__ = ["BadReference", "reference_text", "term_names"]
+__all__ = ["NO_ARCHITECTURE", "BadReference", "reference_text", "term_names"]
+
+#: Why mergekit's override_architecture is refused, wherever it stands.
+NO_ARCHITECTURE = (
+    "has no counterpart: tensors and layers are found by their names, whatever the architecture is "
+    "called, and config.json's 'architectures' is kept; remove it (and change 'architectures' in "
+    "the output if another class shall load it)"
+)
 
 
 class BadReference(RecipeError):
@@ -45,12 +52,7 @@ def reference_text(value: Any) -> Any:
             f"a reference has 'model' and 'lora', or 'path' and 'revision'; got {unknown[0]!r}"
         )
     if value.get("override_architecture") is not None:
-        raise BadReference(
-            "override_architecture has no counterpart: tensors and layers are found by their "
-            "names, whatever the architecture is called, and config.json's 'architectures' is "
-            "kept; remove it (and change 'architectures' in the output if another class shall "
-            "load it)"
-        )
+        raise BadReference(f"override_architecture {NO_ARCHITECTURE}")
     if value.get("model") is None:
         raise BadReference("a reference needs a 'model' (a text, or 'path' and 'revision')")
     text = _path(value["model"], "model")

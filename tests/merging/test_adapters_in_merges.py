@@ -442,7 +442,8 @@ def test_where_an_adapter_cannot_stand(made: Path, tmp_path: Path) -> None:
     linear.pop("base_model")
     for entry in linear["models"]:
         entry["parameters"] = {"weight": 1}
-    with pytest.raises(RecipeError, match=r"models\[0\].model.*a LoRA adapter.*has none"):
+    words = r"models\[0\].model.*a LoRA adapter.*has none; write .*BASE\+.*plain, or use task"
+    with pytest.raises(RecipeError, match=words):
         make_plan(parse_recipe(linear), tmp_path / "out")
     content = recipe(made, "ties", "one", base_model=str(made / "plain"))
     with pytest.raises(RecipeError, match=r"base_model.*a LoRA adapter"):

@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -378,6 +379,23 @@ def test_nan_is_refused_by_name_and_number(
     words = f"{path.name}: tensor {TENSOR} of {model} holds 2 NaN or infinite values.*--nan zero"
     fails(root, out, NonFiniteError, words, lambda: run(root, out, backend=backend))
     assert not (out / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "folder", "count"),
+    [
+        ("task_arithmetic", "two", "no change of the base"),
+        ("task_arithmetic", "base", "0"),
+        ("linear", "two", "0"),
+    ],
+)
+def test_a_refused_nan_says_what_zero_would_do(
+    root: Path, tmp_path: Path, method: str, folder: str, count: str
+) -> None:
+    cases.poison(root / folder, TENSOR, 5, float("nan"))
+    words = f"--nan zero (they count as {count})"
+    with pytest.raises(NonFiniteError, match=re.escape(words)):
+        run(root, tmp_path / "out", method)
 
 
 @pytest.mark.parametrize("method", cases.METHODS)

@@ -81,7 +81,10 @@ def test_flags_without_effect_are_told(
     told = capsys.readouterr().out
     for name in [*NOTHING, *valued[::2], "device cuda:0"]:
         assert f"note: --{name} changes nothing: " in told
-    assert run(root, tmp_path, *(f"--no-{name}" for name in NOTHING), "--dry-run") == 0
+    assert run(root, tmp_path, "--device", "auto", "--dry-run") == 0
+    assert "note: --device auto changes nothing: " in capsys.readouterr().out
+    flags = [*(f"--no-{name}" for name in NOTHING), "--device", "cpu"]
+    assert run(root, tmp_path, *flags, "--dry-run") == 0
     assert "changes nothing" not in capsys.readouterr().out
 
 

@@ -442,6 +442,11 @@ BAD: list[Any] = [
         recipe(models=[{"model": {"model": "x", "override_architecture": "LlamaForCausalLM"}}]),
         "models[0].model: override_architecture has no counterpart",
     ),
+    (recipe(override_architecture="Llama"), "override_architecture: has no counterpart: tensors"),
+    (
+        recipe(models=[{"model": "x", "override_architecture": "Llama"}]),
+        "models[0].override_architecture: has no counterpart: tensors",
+    ),
     (recipe(models=[{"model": "/m/a", "weight": 1}]), "models[0].weight: unknown key; it belongs"),
     (
         recipe(models=[{"model": "/m/a", "parameters": 3}]),
