@@ -341,9 +341,17 @@ def test_progress_without_a_terminal_is_plain_lines(
         time.sleep(0.01)
         shown("merge", 1_000_000_000, 4_000_000_000)
     told = capsys.readouterr().err
-    assert told.startswith("merge: 25 % of 4.0 GB, ")
+    assert told.startswith("merge: 25 % of 4 GB, ")
     assert told.endswith(" s left\n")
     assert "\r" not in told
+    with progress.Progress(quiet=False) as shown:
+        shown("merge", 0, 3_400_000)
+        time.sleep(0.01)
+        shown("merge", 1_700, 3_400_000)
+    told = capsys.readouterr().err
+    assert told.startswith("merge: 0 % of 3.4 MB, ")
+    assert "kB/s, " in told
+    assert "0.0" not in told
 
 
 def test_progress_on_a_terminal_is_a_bar(

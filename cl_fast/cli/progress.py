@@ -65,10 +65,12 @@ class Progress:
             if phase in self._counted:
                 print(f"{phase}: {done} of {total}", file=sys.stderr)
                 return
-            speed = done / (now - self._since)
+            from cl_fast.merging.description import bytes_text
+
+            speed = done / max(now - self._since, 1e-9)
             print(
-                f"{phase}: {100 * done // total} % of {total / 1e9:.1f} GB, "
-                f"{speed / 1e9:.2f} GB/s, {(total - done) / speed:.0f} s left",
+                f"{phase}: {100 * done // total} % of {bytes_text(total)}, "
+                f"{bytes_text(speed)}/s, {(total - done) / speed:.0f} s left",
                 file=sys.stderr,
             )
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from cl_fast.backends import native
 from cl_fast.checkpoints.checkpoint import Checkpoint
-from cl_fast.checkpoints.remote import is_url, list_folder
+from cl_fast.checkpoints.remote import StoreError, is_url, list_folder
 from cl_fast.checkpoints.safetensors import Header, TensorInfo, read_header
 from cl_fast.errors import CheckpointError, ClFastError
 from cl_fast.merging import manifest as manifests
@@ -51,7 +51,9 @@ class Report:
     """What `verify` found. `problems` is empty for a sound folder; `notes` are no faults.
 
     tensors, nbytes: read and compared with their checksums. inputs: input checkpoints found and
-    compared. recomputed: names of the tensors that were merged again.
+    compared. recomputed: names of the tensors that were merged again. unread: references of the
+    inputs that could not be looked at, as they are gone or their store did not answer.
+    unchecked: what was not checked that was asked for, in words; empty if all was.
     """
 
     folder: Path
@@ -61,6 +63,8 @@ class Report:
     recomputed: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
+    unchecked: str = ""
 
     @property
     def ok(self) -> bool:
@@ -71,6 +75,8 @@ class Report:
         """The report for people."""
         checked = f"{self.tensors} tensors ({bytes_text(self.nbytes)})"
         state = "sound" if self.ok else f"{len(self.problems)} problem(s), see above"
+        if self.unchecked:
+            state = f"as written; {self.unchecked}" if self.ok else f"{state}; {self.unchecked}"
         return [
             f"{self.folder}: {state}",
             f"  checksums and finite values: {checked}",
@@ -126,7 +132,20 @@ def verify(
             present = _check_statistics(report, manifest) and present
             if present and sample != 0:
                 _recompute(report, written, manifest, records, sample, threads, backend)
+            report.unchecked = _unchecked(report, len(manifest["inputs"]), present, sample)
     return report
+
+
+def _unchecked(report: Report, inputs: int, present: bool, sample: int | None) -> str:
+    """What was asked for and not done, in words."""
+    nothing = "nothing was computed again"
+    if report.unread and len(report.unread) == inputs:
+        return f"{nothing}, since no input could be read"
+    if report.unread:
+        return f"{nothing}, since {len(report.unread)} of {inputs} inputs could not be read"
+    if sample != 0 and not report.recomputed and report.ok and report.tensors:
+        return f"{nothing}, see the notes"
+    return ""
 
 
 def _check_files(report: Report, folder: Path, manifest: dict[str, Any]) -> None:
@@ -255,13 +274,19 @@ def _check_inputs(
     sound = True
     opened: list[tuple[int, dict[str, Any], tuple[Header, ...], dict[str, TensorInfo]]] = []
     for position, entry in enumerate(manifest["inputs"]):
-        gone = [p for p in (entry["path"], entry.get("on")) if p and not _exists(p)]
-        if gone:
-            report.notes.append(f"input {entry['reference']} is not at {gone[0]} any more")
+        places = (entry["path"], entry.get("on"))
+        missing = next((why for place in places if place and (why := _missing(place))), "")
+        if missing:
+            report.notes.append(f"input {entry['reference']} {missing}")
+            report.unread.append(str(entry["reference"]))
             sound = False
             continue
         try:
             opened.append((position, entry, *_open(entry)))
+        except StoreError as error:
+            report.notes.append(f"input {entry['reference']} was not looked at: {error}")
+            report.unread.append(str(entry["reference"]))
+            sound = False
         except ClFastError as error:
             report.problems.append(_not_merged(entry, str(error)))
             report.inputs += 1
@@ -458,18 +483,22 @@ def _place(entry: dict[str, Any], folder: Path) -> str:
     """Where an input is: where it was, or, of a change that was moved with the output, there."""
     place = str(entry["path"])
     beside = folder / Path(place).name
-    if entry["role"] in ("patch", "delta") and not _exists(place) and beside.is_file():
+    if entry["role"] in ("patch", "delta") and beside.is_file() and _missing(place):
         return str(beside)
     return place
 
 
-def _exists(place: str) -> bool:
+def _missing(place: str) -> str:
+    """Why an input cannot be looked at: it is gone, or its store gives no answer. Empty: it can."""
+    gone = f"is not at {place} any more"
     if not is_url(place):
-        return Path(place).exists()
+        return "" if Path(place).exists() else gone
     try:
-        return bool(list_folder(place).files)
-    except ClFastError:
-        return False
+        return "" if list_folder(place).files else gone
+    except ClFastError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return gone
+        return f"was not looked at: {error}"
 
 
 def _rebuild(manifest: dict[str, Any], folder: Path) -> Plan:

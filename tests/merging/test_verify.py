@@ -11,7 +11,7 @@ import merge_cases as cases
 import pytest
 
 from cl_fast.errors import VerifyError
-from cl_fast.merging import execute
+from cl_fast.merging import execute, make_plan, parse_recipe
 from cl_fast.merging.checksum import crc64_eager
 from cl_fast.merging.verify import Report, verify
 
@@ -126,6 +126,41 @@ def test_an_input_that_is_gone(root: Path, merged: Path) -> None:
     assert report.ok
     assert any("is not at" in note for note in report.notes)
     assert report.recomputed == []
+    assert report.lines()[0] == (
+        f"{merged}: as written; nothing was computed again, since 1 of 4 inputs could not be read"
+    )
+    for name in ("base", "two", "three"):
+        shutil.rmtree(root / name)
+    assert verify(merged).lines()[0] == (
+        f"{merged}: as written; nothing was computed again, since no input could be read"
+    )
+    assert verify(merged, inputs=False).lines()[0] == f"{merged}: sound"
+
+
+def test_a_store_that_gives_no_answer_is_not_an_input_that_is_gone(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsspec = pytest.importorskip("fsspec", reason="fsspec is not installed")
+    monkeypatch.setenv("CL_FAST_CACHE", str(tmp_path / "cache"))
+    store = fsspec.filesystem("memory")
+    store.put(f"{root}/", "/verified/", recursive=True)
+    content = json.dumps(cases.recipe(root)).replace(f"{root}/", "memory://verified/")
+    out = execute(make_plan(parse_recipe(json.loads(content)), tmp_path / "out")).output
+    assert verify(out).lines()[0] == f"{out}: sound"
+
+    def down(*_: object, **__: object) -> None:
+        raise ConnectionError
+
+    with monkeypatch.context() as patch:
+        for name in ("ls", "info", "find", "exists", "isdir", "isfile"):
+            patch.setattr(type(store), name, down)
+        report = verify(out)
+    assert report.ok
+    assert "since no input could be read" in report.lines()[0]
+    assert all("was not looked at: memory://verified/" in note for note in report.notes)
+    assert all("the store cannot be reached" in note for note in report.notes)
+    store.rm("/verified", recursive=True)
+    assert all("is not at memory://verified/" in note for note in verify(out).notes)
 
 
 def test_a_forged_record_is_found_by_computing_again(merged: Path) -> None:
