@@ -322,6 +322,7 @@ def _plan(
     method, notes = recipe.method, list[str]()
     if seed is not None and not method.random:
         notes.append(f"{method.name} draws nothing at random; the seed has no effect")
+    seeded = seed is not None or recipe.seed is not None
     if method.random:
         seed = seed if seed is not None else (recipe.seed or 0)
     else:
@@ -359,6 +360,8 @@ def _plan(
         for tensor in draft.tensors(recipe, streams, places, applied=not model_keep)
     }
     tensors = [made_ready[name] for name in shapes]
+    if method.random and seeded:
+        _note_seed(method.name, inputs[bases:], tensors, notes)
 
     floats = {dtypes[name] for draft in drafts for name in draft.combined}
     uniform = next(iter(floats)) if len(floats) == 1 else None
@@ -850,6 +853,21 @@ _COMPARED = (
     "rope_parameters",
     "sliding_window",
 )
+
+
+def _note_seed(
+    method: str,
+    models: Sequence[Checkpoint],
+    tensors: Sequence[TensorPlan],
+    notes: list[str],
+) -> None:
+    """Tell if nothing is drawn since all that would be was dropped when the models were packed."""
+    packed = [isinstance(whole(checkpoint), DeltaCheckpoint) for checkpoint in models]
+    if all(packed) and not any(term.density < 1.0 for tensor in tensors for term in tensor.terms):
+        notes.append(
+            f"seed: has no effect: every model of {method} is a packed delta, whose elements were "
+            "dropped when it was packed"
+        )
 
 
 def _note_configs(inputs: tuple[Checkpoint, ...], donor: Checkpoint, notes: list[str]) -> None:

@@ -604,6 +604,16 @@ def test_merges_that_make_no_sense_are_told(
         make_plan(parse_recipe(make(root, tmp_path)), tmp_path / "out")
 
 
+def test_a_seed_without_effect_is_told(root: Path, tmp_path: Path) -> None:
+    def told(*models: str, method: str = "dare_linear", **changes: Any) -> bool:
+        plan = make_plan(parse_recipe(recipe(root, method, *models, **changes)), tmp_path / "out")
+        return any("seed: has no effect: every model" in note for note in plan.notes)
+
+    assert told(*packed("math", "code"), seed=7)
+    assert not told(*packed("math", "code"))
+    assert not told(*packed("code"), "math", own={"density": 0.5}, seed=7)
+
+
 def test_a_density_of_its_own_beside_one_for_all(root: Path, tmp_path: Path) -> None:
     content = recipe(root, "dare_linear", "code", *packed("math"), packed={"density": 1.0},
                      parameters={"density": 0.1}, seed=7)  # fmt: skip
