@@ -389,7 +389,12 @@ def test_greedy_soup_keeps_what_helps(tmp_path: Path, capsys: pytest.CaptureFixt
     evaluate = f"{sys.executable} {script} {{}}"
     assert main(["soup", str(tmp_path / "out"), *models, "--evaluate", evaluate]) == 0
     assert cases.load(tmp_path / "out")["w"].item() == 1.875
-    assert "2 of 3 models, -0.125" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "2 of 3 models, -0.125" in told
+    assert [line.split(maxsplit=1)[1] for line in told.splitlines()[:5]] == [
+        "a", "b", "c", "a + b", "a + b + c",
+    ]  # fmt: skip
+    assert ".trial" not in told
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def _add_merge(kinds: Any) -> None:
         type=float,
         nargs="+",
         metavar="W",
-        help="one for all, or one for each (default: 1)",
+        help="one number is taken for every adapter; or one for each, in their order (default: 1)",
     )
     merge.add_argument(
         "--density", type=float, nargs="+", metavar="D", help="of ties and dare: one, or one each"
@@ -161,6 +161,8 @@ def _extract(arguments: argparse.Namespace) -> int:
         for lost in made.lost:
             print(f"lost: {lost.name} changed by {lost.norm:.3g}, which is not in the adapter")
         worst = sorted(made.modules, key=lambda module: -module.relative)[:5]
+        if len(worst) < len(made.modules):
+            print(f"the {len(worst)} largest losses of {len(made.modules)} modules:")
         for module in worst:
             print(f"{module.relative:<8.3g} of the change is lost in {module.name}")
         saved = f", {len(made.saved)} tensors kept whole" if made.saved else ""

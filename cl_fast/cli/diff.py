@@ -25,7 +25,11 @@ def add(commands: Any) -> None:
     )
     diff.add_argument("base", help="checkpoint folder or .safetensors file")
     diff.add_argument(
-        "models", nargs="+", metavar="MODEL", help="likewise, or a change of the base: a patch"
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="likewise, or a change of the base: a patch, a LoRA adapter, a packed delta; each "
+        "of them, and the base, may be a URL or a hub id",
     )
     diff.add_argument(
         "--out", type=Path, metavar="FILE.html", help="write a page that needs nothing beside it"

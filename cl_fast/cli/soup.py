@@ -44,12 +44,19 @@ def _run(arguments: argparse.Namespace) -> int:
     from cl_fast.merging.soup import greedy_soup
 
     def evaluate(folder: Path) -> float:
-        score = score_by_command(arguments.evaluate, folder)
-        if not arguments.quiet:
-            print(f"{score:<12g} {folder}", flush=True)
-        return score
+        return score_by_command(arguments.evaluate, folder)
 
-    soup = greedy_soup(arguments.models, evaluate, accept=arguments.accept, output=arguments.output)
+    def tell(names: tuple[str, ...], score: float) -> None:
+        if not arguments.quiet:
+            print(f"{score:<12g} {' + '.join(names)}", flush=True)
+
+    soup = greedy_soup(
+        arguments.models,
+        evaluate,
+        accept=arguments.accept,
+        output=arguments.output,
+        on_score=tell,
+    )
     if not arguments.quiet:
         for trial in soup.history:
             print(f"{trial.score:<12g} {'+' if trial.accepted else '-'} {trial.name}")

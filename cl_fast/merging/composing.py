@@ -229,6 +229,8 @@ def merge_adapters(
             writer.copy(name, info)
         said = {"method": method, "adapters": names, "weights": factors, "seed": seed}
         ranks = {module.name: module.rank for module in told}
+        if rank is not None and max(ranks.values()) < rank:
+            notes.append(f"rank: {rank} asked, {max(ranks.values())} suffice")
         writer.finish(_config(opened, ranks), {"cl_fast.made": said})
     return Composition(writer.path, method, tuple(told), tuple(copied), tuple(notes))
 

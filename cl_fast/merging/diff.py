@@ -240,7 +240,7 @@ class Comparison:
         listed = [f"base    {self.base}: {len(self.tensors)} tensors, {whole.elements:,} elements"]
         for name, model in zip(names, whole.models, strict=True):
             listed.append(
-                f"model   {name}: {_words(model.relative_l2)} of the base's length moved, "
+                f"model   {name}: relative L2 change {_words(model.relative_l2)}, "
                 f"{_words(model.changed_share)} of the elements changed, largest {model.max:.3g}"
             )
         pairs = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names))]

@@ -128,7 +128,8 @@ def _table(
     rows = list(rows)
     texts = {i for row in rows for i, cell in enumerate(row) if _is_text(cell)}
     lines = [
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{_text(caption)}">',
+        f'<div class="scroll{" wide" if len(head) > 4 else ""}" tabindex="0" role="region" '
+        f'aria-label="{_text(caption)}">',
         f"<table{' class=small' if tint else ''}><caption>{_text(caption)}</caption><thead><tr>",
         *(
             f'<th scope="col"{" class=t" if i in texts else ""}>{_text(name)}</th>'
@@ -255,7 +256,7 @@ def _models(c: Comparison) -> str:
         zip(_titles(c), c.references, whole.models, strict=True)
     ):
         facts = [
-            ("of the base's length moved", _percent(model.relative_l2)),
+            ("relative L2 change", _percent(model.relative_l2)),
             ("of the elements changed", _percent(model.changed_share)),
             ("largest change", _number(model.max)),
         ]
@@ -876,7 +877,13 @@ rect.s:hover,rect.s.on{stroke:var(--ink);stroke-width:1.2}
 .keys{list-style:none;display:flex;flex-wrap:wrap;gap:4px 18px;padding:0;margin:0 0 10px}
 .keys li{display:flex;align-items:center;gap:6px;overflow-wrap:anywhere}
 .keys svg{width:28px;height:8px;flex:none}
-.scroll{overflow-x:auto;max-width:100%;min-width:0}
+.scroll{overflow-x:auto;max-width:100%;min-width:0;background:
+linear-gradient(90deg,var(--paper) 30%,transparent) 0 0/48px 100% no-repeat local,
+linear-gradient(270deg,var(--paper) 30%,transparent) 100% 0/48px 100% no-repeat local,
+linear-gradient(90deg,var(--soft),transparent) 0 0/12px 100% no-repeat scroll,
+linear-gradient(270deg,var(--soft),transparent) 100% 0/12px 100% no-repeat scroll}
+@media(max-width:640px){.wide caption:after{content:" \\2194  scrolls sideways";
+font-weight:400;color:var(--soft)}}
 details .scroll{max-height:70vh;overflow-y:auto}
 table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;font-weight:600;padding:0 0 6px}

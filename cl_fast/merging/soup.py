@@ -107,6 +107,7 @@ def greedy_soup(
     output: Folder | None = None,
     out_dtype: torch.dtype | None = None,
     into: nn.Module | None = None,
+    on_score: Callable[[tuple[str, ...], float], None] | None = None,
 ) -> Soup:
     """The mean of those candidates that raise a held-out score, chosen greedily.
 
@@ -123,6 +124,7 @@ def greedy_soup(
         out_dtype: of the floating tensors of trials and soup; the default is that of the
             ingredient that came first.
         into: a module that the soup is loaded into as well; for candidates in memory.
+        on_score: called after each call of `evaluate` with the names in the mean and its score.
 
     Raises:
         CheckpointError, NonFiniteError, OutputError: as a merge by "linear".
@@ -145,17 +147,29 @@ def greedy_soup(
             raise ValueError("output has no effect for candidates in memory; save the state dict")
         pot = _MemoryPot(named, out_dtype)
 
+    kept: list[str] = []
+
+    def told(name: str, score: Any) -> float:
+        value = _number(name, score)
+        if on_score is not None:
+            on_score((*kept, name), value)
+        return value
+
     alone = {
-        name: _number(
-            name, scores[name] if scores and name in scores else evaluate(pot.alone(name))
-        )
+        name: _number(name, scores[name])
+        if scores and name in scores
+        else told(name, evaluate(pot.alone(name)))
         for name in named
     }
 
     def taste(name: str) -> float:
-        return _number(name, pot.taste(name, evaluate))
+        return told(name, pot.taste(name, evaluate))
 
-    chosen, best, history = choose(alone, taste, pot.add, accept)
+    def add(name: str) -> None:
+        pot.add(name)
+        kept.append(name)
+
+    chosen, best, history = choose(alone, taste, add, accept)
     soup = Soup(chosen, best, alone, history, **pot.serve())
     if into is not None and soup.state_dict is not None:
         into.load_state_dict(soup.state_dict)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import adapter_cases
@@ -573,6 +575,7 @@ def test_the_command(three: list[Path], tmp_path: Path, capsys: pytest.CaptureFi
     said = capsys.readouterr().out
     assert "lost: model.norm.weight" in said
     assert "rank 2 on 2 modules" in said
+    assert "largest losses" not in said  # all of them are listed
     assert json.loads(report.read_text())["unchanged"] == 2
     assert main(["adapter", "info", str(out), "--base", str(base)]) == 0
     said = capsys.readouterr().out
@@ -583,5 +586,20 @@ def test_the_command(three: list[Path], tmp_path: Path, capsys: pytest.CaptureFi
     words = ["adapter", "merge", *map(str, three), "--out", str(tmp_path / "m")]
     assert main([*words, "--method", "ties", "--density", "0.5", "--weights", "1", "2", "3"]) == 0
     assert "relative error" in capsys.readouterr().out
+    most = [*words[:-1], str(tmp_path / "most"), "--rank", "99", "--weights", "1"]
+    assert main(most) == 0
+    assert re.search(r"^note: rank: 99 asked, \d+ suffice$", capsys.readouterr().out, re.M)
     assert main([*words, "--method", "cat"]) == 1
     assert "exists and is not empty" in capsys.readouterr().err
+
+
+def test_extract_tells_which_losses_it_lists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    modules = [SimpleNamespace(name=f"m{i}", rank=2, relative=i / 10) for i in range(7)]
+    made = SimpleNamespace(path=tmp_path, lost=(), modules=modules, saved=(), relative=0.5)
+    monkeypatch.setattr("cl_fast.merging.extracting.extract_adapter", lambda *_, **__: made)
+    assert main(["adapter", "extract", "b", "f", "--out", str(tmp_path), "--rank", "2"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "the 5 largest losses of 7 modules:"
+    assert [line.split()[-1] for line in said[1:6]] == ["m6", "m5", "m4", "m3", "m2"]

@@ -447,6 +447,7 @@ def test_the_command(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     told = capsys.readouterr().out
     assert "6 tensors, 304,728 elements" in told
     assert "pair    one, two: cosine" in told
+    assert "model   one: relative L2 change " in told
     command += ["--out", str(page), "--json", str(numbers)]
     assert main(command) == 0
     assert f"wrote   {page}" in capsys.readouterr().out

@@ -201,6 +201,15 @@ def test_each_drawing_has_a_title_and_a_table(text: str) -> None:
         assert len(tables[caption]) > 1
 
 
+def test_wide_tables_say_that_they_scroll_and_lengths_have_their_name(text: str) -> None:
+    wide = [part.split("<tr>")[1].count("<th ") for part in text.split('class="scroll wide"')[1:]]
+    narrow = [part.split("<tr>")[1].count("<th ") for part in text.split('class="scroll"')[1:]]
+    assert wide
+    assert min(wide) > 4 >= max(narrow, default=0)
+    assert '.wide caption:after{content:" \\2194  scrolls sideways"' in text
+    assert "<dt>relative L2 change</dt>" in text
+
+
 def test_pages_of_little(root: Path, tmp_path: Path) -> None:
     alone = page(compare(root / "base", [root / "one"]))
     read(alone)
