@@ -205,6 +205,58 @@ def test_options_and_positionals_in_any_order(
     assert {key: seen[0][key] for key in taken} == taken
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "verify {}",
+        "delta pack b f {} --drop 0.9",
+        "delta pack b f --drop 0.9 {}",
+        "delta apply b {} o",
+        "delta unpack b {} o",
+        "delta info {}",
+        "merge {} o",
+        "merge r o --report {}",
+        "diff b m --json {}",
+        "soup o {} --evaluate {{}}",
+        "soup o m --evaluate {{}} {}",
+        "edit {} f o",
+        "adapter extract b f --out {}",
+    ],
+)
+def test_urls_are_refused_where_a_path_is_meant(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(words.format("s3://key:secret@bucket/x").split())
+    assert caught.value.code == 2
+    told = capsys.readouterr().err
+    assert "URLs are not taken here; give a path" in told
+    assert "secret" not in told
+
+
+def test_deltas_of_models_at_urls(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fsspec = pytest.importorskip("fsspec", reason="fsspec is not installed")
+    monkeypatch.setenv("CL_FAST_CACHE", str(tmp_path / "cache"))
+    store = fsspec.filesystem("memory")
+    store.put(f"{root}/", "/deltas/", recursive=True)
+    here, there = tmp_path / "here.safetensors", tmp_path / "there.safetensors"
+    for place, out in ((root, here), ("memory://deltas", there)):
+        words = ["delta", "pack", f"{place}/base", f"{place}/one", str(out), "--drop", ".9"]
+        assert main(words) == 0
+    assert here.read_bytes() == there.read_bytes()
+    capsys.readouterr()
+    assert main(["delta", "apply", "memory://deltas/base", f"{there}", "memory://deltas/out"]) == 0
+    assert capsys.readouterr().out.startswith("memory://deltas/out: 7 tensors, ")
+    assert main(["delta", "apply", f"{root}/base", f"{here}", f"{tmp_path / 'out'}"]) == 0
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert store.cat_file("/deltas/out/model.safetensors") == weights
+    assert main(["adapter", "info", "memory://deltas/base"]) == 1
+    assert "memory://deltas/base: is no adapter" in capsys.readouterr().err
+    store.rm("/deltas", recursive=True)
+
+
 def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "merge" in capsys.readouterr().out

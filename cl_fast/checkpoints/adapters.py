@@ -237,6 +237,13 @@ def read_adapter(path: str | os.PathLike[str], *, key: str | None = None) -> Ada
     """
     folder = absolute(os.fspath(path))
     try:
+        if "://" in os.fspath(path):  # an adapter at a URL is read from its copy in the cache
+            from cl_fast.checkpoints.remote import redacted
+
+            raise CheckpointError(
+                f"{redacted(os.fspath(path))}: is no adapter; give the folder of one, with "
+                "adapter_config.json and adapter_model.safetensors"
+            )
         return _Reader(folder).read()
     except CheckpointError as error:
         if key is None:

@@ -40,7 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parser = _parser()
         arguments, rest = parser.parse_known_args(argv)
-        rest = take_late(arguments, rest)
+        try:
+            rest = take_late(arguments, rest)
+        except argparse.ArgumentTypeError as error:
+            parser.error(str(error))
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
         if arguments.command is None:

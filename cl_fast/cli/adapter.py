@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
-from cl_fast.cli.arguments import positive, seed, talk, threads
+from cl_fast.cli.arguments import local, positive, seed, talk, threads
 
 __all__ = ["add"]
 
@@ -29,7 +28,7 @@ def add(commands: Any) -> None:
 def _add_merge(kinds: Any) -> None:
     merge = kinds.add_parser("merge", help="one adapter of several, without their base")
     merge.add_argument("adapters", nargs="+", metavar="ADAPTER", help="folders of adapters")
-    merge.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="folder to make")
+    merge.add_argument("--out", required=True, type=local, metavar="FOLDER", help="folder to make")
     merge.add_argument(
         "--method",
         default="svd",
@@ -54,7 +53,9 @@ def _add_extract(kinds: Any) -> None:
     extract = kinds.add_parser("extract", help="the adapter that comes nearest to a finetune")
     extract.add_argument("base", help="checkpoint that was finetuned")
     extract.add_argument("finetuned", help="checkpoint of the result")
-    extract.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="folder to make")
+    extract.add_argument(
+        "--out", required=True, type=local, metavar="FOLDER", help="folder to make"
+    )
     extract.add_argument(
         "--targets",
         nargs="+",
@@ -95,7 +96,7 @@ def _sizes(parser: argparse.ArgumentParser, default: str) -> None:
     )
     threads(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
+    parser.add_argument("--json", type=local, metavar="FILE", help="write the report there")
     talk(parser)
 
 

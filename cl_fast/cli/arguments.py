@@ -14,6 +14,8 @@ __all__ = [
     "dry_run",
     "execution",
     "execution_options",
+    "local",
+    "local_text",
     "place",
     "positive",
     "reading",
@@ -143,6 +145,22 @@ def positive(text: str) -> int:
 def place(text: str) -> Path | str:
     """A path, or a URL as it is."""
     return text if "://" in text else Path(text)
+
+
+def local(text: str) -> Path:
+    """A path. A URL is refused; it is not repeated, as it may hold a secret."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(
+            "URLs are not taken here; give a path (docs/remote-storage.md tells which command "
+            "takes URLs where)"
+        )
+    return Path(text)
+
+
+def local_text(text: str) -> str:
+    """A path, as it was written."""
+    local(text)
+    return text
 
 
 def seed(text: str) -> int:

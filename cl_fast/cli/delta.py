@@ -14,6 +14,8 @@ from cl_fast.cli.arguments import (
     dry_run,
     execution,
     execution_options,
+    local,
+    place,
     seed,
     size,
     talk,
@@ -45,11 +47,11 @@ def add(commands: Any) -> None:
         help="base and finetuned model -> packed delta",
         description="Drops elements of finetuned - base at random and writes what is kept.",
     )
-    pack.add_argument("base", type=Path, help="checkpoint that was finetuned")
-    pack.add_argument("finetuned", type=Path, help="checkpoint with the same tensors")
+    pack.add_argument("base", type=place, help="checkpoint that was finetuned")
+    pack.add_argument("finetuned", type=place, help="checkpoint with the same tensors")
     pack.add_argument(
         "output",
-        type=Path,
+        type=local,
         nargs="?",
         help="a .safetensors file, or a folder that config and tokenizer go into where they "
         "differ from the base's (default: FINETUNED.delta.safetensors here)",
@@ -71,7 +73,7 @@ def add(commands: Any) -> None:
     )
     pack.add_argument("--overwrite", action="store_true", help="replace an existing output")
     _work(pack)
-    pack.set_defaults(run=_pack, late=("output", Path))
+    pack.set_defaults(run=_pack, late=("output", local))
 
     apply = verbs.add_parser(
         "apply",
@@ -79,9 +81,9 @@ def add(commands: Any) -> None:
         description="Writes base + delta, which is what merge_method dare_linear makes of the one "
         "finetuned model, bit for bit.",
     )
-    apply.add_argument("base", type=Path, help="checkpoint that the delta was packed on")
-    apply.add_argument("delta", type=Path, help="what delta pack wrote")
-    apply.add_argument("output", type=Path, help="folder to make; must not exist, or be empty")
+    apply.add_argument("base", type=place, help="checkpoint that the delta was packed on")
+    apply.add_argument("delta", type=local, help="what delta pack wrote")
+    apply.add_argument("output", type=place, help="folder to make; must not exist, or be empty")
     dry_run(apply)
     apply.add_argument("--dtype", choices=_DTYPES, help="of the output (default: the base's)")
     apply.add_argument(
@@ -100,9 +102,9 @@ def add(commands: Any) -> None:
         description="Writes the delta itself, dense, 0 where it was dropped: no model, but what "
         "is added to one. Tensors that did not change are left out.",
     )
-    unpack.add_argument("base", type=Path, help="checkpoint that the delta was packed on")
-    unpack.add_argument("delta", type=Path, help="what delta pack wrote")
-    unpack.add_argument("output", type=Path, help="a .safetensors file")
+    unpack.add_argument("base", type=place, help="checkpoint that the delta was packed on")
+    unpack.add_argument("delta", type=local, help="what delta pack wrote")
+    unpack.add_argument("output", type=local, help="a .safetensors file")
     unpack.add_argument(
         "--dtype", choices=_DTYPES, default="float32", help="of the output (default: float32)"
     )
@@ -113,7 +115,7 @@ def add(commands: Any) -> None:
     info = verbs.add_parser(
         "info", help="what a packed delta holds", description="Tells what a packed delta holds."
     )
-    info.add_argument("delta", type=Path, help="what delta pack wrote")
+    info.add_argument("delta", type=local, help="what delta pack wrote")
     info.add_argument("--json", action="store_true", help="for programs, with every tensor")
     info.add_argument(
         "--check", action="store_true", help="read all of it and compare it with its checksums"
@@ -205,11 +207,11 @@ def _apply(arguments: argparse.Namespace) -> int:
     with Progress(quiet=arguments.quiet) as progress:
         result = execute(plan, progress=progress, **execution_options(arguments))
     if result.earlier and not arguments.quiet:
-        print(f"{result.output}: finished earlier by the same merge; nothing to do")
+        print(f"{result.url or result.output}: finished earlier by the same merge; nothing to do")
     elif not arguments.quiet:
         print(
-            f"{result.output}: {len(plan.tensors)} tensors, {bytes_text(plan.bytes_written)} in "
-            f"{result.seconds:.1f} s ({result.backend})"
+            f"{result.url or result.output}: {len(plan.tensors)} tensors, "
+            f"{bytes_text(plan.bytes_written)} in {result.seconds:.1f} s ({result.backend})"
         )
     return 0
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-from pathlib import Path
 from typing import Any
 
-from cl_fast.cli.arguments import backend, reading, talk, threads
+from cl_fast.cli.arguments import backend, local, reading, talk, threads
 from cl_fast.cli.progress import Progress
 
 __all__ = ["add"]
@@ -32,9 +31,9 @@ def add(commands: Any) -> None:
         "of them, and the base, may be a URL or a hub id",
     )
     diff.add_argument(
-        "--out", type=Path, metavar="FILE.html", help="write a page that needs nothing beside it"
+        "--out", type=local, metavar="FILE.html", help="write a page that needs nothing beside it"
     )
-    diff.add_argument("--json", type=Path, metavar="FILE.json", help="write all numbers")
+    diff.add_argument("--json", type=local, metavar="FILE.json", help="write all numbers")
     diff.add_argument("--overwrite", action="store_true", help="replace files that exist")
     threads(diff)
     reading(diff)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
-from pathlib import Path
 from typing import Any
 
-from cl_fast.cli.arguments import dry_run, positive, seed, talk
+from cl_fast.cli.arguments import dry_run, local, positive, seed, talk
 from cl_fast.cli.progress import Progress
 from cl_fast.errors import ClFastError
 
@@ -25,11 +24,11 @@ def add(commands: Any) -> None:
         epilog="docs: docs/editing.md. With a patch (edits.safetensors) in the place of the facts "
         "it is applied, without loading the model.",
     )
-    edit.add_argument("model", type=Path, help="checkpoint folder, with config and tokenizer")
+    edit.add_argument("model", type=local, help="checkpoint folder, with config and tokenizer")
     edit.add_argument(
-        "facts", type=Path, help="facts: .jsonl, CounterFact or zsRE .json; or a saved patch"
+        "facts", type=local, help="facts: .jsonl, CounterFact or zsRE .json; or a saved patch"
     )
-    edit.add_argument("output", type=Path, help="folder to make; must not exist")
+    edit.add_argument("output", type=local, help="folder to make; must not exist")
     edit.add_argument(
         "--method",
         choices=("memit", "rome", "emmet", "alphaedit"),
@@ -49,7 +48,7 @@ def add(commands: Any) -> None:
         "--clamp", type=float, metavar="X", help="largest change of a value, in norms of the state"
     )
     edit.add_argument(
-        "--stats", type=Path, metavar="FOLDER", help="of the keys: used if there, else made there"
+        "--stats", type=local, metavar="FOLDER", help="of the keys: used if there, else made there"
     )
     edit.add_argument("--any-model", action="store_true", help="take statistics of a related model")
     edit.add_argument(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cl_fast.cli import mergekit
-from cl_fast.cli.arguments import dry_run, execution, execution_options, place, seed
+from cl_fast.cli.arguments import dry_run, execution, execution_options, local, place, seed
 from cl_fast.cli.progress import Progress
 from cl_fast.errors import OutputError
 
@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
     merge = commands.add_parser(
         "merge", help="merge checkpoints by a recipe", description="Merge checkpoints by a recipe."
     )
-    merge.add_argument("recipe", type=Path, help="the recipe, a YAML file")
+    merge.add_argument("recipe", type=local, help="the recipe, a YAML file")
     merge.add_argument(
         "output",
         type=place,
@@ -73,7 +73,7 @@ def add(commands: Any) -> None:
     )
     merge.add_argument(
         "--report",
-        type=Path,
+        type=local,
         nargs="?",
         const=_BESIDE,
         metavar="FILE.html",

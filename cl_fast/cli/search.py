@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cl_fast.cli.arguments import positive, seed, talk
+from cl_fast.cli.arguments import local, positive, seed, talk
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,13 +25,13 @@ def add(commands: Any) -> None:
         description="Searches the ranges that a study's recipe has in place of numbers, with a "
         "command or a Python function as the score: docs/search.md. The same command goes on.",
     )
-    search.add_argument("study", type=Path, help="YAML file: recipe, evaluate, trials, ...")
+    search.add_argument("study", type=local, help="YAML file: recipe, evaluate, trials, ...")
     search.add_argument(
-        "--out", required=True, type=Path, metavar="FILE", help="the best recipe, as YAML"
+        "--out", required=True, type=local, metavar="FILE", help="the best recipe, as YAML"
     )
     search.add_argument(
         "--storage",
-        type=Path,
+        type=local,
         metavar="FILE",
         help="SQLite file of the trials (default: the study's name with .db, beside it)",
     )
@@ -42,7 +42,7 @@ def add(commands: Any) -> None:
     search.add_argument("--seed", type=seed, metavar="N", help="of the sampler")
     search.add_argument("--threads", type=positive, metavar="N", help="of the merges")
     search.add_argument(
-        "--json", type=Path, metavar="FILE", help="all trials (default: --out with .json)"
+        "--json", type=local, metavar="FILE", help="all trials (default: --out with .json)"
     )
     search.add_argument(
         "--top", type=positive, default=10, metavar="K", help="trials in the table (default: 10)"

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from cl_fast.cli.arguments import command, talk
+from cl_fast.cli.arguments import command, local, local_text, talk
 
 __all__ = ["add"]
 
@@ -19,8 +19,10 @@ def add(commands: Any) -> None:
         description="Greedy soup: scores every model, starts with the best, and adds the others "
         "one after the other, best first, as long as the mean with them scores higher.",
     )
-    soup.add_argument("output", type=Path, help="folder to make; must not exist")
-    soup.add_argument("models", nargs="+", metavar="MODEL", help="checkpoint folders")
+    soup.add_argument("output", type=local, help="folder to make; must not exist")
+    soup.add_argument(
+        "models", type=local_text, nargs="+", metavar="MODEL", help="checkpoint folders"
+    )
     soup.add_argument(
         "--evaluate",
         required=True,
@@ -36,7 +38,7 @@ def add(commands: Any) -> None:
         help="keep a model if the score rises, or also if it stays the same (default: rise)",
     )
     talk(soup)
-    soup.set_defaults(run=_run, late=("models", str))
+    soup.set_defaults(run=_run, late=("models", local_text))
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from cl_fast.cli.arguments import dry_run, talk
+from cl_fast.cli.arguments import dry_run, local, talk
 from cl_fast.errors import ClFastError
 
 __all__ = ["add"]
@@ -23,8 +22,8 @@ def add(commands: Any) -> None:
         epilog="docs: docs/train-plan.md; on several devices: torchrun --nproc-per-node=N -m "
         "cl_fast train plan.yml",
     )
-    train.add_argument("plan", type=Path, help="the plan, a YAML file")
-    train.add_argument("--out", type=Path, metavar="FOLDER", help="overrides the plan's output")
+    train.add_argument("plan", type=local, help="the plan, a YAML file")
+    train.add_argument("--out", type=local, metavar="FOLDER", help="overrides the plan's output")
     dry_run(train)
     talk(train)
     train.set_defaults(run=_run)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
-from cl_fast.cli.arguments import talk, threads
+from cl_fast.cli.arguments import local, talk, threads
 from cl_fast.cli.progress import Progress
 
 __all__ = ["add"]
@@ -21,7 +20,7 @@ def add(commands: Any) -> None:
         description="Check a merged folder: index, sizes, checksums, finite values, its inputs, "
         "and a sample of tensors computed again.",
     )
-    verify.add_argument("folder", type=Path, help="what cl-fast merge wrote")
+    verify.add_argument("folder", type=local, help="what cl-fast merge wrote")
     verify.add_argument(
         "--sample",
         type=sample,
