@@ -204,9 +204,9 @@ def test_interrupted_and_resumed(
     assert resumed.digest == whole.digest
 
 
-@pytest.mark.skipif(native.load() is None, reason="needs the core")
 def test_magprune_within_little_memory(root: Path, tmp_path: Path) -> None:
     """Where the masks of the sums are not kept they are drawn again, to the same bytes."""
+    cases.need_native()
     content = recipe(root, "della", density=0.5)
     core = native.load()
     assert core is not None

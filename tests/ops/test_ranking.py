@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from merge_cases import need_native
 from torch import Tensor
 
 from cl_fast.backends import device_ops, native
@@ -148,11 +149,11 @@ def test_the_largest_of_a_row_are_kept_most_often() -> None:
     assert torch.allclose(rescaled, row[0].double(), rtol=0.2)
 
 
-@pytest.mark.skipif(native.load() is None, reason="needs the core")
 @pytest.mark.parametrize("sparsify", ["band", "magprune"])
 @pytest.mark.parametrize("rescale", ["none", "keep_rate", "l1"])
 def test_native_and_eager_agree_in_every_bit(sparsify: str, rescale: str) -> None:
     """Also where rows cross tiles (131,072 elements), and on every instruction set."""
+    need_native()
     core = native.load()
     assert core is not None
     before = core.isa()
