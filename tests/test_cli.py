@@ -278,6 +278,52 @@ def test_an_error_is_one_in_words(tmp_path: Path) -> None:
     assert "Traceback" in command("merge", tmp_path / "none.yml", "out", "--verbose").stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("diff nob one", "BASE: {}/nob does not exist"),
+        ("diff base one maht", "MODEL maht: {}/maht does not exist"),
+        ("delta pack nob one --drop 0.5", "BASE: {}/nob does not exist"),
+        ("delta pack base maht --drop 0.5", "FINETUNED: {}/maht does not exist"),
+        ("delta pack base base --drop 0.5", "FINETUNED: the model is the base_model"),
+    ],
+)
+def test_errors_name_arguments_as_the_help_does(
+    root: Path,
+    words: str,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(root)
+    assert main(words.split()) == 1
+    assert f"error: {told.format(root)}" in capsys.readouterr().err
+
+
+def test_errors_of_planning_tell_the_file(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = cases.recipe(root, "ties")
+    content["models"][0]["parameters"] = {"weight": [{"filter": "no_such", "value": 1}]}
+    path = cases.write_recipe(tmp_path / "recipe.yml", content)
+    for more in ([], ["--dry-run"]):
+        assert main(["merge", str(path), str(tmp_path / "out"), *more]) == 1
+        told = capsys.readouterr().err
+        assert f"error: {path}: models[0].parameters.weight" in told
+        assert told.count(str(path)) == 1
+
+
+def test_a_study_is_told_from_a_recipe(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = {"recipe": cases.recipe(root, "ties"), "evaluate": "true {}"}
+    path = cases.write_recipe(tmp_path / "study.yml", study)
+    assert main(["merge", str(path), str(tmp_path / "out")]) == 1
+    told = capsys.readouterr().err
+    assert f"error: {path}: this is a study" in told
+    assert "cl-fast search" in told
+
+
 def test_env_says_what_serves_and_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     done = command("env")
     assert done.returncode == 0

@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cl_fast.errors import ClFastError
+
 __all__ = [
     "backend",
+    "called",
     "command",
     "dry_run",
     "execution",
@@ -25,6 +30,20 @@ __all__ = [
     "talk",
     "threads",
 ]
+
+@contextmanager
+def called(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors that begin with a key of `names`, as of a recipe, begin with its value instead."""
+    try:
+        yield
+    except ClFastError as error:
+        for key, name in names.items():
+            found = re.match(rf"{re.escape(key)}(\.\w+)*: ", str(error))
+            if found:
+                error.args = (f"{name}: {str(error)[found.end() :]}",)
+                break
+        raise
+
 
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", 1):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cl_fast.cli.arguments import (
     backend,
+    called,
     dry_run,
     execution,
     execution_options,
@@ -124,6 +125,10 @@ def add(commands: Any) -> None:
     info.set_defaults(run=_info)
 
 
+#: What the library calls the arguments -> what they are called here.
+_PACKED = {"base_model": "BASE", "base": "BASE", "finetuned": "FINETUNED", "models[0]": "FINETUNED"}
+_APPLIED = {"base_model": "BASE", "base": "BASE", "delta": "DELTA", "models[0]": "DELTA"}
+
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -160,7 +165,7 @@ def _pack(arguments: argparse.Namespace) -> int:
     if output is None:
         name = absolute(str(arguments.finetuned)).name.removesuffix(".safetensors")
         output = Path(f"{name}.delta.safetensors")
-    with Progress(quiet=arguments.quiet) as progress:
+    with called(_PACKED), Progress(quiet=arguments.quiet) as progress:
         delta = pack_delta(
             arguments.base,
             arguments.finetuned,
@@ -190,21 +195,22 @@ def _apply(arguments: argparse.Namespace) -> int:
     from cl_fast.merging.description import bytes_text, describe
     from cl_fast.merging.engine import check_output, execute
 
-    plan = plan_delta(
-        arguments.base,
-        arguments.delta,
-        arguments.output,
-        out_shard_size=arguments.out_shard_size,
-        out_dtype=arguments.dtype,
-        threads=arguments.threads,
-        memory=arguments.memory,
-    )
+    with called(_APPLIED):
+        plan = plan_delta(
+            arguments.base,
+            arguments.delta,
+            arguments.output,
+            out_shard_size=arguments.out_shard_size,
+            out_dtype=arguments.dtype,
+            threads=arguments.threads,
+            memory=arguments.memory,
+        )
     if arguments.dry_run:
         check_output(plan, overwrite=arguments.overwrite)
         for line in describe(plan):
             print(line)
         return 0
-    with Progress(quiet=arguments.quiet) as progress:
+    with called(_APPLIED), Progress(quiet=arguments.quiet) as progress:
         result = execute(plan, progress=progress, **execution_options(arguments))
     if result.earlier and not arguments.quiet:
         print(f"{result.url or result.output}: finished earlier by the same merge; nothing to do")
@@ -220,7 +226,7 @@ def _unpack(arguments: argparse.Namespace) -> int:
     from cl_fast.merging.deltas import unpack_delta
     from cl_fast.merging.description import bytes_text
 
-    with Progress(quiet=arguments.quiet) as progress:
+    with called(_APPLIED), Progress(quiet=arguments.quiet) as progress:
         path = unpack_delta(
             arguments.base,
             arguments.delta,

@@ -6,7 +6,7 @@ import argparse
 import gc
 from typing import Any
 
-from cl_fast.cli.arguments import backend, local, reading, talk, threads
+from cl_fast.cli.arguments import backend, called, local, reading, talk, threads
 from cl_fast.cli.progress import Progress
 
 __all__ = ["add"]
@@ -50,7 +50,9 @@ def _run(arguments: argparse.Namespace) -> int:
     for path, suffix in ((arguments.out, ".html"), (arguments.json, ".json")):
         if path is not None:
             check_report(path, suffix, overwrite=arguments.overwrite)
-    with Progress(quiet=arguments.quiet) as progress:
+    names = {"base": "BASE"}
+    names |= {f"models[{i}]": f"MODEL {model}" for i, model in enumerate(arguments.models)}
+    with called(names), Progress(quiet=arguments.quiet) as progress:
         comparison = compare(
             arguments.base,
             arguments.models,

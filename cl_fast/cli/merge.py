@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cl_fast.cli import mergekit
 from cl_fast.cli.arguments import dry_run, execution, execution_options, local, place, seed
 from cl_fast.cli.progress import Progress
-from cl_fast.errors import OutputError
+from cl_fast.errors import OutputError, RecipeError
 
 if TYPE_CHECKING:
     from cl_fast.merging.engine import Result
@@ -105,7 +105,8 @@ def _run(arguments: argparse.Namespace) -> int:
             "truncate_embeddings": arguments.unsafe_truncate_embeddings,
         }
         if arguments.dry_run:
-            plans = plan_stages(stages, **planning)
+            with _of_file(arguments.recipe):
+                plans = plan_stages(stages, **planning)
     finally:
         gc.enable()
     report = _report(arguments, stages[-1])
@@ -116,7 +117,11 @@ def _run(arguments: argparse.Namespace) -> int:
         return _dry_run(plans, arguments)
     options = execution_options(arguments)
     options["restart"] |= len(stages) > 1 and not arguments.lazy
-    with Progress(quiet=arguments.quiet) as progress, _engine(arguments) as engine:
+    with (
+        Progress(quiet=arguments.quiet) as progress,
+        _engine(arguments) as engine,
+        _of_file(arguments.recipe),
+    ):
         merge_stages(
             stages,
             planning=planning,
@@ -143,6 +148,18 @@ def _run(arguments: argparse.Namespace) -> int:
         if not arguments.quiet:
             print(f"{report}: what the models and their merge changed of the base")
     return 0
+
+
+@contextmanager
+def _of_file(recipe: Path) -> Iterator[None]:
+    """Errors that planning finds in the recipe tell its file, as those of reading it do."""
+    try:
+        yield
+    except RecipeError as error:
+        words = str(error)
+        if not words.startswith((f"{recipe}: ", "output: ")):
+            error.args = (f"{recipe}: {words}",)
+        raise
 
 
 def _report(arguments: argparse.Namespace, last: Stage) -> Path | None:

@@ -927,6 +927,11 @@ def parse_recipe(content: str | Mapping[str, Any], *, source: Path | None = None
         raise RecipeError(
             f"{prefix}a recipe is a mapping with 'merge_method' and 'models'; got {kind_of(data)}"
         )
+    if "merge_method" not in data and "recipe" in data and data.keys() & {"evaluate", "function"}:
+        raise RecipeError(
+            f"{prefix}this is a study, whose recipe has ranges in place of numbers: cl-fast search "
+            "finds the numbers and writes the recipe"
+        )
     try:
         recipe = Recipe.model_validate(dict(data))
     except ValidationError as error:
