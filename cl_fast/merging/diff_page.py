@@ -128,8 +128,7 @@ def _table(
     rows = list(rows)
     texts = {i for row in rows for i, cell in enumerate(row) if _is_text(cell)}
     lines = [
-        f'<div class="scroll{" wide" if len(head) > 4 else ""}" tabindex="0" role="region" '
-        f'aria-label="{_text(caption)}">',
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{_text(caption)}">',
         f"<table{' class=small' if tint else ''}><caption>{_text(caption)}</caption><thead><tr>",
         *(
             f'<th scope="col"{" class=t" if i in texts else ""}>{_text(name)}</th>'
@@ -882,8 +881,7 @@ linear-gradient(90deg,var(--paper) 30%,transparent) 0 0/48px 100% no-repeat loca
 linear-gradient(270deg,var(--paper) 30%,transparent) 100% 0/48px 100% no-repeat local,
 linear-gradient(90deg,var(--soft),transparent) 0 0/12px 100% no-repeat scroll,
 linear-gradient(270deg,var(--soft),transparent) 100% 0/12px 100% no-repeat scroll}
-@media(max-width:640px){.wide caption:after{content:" \\2194  scrolls sideways";
-font-weight:400;color:var(--soft)}}
+.wide caption:after{content:" \\2194  scrolls sideways";font-weight:400;color:var(--soft)}
 details .scroll{max-height:70vh;overflow-y:auto}
 table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;font-weight:600;padding:0 0 6px}
@@ -925,6 +923,10 @@ function show(r,e){
 ['pointermove','pointerdown'].forEach(function(n){document.addEventListener(n,function(e){
   show(e.target.closest?e.target.closest('rect.s'):null,e)})});
 document.addEventListener('scroll',function(){show(null)},{passive:true});
+if(window.ResizeObserver){
+  var wide=new ResizeObserver(function(all){all.forEach(function(entry){
+    var d=entry.target;d.classList.toggle('wide',d.scrollWidth>d.clientWidth+1)})});
+  document.querySelectorAll('.scroll').forEach(function(d){wide.observe(d)})}
 document.querySelectorAll('table').forEach(function(table){
   var body=table.tBodies[0];if(body.rows.length<3)return;
   Array.prototype.forEach.call(table.tHead.rows[0].cells,function(th,i){
