@@ -121,7 +121,7 @@ class Case:
         delta = combining._delta(base, self.rows[r][k], policy, torch.float32)
         codes = magnitude_codes(delta)
         _, factor = combining._sparsify(
-            delta, lambda: codes, policy, density, self.keys[r][k], self.thresholds[k]
+            delta, lambda: codes, policy, 0, density, 0.0, 0.0, self.keys[r][k], self.thresholds[k]
         )
         if policy.sparsify != "trim" or density >= 1.0:
             return factor, -1, 0
