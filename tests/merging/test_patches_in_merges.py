@@ -464,7 +464,8 @@ def test_other_bases_are_refused_before_anything_is_written(
         (
             lambda c: c.update(merge_method="linear", base_model=None),
             RecipeError,
-            r"models\[0\].model: .*a.safetensors' is an edit patch.*'linear' has none; use task_ar",
+            r"models\[0\].model: .*a.safetensors' is an edit patch.*'linear' has none; write it .* "
+            r"BASE\+.*or use task_ar",
         ),
         (
             lambda c: c.update(base_model=c["models"][0]["model"], models=c["models"][1:]),
