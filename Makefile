@@ -59,8 +59,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# A process per core: threads of torch beside them would only wait for each other.
 test: $(VENV)/.installed-dev $(if $(filter 1,$(PEERS)),$(VENV)/.installed-peers) native lint
-	CL_FAST_REQUIRE_NATIVE=$(HAVE_CXX) CL_FAST_REQUIRE_NVCC=$(HAVE_NVCC) \
+	OMP_NUM_THREADS=1 CL_FAST_REQUIRE_NATIVE=$(HAVE_CXX) CL_FAST_REQUIRE_NVCC=$(HAVE_NVCC) \
 		$(PY) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder \
 		$(PYTEST_ARGS)
 
